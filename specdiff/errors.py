@@ -1,0 +1,15 @@
+"""Errors a caller can make, each naming the option or tensor and the valid choices."""
+
+from __future__ import annotations
+
+
+class SpecdiffError(Exception):
+    """Base of every error raised by specdiff."""
+
+
+class OptionError(SpecdiffError, ValueError):
+    """An option is unknown, of the wrong type or out of range."""
+
+
+class NotCompiledError(SpecdiffError, LookupError):
+    """A model was asked for runtime state it does not have."""
