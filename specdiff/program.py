@@ -6,7 +6,7 @@ an attention's key (text and image together), K active tokens, C channels of the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -113,6 +113,10 @@ class Programs(Protocol):
     @property
     def signature(self) -> Signature:
         """What the programs take and give."""
+
+    @property
+    def compile_seconds(self) -> Mapping[str, float]:
+        """Seconds spent compiling each program built so far, by its name."""
 
     def probe(self, inputs: Sequence[object]) -> Evaluation:
         """Every token computed, no cache read or written."""
