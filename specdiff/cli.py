@@ -1,0 +1,139 @@
+"""The command line: `specdiff demo`. Commands only wire; what they do lives in other modules."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+except ModuleNotFoundError as missing:
+    raise SystemExit(
+        f'{missing.name} is missing: the command line needs pip install "specdiff[demo]"'
+    ) from None
+
+from specdiff.errors import OptionError, SpecdiffError
+
+if TYPE_CHECKING:
+    from specdiff.comparison import Comparison, Method, Request
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+console = Console()
+
+
+@app.callback()
+def _commands() -> None:
+    """Run diffusion transformers on the tokens that matter."""
+
+
+def parse_options(pairs: Sequence[str]) -> dict[str, object]:
+    """Read `name=value` pairs; values are Python literals where they can be, else text.
+
+    Raises:
+        OptionError: A pair has no `=`, or the runtime does not take it.
+    """
+    from specdiff.options import Options
+
+    options: dict[str, object] = {}
+    for pair in pairs:
+        name, separator, text = (part.strip() for part in pair.partition("="))
+        if not separator:
+            raise OptionError(f"expected name=value, got {pair!r}")
+        try:
+            options[name] = ast.literal_eval(text)
+        except (SyntaxError, ValueError):
+            options[name] = text
+    Options.parse(options)
+    return options
+
+
+def _require_compiler() -> None:
+    """Say what is missing before Inductor does, a minute later and in more words."""
+    compiler = os.environ.get("CXX", "g++")
+    if sys.platform == "linux" and shutil.which(compiler) is None:
+        raise SpecdiffError(f"torch.compile needs a C++ compiler and found no {compiler}")
+
+
+def _measure(methods: list[Method], requests: list[Request], repeats: int) -> Comparison:
+    """Compare the methods behind a progress bar."""
+    from specdiff.comparison import compare, count_images
+
+    text = TextColumn("{task.description}")
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), text)
+    with Progress(*columns, console=console) as progress:
+        total = count_images(methods, requests, repeats)
+        # The bar counts finished pictures, and is told when one begins: one behind.
+        task = progress.add_task("loading", total=total, completed=-1)
+        result = compare(
+            methods,
+            requests,
+            repeats,
+            lambda text: progress.update(task, advance=1, description=text),
+        )
+        progress.update(task, completed=total, description="done")
+    return result
+
+
+@app.command()
+def demo(
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(help="What to draw; none: built-in prompts. Others need the extra [text]."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=4, help="Denoising steps of one picture.")] = 28,
+    seed: Annotated[int, typer.Option(help="Seed of the first picture; then counted up.")] = 0,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds behind each median.")] = 3,
+    out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("demo.png"),
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Where the figures go, as JSON.")
+    ] = None,
+    cache_ratio: Annotated[
+        float | None, typer.Option(help="Share of tokens not computed at a selective step.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="Any other option, as name=value; repeatable.")
+    ] = None,
+    fewer_steps: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Also run the dense model for this many steps; repeatable."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.")] = "cpu",
+) -> None:
+    """Draw prompts with the same model compiled dense and with specdiff, and compare.
+
+    Writes one picture with the methods side by side and prints time, fidelity, tokens and memory.
+    """
+    ratio = [] if cache_ratio is None else [f"cache_ratio={cache_ratio}"]
+    options = parse_options([*ratio, *(option or [])])
+    _require_compiler()
+    from specdiff.methods import Setting, demo_methods, demo_requests, usable_device
+    from specdiff.picture import draw_comparison
+    from specdiff.summary import record, table
+
+    setting = Setting(usable_device(device), steps, options)
+    requests = demo_requests(prompts or [], seed)
+    comparison = _measure(demo_methods(setting, fewer_steps or []), requests, repeats)
+    draw_comparison(comparison, out)
+    console.print(table(comparison))
+    console.print(f"picture: {out}", highlight=False)
+    if json_file is not None:
+        figures = record(comparison, setting.device, repeats)
+        json_file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        console.print(f"figures: {json_file}", highlight=False)
+
+
+def main() -> None:
+    """Entry point of the `specdiff` command: 0 when done, 2 on an error of the caller's."""
+    try:
+        app()
+    except SpecdiffError as error:
+        console.print(f"[bold red]error:[/] {error}", highlight=False)
+        sys.exit(2)

@@ -1,0 +1,97 @@
+"""The methods that the demo compares, each with a pipeline and compiled weights of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import specdiff
+from specdiff.comparison import Method, Request
+from specdiff.demo import built_in_prompts, load_pipeline, prompt_embeddings, to_pixels
+from specdiff.errors import SpecdiffError
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all methods of one run of the demo share.
+
+    Attributes:
+        device: Where the pipelines run.
+        steps: Denoising steps of one picture.
+        options: Runtime options on top of the defaults.
+    """
+
+    device: torch.device
+    steps: int
+    options: Mapping[str, object]
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        SpecdiffError: There is none, or torch cannot use it here.
+    """
+    try:
+        return torch.empty(0, device=name).device
+    except (AssertionError, RuntimeError) as error:
+        raise SpecdiffError(f"no device {name!r} here: {error}") from error
+
+
+def demo_requests(prompts: Sequence[str], seed: int) -> list[Request]:
+    """One picture a prompt, each with a seed of its own; the built-in prompts if none is given."""
+    chosen = prompts or built_in_prompts()
+    return [Request(prompt, seed + index) for index, prompt in enumerate(chosen)]
+
+
+def _generator(pipeline: Any, setting: Setting, steps: int) -> Callable[[Request], Tensor]:
+    """Bind a pipeline to a number of steps; pictures arrive on the CPU, so their time is whole."""
+    embeddings: dict[str, Any] = {}
+
+    def generate(request: Request) -> Tensor:
+        if request.prompt not in embeddings:
+            embeddings[request.prompt] = prompt_embeddings(request.prompt)
+        generator = torch.Generator("cpu").manual_seed(request.seed)
+        return to_pixels(pipeline, embeddings[request.prompt], steps, generator)
+
+    return generate
+
+
+def _compiled_pipeline(setting: Setting, **compile_arguments: Any) -> Any:
+    pipeline = load_pipeline(setting.device)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.transformer = torch.compile(pipeline.transformer, fullgraph=True, **compile_arguments)
+    return pipeline
+
+
+def _dense(setting: Setting, fewer_steps: Sequence[int]) -> tuple[Method, list[Method]]:
+    """The reference, and the same compiled model run for fewer steps."""
+    pipeline = _compiled_pipeline(setting, backend="inductor")
+    reference = Method("dense", setting.steps, _generator(pipeline, setting, setting.steps))
+    shorter = [
+        Method(f"dense, {steps} steps", steps, _generator(pipeline, setting, steps), compiles=False)
+        for steps in fewer_steps
+    ]
+    return reference, shorter
+
+
+def _selective(setting: Setting, name: str, options: Mapping[str, object]) -> Method:
+    pipeline = _compiled_pipeline(setting, backend="specdiff", options=dict(options))
+    compiled = pipeline.transformer
+    generate = _generator(pipeline, setting, setting.steps)
+    return Method(name, setting.steps, generate, lambda: specdiff.stats(compiled), options)
+
+
+def demo_methods(setting: Setting, fewer_steps: Sequence[int] = ()) -> list[Method]:
+    """Dense first, then specdiff with the options, with `method="paper"`, then fewer steps.
+
+    Nothing is compiled yet: that happens with the first picture of each.
+    """
+    reference, shorter = _dense(setting, fewer_steps)
+    default = _selective(setting, "specdiff", setting.options)
+    paper = _selective(setting, "paper", {**setting.options, "method": "paper"})
+    return [reference, default, paper, *shorter]

@@ -1,0 +1,209 @@
+"""The demo's measuring, drawing and wiring, on stand-ins; the real demo is marked slow."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from specdiff import cli, picture, summary
+from specdiff.comparison import Comparison, Method, Request, compare, count_images, psnr, ssim
+from specdiff.errors import OptionError
+
+SIDE = 32
+REQUESTS = [Request("a red apple", 0), Request("a black cat with [brackets]", 1)]
+
+
+@dataclass
+class FakeRuntime:
+    """Counts as the runtime would: half of 16 tokens at each of four steps."""
+
+    tokens_computed: int = 0
+    tokens_total: int = 0
+    cache_bytes: int = 3 * 2**20
+    compile_seconds: Mapping[str, float] = field(default_factory=lambda: {"dense": 1.5})
+    token_counts: Tensor | None = None
+
+    def run(self) -> None:
+        self.tokens_computed += 32
+        self.tokens_total += 64
+        self.token_counts = torch.arange(16).view(1, 16) % 5
+
+
+def noise_picture(request: Request) -> Tensor:
+    generator = torch.Generator().manual_seed(request.seed)
+    return torch.rand(SIDE, SIDE, 3, generator=generator)
+
+
+def selective(name: str, error: float, options: Mapping[str, object]) -> Method:
+    runtime = FakeRuntime()
+
+    def generate(request: Request) -> Tensor:
+        runtime.run()
+        return (noise_picture(request) + error).clamp(0, 1)
+
+    return Method(name, 4, generate, lambda: runtime, options)
+
+
+def stand_ins() -> list[Method]:
+    return [
+        Method("dense", 4, noise_picture),
+        selective("specdiff", 0.01, {"cache_ratio": 0.5}),
+        selective("paper", 0.1, {"cache_ratio": 0.5, "method": "paper"}),
+        Method("dense, 2 steps", 2, noise_picture, compiles=False),
+    ]
+
+
+@pytest.fixture(name="comparison")
+def _comparison() -> Comparison:
+    return compare(stand_ins(), REQUESTS, repeats=2)
+
+
+def test_psnr_of_a_known_error() -> None:
+    reference = torch.full((SIDE, SIDE, 3), 0.5)
+    assert psnr(reference + 0.1, reference) == pytest.approx(20, abs=1e-4)
+    assert psnr(reference, reference) == math.inf
+
+
+def test_ssim_is_one_for_equal_pictures_and_falls_with_noise() -> None:
+    reference = noise_picture(REQUESTS[0])
+    noisy = reference + 0.2 * torch.randn(reference.shape)
+    assert ssim(reference, reference) == pytest.approx(1)
+    assert ssim(noisy, reference) < 0.95
+
+
+def test_pictures_of_different_shapes_are_refused() -> None:
+    cropped = Method("cropped", 4, lambda request: noise_picture(request)[1:])
+    with pytest.raises(ValueError, match="cannot compare"):
+        compare([*stand_ins(), cropped], REQUESTS, repeats=1)
+
+
+def test_methods_take_turns_after_the_warm_up() -> None:
+    made: list[str] = []
+
+    def recorder(name: str) -> Callable[[Request], Tensor]:
+        def generate(request: Request) -> Tensor:
+            made.append(f"{name}{request.seed}")
+            return noise_picture(request)
+
+        return generate
+
+    methods = [Method(name, 4, recorder(name)) for name in "ab"]
+    told: list[str] = []
+    compare(methods, REQUESTS, 2, told.append)
+    assert made == ["a0", "b0", *["a0", "b0", "a1", "b1"] * 2]
+    assert len(told) == len(made) == count_images(methods, REQUESTS, 2)
+
+
+def test_token_shares_are_relative_to_the_reference(comparison: Comparison) -> None:
+    assert [comparison.tokens_share(one) for one in comparison.trials] == [1, 0.5, 0.5, 0.5]
+
+
+def test_qualities_are_ordered_as_the_errors_are(comparison: Comparison) -> None:
+    dense, default, paper, shorter = comparison.trials
+    assert dense.psnr == shorter.psnr == math.inf
+    assert math.inf > default.psnr > 35 > paper.psnr
+
+
+def test_record_is_strict_json_with_all_methods(comparison: Comparison) -> None:
+    text = json.dumps(summary.record(comparison, torch.device("cpu"), 2), allow_nan=False)
+    figures = json.loads(text)
+    assert figures["environment"]["torch"] == torch.__version__
+    assert {"date", "device", "processor", "cores"} <= figures["environment"].keys()
+    names = [method["name"] for method in figures["methods"]]
+    assert names == ["dense", "specdiff", "paper", "dense, 2 steps"]
+    dense, default, paper, _ = figures["methods"]
+    assert dense["psnr_db"] is None and default["psnr_db"] > paper["psnr_db"]
+    assert paper["options"] == {"cache_ratio": 0.5, "method": "paper"}
+    assert default["program_seconds"] == {"dense": 1.5}
+    assert [len(one["seconds"]) for one in default["pictures"]] == [2, 2]
+
+
+def test_table_names_every_method(comparison: Comparison) -> None:
+    with cli.console.capture() as captured:
+        cli.console.print(summary.table(comparison), width=160)
+    for words in ("dense", "specdiff", "paper", "dense, 2 steps", "3.0 MiB", "50%"):
+        assert words in captured.get()
+
+
+def test_picture_is_a_png_of_sane_size(comparison: Comparison, tmp_path: Path) -> None:
+    file = tmp_path / "demo.png"
+    picture.draw_comparison(comparison, file)
+    with Image.open(file) as opened:
+        assert opened.format == "PNG"
+        assert 1000 < opened.width < 4000
+        assert 300 < opened.height < 2000
+
+
+def test_difference_is_white_where_nothing_changed() -> None:
+    reference = torch.full((SIDE, SIDE, 3), 0.5)
+    changed = reference.clone()
+    changed[0, 0] += 0.1
+    shown = picture.difference(changed, reference)
+    assert shown[0, 0, 0].item() == pytest.approx(1 - 0.1 * picture.AMPLIFICATION)
+    assert (shown[1:] == 1).all()
+
+
+def test_token_map_has_the_shape_of_the_picture() -> None:
+    counts = torch.arange(32)
+    assert picture.token_map(counts, 64, 128).shape == (4, 8)
+    assert picture.token_map(counts.expand(3, 32), 128, 64).shape == (8, 4)
+    with pytest.raises(ValueError, match="do not fill"):
+        picture.token_map(torch.arange(7), 64, 128)
+
+
+def test_options_are_read_as_literals_or_text() -> None:
+    options = cli.parse_options(["cache_ratio=0.9", "method=paper"])
+    assert options == {"cache_ratio": 0.9, "method": "paper"}
+
+
+@pytest.mark.parametrize("pair", ["cache_ration=0.9", "cache_ratio", "cache_ratio=many"])
+def test_wrong_options_are_refused(pair: str) -> None:
+    with pytest.raises(OptionError, match="cache_ratio"):
+        cli.parse_options([pair])
+
+
+def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Run the command as a shell would and return its exit status."""
+    monkeypatch.setattr("sys.argv", ["specdiff", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return int(stop.value.code or 0)
+
+
+def test_a_wrong_option_stops_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli(monkeypatch, "demo", "--option", "cache_ration=0.9") == 2
+    assert "cache_ratio" in capsys.readouterr().out
+
+
+def test_demo_writes_picture_and_figures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("specdiff.methods.demo_methods", lambda setting, fewer: stand_ins())
+    out, figures = tmp_path / "demo.png", tmp_path / "demo.json"
+    files = ["--out", str(out), "--json", str(figures)]
+    assert run_cli(monkeypatch, "demo", "a red apple", "a cat", "--repeats", "1", *files) == 0
+    assert out.stat().st_size > 0
+    pictures = json.loads(figures.read_text())["methods"][0]["pictures"]
+    assert [one["prompt"] for one in pictures] == ["a red apple", "a cat"]
+
+
+@pytest.mark.slow
+def test_real_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    out, file = tmp_path / "demo.png", tmp_path / "demo.json"
+    files = ["--out", str(out), "--json", str(file)]
+    assert run_cli(monkeypatch, "demo", "--repeats", "1", "--fewer-steps", "14", *files) == 0
+    figures = json.loads(file.read_text())
+    dense, default, paper, shorter = figures["methods"]
+    assert dense["tokens_share"] == 1
+    for selective_method in (default, paper):
+        assert 0 < selective_method["tokens_share"] < 0.7
+        assert selective_method["cache_bytes"] > 0
+        assert selective_method["psnr_db"] > 15
+    assert shorter["steps"] == 14
+    assert out.stat().st_size > 10_000
