@@ -1,0 +1,1 @@
+"""The compiler: normalize -> axes -> regions -> selective -> emit, one pass per file."""

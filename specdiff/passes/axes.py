@@ -1,0 +1,222 @@
+"""Axes: which axes of which values index the same tokens.
+
+Every (value, axis) is an element of a union-find. The rules' links unite elements; their parts say
+that an axis is a piece of another. The relation is closed as a congruence: pieces of one axis at the
+same offset with the same length are one axis. A *segment* is an axis that occurs as a sequence of an
+attention, taken apart into its pieces: text tokens, image tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from specdiff.passes.base import Pass, PassError, Unsupported
+from specdiff.passes.rules import Facts, facts_of
+from specdiff.passes.rules.attention import ATTENTION, Attention
+from specdiff.passes.rules.registry import Axis, is_tensor, rank_of, shape_of
+
+ClassId = int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A segment inside an axis."""
+
+    segment: ClassId
+    offset: int
+    length: int
+
+
+Layout = tuple[Piece, ...]
+
+
+class AxisClasses:
+    """A union-find over axes with part-whole facts, closed as a congruence."""
+
+    def __init__(self) -> None:
+        self._parent: list[ClassId] = []
+        self._size: list[int] = []
+        self._of: dict[Axis, ClassId] = {}
+        self._parts: set[tuple[ClassId, int, int, ClassId]] = set()
+
+    def class_of(self, axis: Axis) -> ClassId:
+        """The class of an axis; a new one if the axis was never seen."""
+        if axis not in self._of:
+            self._of[axis] = self.fresh(shape_of(axis[0])[axis[1]])
+        return self.find(self._of[axis])
+
+    def fresh(self, size: int) -> ClassId:
+        """A class with no member."""
+        self._parent.append(len(self._parent))
+        self._size.append(size)
+        return len(self._parent) - 1
+
+    def find(self, item: ClassId) -> ClassId:
+        """The representative of `item`'s class."""
+        while self._parent[item] != item:
+            self._parent[item] = self._parent[self._parent[item]]
+            item = self._parent[item]
+        return item
+
+    def size(self, item: ClassId) -> int:
+        """Number of positions along this axis."""
+        return self._size[self.find(item)]
+
+    def unite(self, left: ClassId, right: ClassId) -> None:
+        """State that two classes are one. Raises PassError if their sizes differ."""
+        left, right = self.find(left), self.find(right)
+        if self._size[left] != self._size[right]:
+            raise PassError(f"axes of {self._size[left]} and {self._size[right]} positions united")
+        self._parent[max(left, right)] = min(left, right)
+
+    def add(self, node: fx.Node, facts: Facts) -> None:
+        """Take in one node's facts."""
+        for link in facts.links:
+            self.unite(
+                self.class_of((node, link.out_axis)), self.class_of((link.operand, link.in_axis))
+            )
+        for part in facts.parts:
+            whole, piece = self.class_of(part.whole), self.class_of(part.part)
+            self._parts.add((whole, part.offset, self.size(piece), piece))
+
+    def close(self) -> None:
+        """Unite pieces at the same place of the same whole until nothing changes."""
+        changed = True
+        while changed:
+            changed = False
+            seen: dict[tuple[ClassId, int, int], ClassId] = {}
+            for whole, offset, length, piece in sorted(self._parts):
+                whole = self.find(whole)
+                if offset == 0 and length == self.size(whole):
+                    first = whole
+                else:
+                    first = seen.setdefault((whole, offset, length), piece)
+                if self.find(first) != self.find(piece):
+                    self.unite(first, piece)
+                    changed = True
+        self._parts = {
+            (self.find(w), o, n, self.find(p)) for w, o, n, p in self._parts if n < self.size(w)
+        }
+
+    def layout(self, item: ClassId) -> Layout:
+        """The axis taken apart as far as its pieces go, in order."""
+        item = self.find(item)
+        pieces = {(offset, length): part for w, offset, length, part in self._parts if w == item}
+        if not pieces:
+            return (Piece(item, 0, self.size(item)),)
+        cuts = sorted({0, self.size(item)} | {c for o, n in pieces for c in (o, o + n)})
+        layout: list[Piece] = []
+        for start, stop in zip(cuts, cuts[1:], strict=False):
+            part = pieces.get((start, stop - start))
+            if part is None:
+                part = self.fresh(stop - start)
+                self._parts.add((item, start, stop - start, part))
+            layout += [Piece(p.segment, start + p.offset, p.length) for p in self.layout(part)]
+        return tuple(layout)
+
+
+@dataclass
+class AxisFacts:
+    """The result: per node its links and parts, per axis its layout."""
+
+    graph: fx.Graph
+    classes: AxisClasses
+    facts: dict[fx.Node, Facts]
+    segments: tuple[ClassId, ...]
+    """Every segment of every attention, longest first."""
+    batch: ClassId
+    """The axis that the attentions' queries have in front."""
+    _layouts: dict[ClassId, Layout] = field(default_factory=dict)
+
+    def layout(self, node: fx.Node, axis: int) -> Layout:
+        """The segments along one axis."""
+        item = self.classes.class_of((node, axis))
+        if item not in self._layouts:
+            self._layouts[item] = self.classes.layout(item)
+        return self._layouts[item]
+
+    def axes_with(self, node: fx.Node, segment: ClassId) -> list[int]:
+        """The axes of `node` along which `segment` lies."""
+        if not is_tensor(node):
+            return []
+        return [
+            axis
+            for axis in range(rank_of(node))
+            if any(piece.segment == segment for piece in self.layout(node, axis))
+        ]
+
+    def batch_axis(self, node: fx.Node) -> int | None:
+        """The axis that counts samples, if there is exactly one."""
+        found = [
+            a for a in range(rank_of(node)) if self.classes.class_of((node, a)) == self.batch
+        ]
+        return found[0] if len(found) == 1 else None
+
+    def outputs(self) -> Iterator[fx.Node]:
+        """The tensors that the graph returns."""
+        return (n for n in self.graph.output_node().all_input_nodes if is_tensor(n))
+
+
+class AxesPass(Pass[fx.GraphModule, AxisFacts]):
+    """Finds segments and batch. Raises Unsupported where a graph has no attention."""
+
+    name = "axes"
+
+    def apply(self, value: fx.GraphModule) -> AxisFacts:
+        """Collect the facts of every node, close them, read off the segments."""
+        classes = AxisClasses()
+        facts = {node: facts_of(node) for node in value.graph.nodes}
+        for node, found in facts.items():
+            classes.add(node, found)
+        classes.close()
+        attentions = [Attention.of(n) for n in value.graph.nodes if n.target is ATTENTION]
+        if not attentions:
+            raise Unsupported("the graph has no attention, so no tokens were found")
+        batches = {classes.class_of((a.query, 0)) for a in attentions}
+        if len(batches) > 1:
+            raise Unsupported("the attentions of this graph do not share one batch axis")
+        segments = {
+            piece.segment
+            for attention in attentions
+            for sequence in attention.sequences
+            for piece in classes.layout(classes.class_of(sequence))
+        }
+        ordered = tuple(sorted(segments, key=lambda s: (-classes.size(s), s)))
+        return AxisFacts(value.graph, classes, facts, ordered, batches.pop())
+
+    def verify(self, value: fx.GraphModule, result: AxisFacts) -> None:
+        """Every layout tiles its axis."""
+        for node in value.graph.nodes:
+            if not is_tensor(node):
+                continue
+            for axis, size in enumerate(shape_of(node)):
+                position = 0
+                for piece in result.layout(node, axis):
+                    if piece.offset != position:
+                        raise PassError(f"{node.name}: the layout of axis {axis} has a gap")
+                    position += piece.length
+                if position != size:
+                    raise PassError(f"{node.name}: the layout of axis {axis} is not its size")
+
+    def render(self, result: AxisFacts) -> str:
+        """One line a node: the segments along each of its axes."""
+        known = {segment: f"s{i}" for i, segment in enumerate(result.segments)}
+        lines = [f"{name}: {result.classes.size(s)} tokens" for s, name in known.items()]
+        for node in result.graph.nodes:
+            if is_tensor(node):
+                lines.append(f"{node.name}: {_axes_text(node, result, known)}")
+        return "\n".join(lines)
+
+
+def _axes_text(node: fx.Node, result: AxisFacts, known: dict[ClassId, str]) -> str:
+    texts = []
+    for axis, size in enumerate(shape_of(node)):
+        names = [known.get(piece.segment) for piece in result.layout(node, axis)]
+        if all(names):
+            texts.append("+".join(str(name) for name in names))
+        else:
+            texts.append("B" if axis == result.batch_axis(node) else str(size))
+    return f"[{', '.join(texts)}]"

@@ -1,0 +1,97 @@
+"""Importance: attention received by each prunable token, from a strided sample of queries.
+
+The N x N attention map is never materialised: each attention contributes softmax rows of at most
+`sample` queries, summed over heads and averaged over those queries, accumulated in float32 over all
+layers (paper, equation 1: his; exact when the sample is all queries).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from specdiff.passes.rules.attention import Attention
+from specdiff.passes.rules.registry import rank_of, shape_of
+
+if TYPE_CHECKING:
+    from specdiff.passes.selective import SelectivePlan
+    from specdiff.passes.writer import GraphWriter
+
+aten = torch.ops.aten
+
+
+class ImportanceSum:
+    """Accumulates over the attentions of one program."""
+
+    def __init__(self, writer: GraphWriter, plan: SelectivePlan, sample: int) -> None:
+        self._writer = writer
+        self._plan = plan
+        self._sample = sample
+        self._total: fx.Node | None = None
+
+    def observe(
+        self, found: Attention, query: fx.Node, key: fx.Node, mask: fx.Node | None
+    ) -> None:
+        """Add one attention, given its emitted operands (query may be rows)."""
+        axis = rank_of(found.key) - 2
+        pieces = [
+            p for p in self._plan.axes.layout(found.key, axis) if p.segment == self._plan.prunable
+        ]
+        if len(pieces) != 1 or not _supported(found):
+            return
+        call = self._writer.call
+        received = self._received(found, query, key, mask)
+        piece = pieces[0]
+        share = call(aten.slice.Tensor, received, 1, piece.offset, piece.offset + piece.length)
+        self._total = share if self._total is None else call(aten.add.Tensor, self._total, share)
+
+    def result(self) -> fx.Node:
+        """float32 [B, N]; all ones where no attention reads the prunable tokens as keys."""
+        if self._total is not None:
+            return self._total
+        slot = self._plan.slot
+        batch = self._plan.axes.batch_axis(slot)
+        assert batch is not None
+        shape = [shape_of(slot)[batch], self._plan.tokens]
+        return self._writer.call(
+            aten.ones.default, shape, dtype=torch.float32, device=self._writer.device
+        )
+
+    def _received(
+        self, found: Attention, query: fx.Node, key: fx.Node, mask: fx.Node | None
+    ) -> fx.Node:
+        call = self._writer.call
+        rows = shape_of(query)[-2]
+        stride = -(-rows // self._sample)
+        sampled = _every(self._writer, query, stride)
+        logits = call(aten.matmul.default, sampled, call(aten.transpose.int, key, -2, -1))
+        logits = call(aten.mul.Tensor, logits, found.scale)
+        if mask is not None:
+            logits = self._masked(logits, mask, stride)
+        weights = call(aten.softmax.int, logits, -1, torch.float32)
+        heads = list(range(1, rank_of(weights) - 2))
+        # averaged, so that steps with many and with few computed queries compare
+        mean = call(aten.mean.dim, weights, [rank_of(weights) - 2])
+        return call(aten.sum.dim_IntList, mean, heads) if heads else mean
+
+    def _masked(self, logits: fx.Node, mask: fx.Node, stride: int) -> fx.Node:
+        call = self._writer.call
+        if shape_of(mask)[-2] != 1:
+            mask = _every(self._writer, mask, stride)
+        if mask.meta["val"].dtype is not torch.bool:
+            return call(aten.add.Tensor, logits, mask)
+        blocked = call(aten.logical_not.default, mask)
+        return call(aten.masked_fill.Scalar, logits, blocked, float("-inf"))
+
+
+def _every(writer: GraphWriter, value: fx.Node, stride: int) -> fx.Node:
+    if stride == 1:
+        return value
+    return writer.call(aten.slice.Tensor, value, rank_of(value) - 2, 0, 2**63 - 1, stride)
+
+
+def _supported(found: Attention) -> bool:
+    """Causal and grouped attentions are left out of the sum: their maps need more than one matmul."""
+    return not found.causal and not found.grouped and rank_of(found.query) >= 3

@@ -1,0 +1,132 @@
+"""Normalize: a Dynamo graph becomes functional ATen with attention, norms and linears still whole.
+
+Splits and unbinds become slices and selects, so that every later pass sees one tensor a node;
+equal expressions are computed once, so that a position table is gathered once.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from specdiff.passes.base import Pass, PassError, Unsupported, check_values
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class DynamoGraph:
+    """What Dynamo hands to a backend."""
+
+    module: fx.GraphModule
+    inputs: Sequence[Any]
+
+
+class NormalizePass(Pass[DynamoGraph, fx.GraphModule]):
+    """Dynamo graph in, functional pre-dispatch ATen out; placeholders keep their order."""
+
+    name = "normalize"
+
+    def __init__(self, export: Callable[[fx.GraphModule, Sequence[Any]], fx.GraphModule]) -> None:
+        self._export = export
+
+    def apply(self, value: DynamoGraph) -> fx.GraphModule:
+        """Export, then tidy. Raises Unsupported for symbolic shapes."""
+        module = self._export(value.module, value.inputs)
+        require_static_shapes(module.graph)
+        remove_assertions(module.graph)
+        replace_tuples(module.graph)
+        share_equal_nodes(module.graph)
+        module.graph.eliminate_dead_code()
+        module.recompile()
+        return module
+
+    def verify(self, value: DynamoGraph, result: fx.GraphModule) -> None:
+        """Same inputs, fresh values, no op that mutates."""
+        check_values(result.graph)
+        if len(result.graph.find_nodes(op="placeholder")) != len(value.inputs):
+            raise PassError("normalize changed the number of inputs")
+        for node in result.graph.nodes:
+            if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+                raise PassError(f"{node.name} ({node.target}) mutates its input")
+
+    def render(self, result: fx.GraphModule) -> str:
+        """The generated code."""
+        return result.print_readable(print_output=False)
+
+
+def require_static_shapes(graph: fx.Graph) -> None:
+    """Raise Unsupported if any size in `graph` is symbolic."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+            raise Unsupported("symbolic shapes: compile with dynamic=False to make this model selective")
+        if isinstance(value, torch.Tensor) and any(isinstance(s, torch.SymInt) for s in value.shape):
+            raise Unsupported("symbolic shapes: compile with dynamic=False to make this model selective")
+
+
+def remove_assertions(graph: fx.Graph) -> None:
+    """Drop `_assert_tensor_metadata`: its facts were checked while tracing."""
+    for node in graph.find_nodes(op="call_function", target=aten._assert_tensor_metadata.default):
+        graph.erase_node(node)
+
+
+def replace_tuples(graph: fx.Graph) -> None:
+    """Rewrite `getitem(split(x), i)` to a slice and `getitem(unbind(x), i)` to a select."""
+    for node in graph.find_nodes(op="call_function", target=operator.getitem):
+        source, position = node.args
+        rewritten = _single_output(source, position)
+        if rewritten is None:
+            continue
+        target, args = rewritten
+        with graph.inserting_before(node):
+            new = graph.call_function(target, args)
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+
+
+def _single_output(source: fx.Node, position: int) -> tuple[Any, tuple[Any, ...]] | None:
+    value, *rest = source.args
+    if source.target is aten.unbind.int:
+        return aten.select.int, (value, rest[0] if rest else 0, position)
+    if source.target not in (aten.split.Tensor, aten.split_with_sizes.default):
+        return None
+    sizes, dim = rest[0], rest[1] if len(rest) > 1 else 0
+    if isinstance(sizes, int):
+        start = sizes * position
+        length = source.meta["val"][position].shape[dim]
+    else:
+        start, length = sum(sizes[:position]), sizes[position]
+    return aten.slice.Tensor, (value, dim, start, start + length)
+
+
+def share_equal_nodes(graph: fx.Graph) -> None:
+    """Compute equal deterministic expressions once."""
+    seen: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or torch.Tag.nondeterministic_seeded in _tags(node):
+            continue
+        key = (node.target, _freeze(node.args), _freeze(node.kwargs))
+        first = seen.setdefault(key, node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+
+
+def _tags(node: fx.Node) -> Sequence[torch.Tag]:
+    return getattr(node.target, "tags", ())
+
+
+def _freeze(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(_freeze(v) for v in value)
+    if isinstance(value, dict):
+        return tuple(sorted((k, _freeze(v)) for k, v in value.items()))
+    # 1, 1.0 and True are equal to Python but not to an op's dtype
+    return (type(value), value)

@@ -1,0 +1,66 @@
+"""Scaled dot product attention: query rows are output rows, key rows are value rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from specdiff.passes.rules.registry import Facts, Link, argument, rank_of, shape_of, transfer
+
+aten = torch.ops.aten
+ATTENTION = aten.scaled_dot_product_attention.default
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The operands of one attention: query [..., L, E], key [..., S, E], value [..., S, V]."""
+
+    node: fx.Node
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    mask: fx.Node | None
+    causal: bool
+    scale: float
+    grouped: bool
+
+    @classmethod
+    def of(cls, node: fx.Node) -> Attention:
+        """Read the operands of an attention node."""
+        query, key, value = node.args[:3]
+        scale = argument(node, 6, "scale")
+        return cls(
+            node,
+            query,
+            key,
+            value,
+            argument(node, 3, "attn_mask"),
+            argument(node, 5, "is_causal", False),
+            shape_of(query)[-1] ** -0.5 if scale is None else scale,
+            argument(node, 7, "enable_gqa", False),
+        )
+
+    @property
+    def sequences(self) -> tuple[tuple[fx.Node, int], ...]:
+        """The sequence axes of query and key."""
+        return ((self.query, rank_of(self.query) - 2), (self.key, rank_of(self.key) - 2))
+
+
+@transfer(ATTENTION)
+def attention(node: fx.Node) -> Facts:
+    """Output rows are query rows; batch and head axes come from the query."""
+    found = Attention.of(node)
+    rank = rank_of(node)
+    out = shape_of(node)
+    links = [Link(axis, found.query, axis) for axis in range(rank - 1)]
+    # the heads of a grouped query are more than those of its key
+    for operand in (found.key, found.value):
+        if rank_of(operand) == rank:
+            links += [
+                Link(axis, operand, axis)
+                for axis in range(rank - 2)
+                if shape_of(operand)[axis] == out[axis]
+            ]
+    return Facts(tuple(links))

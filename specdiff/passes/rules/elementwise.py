@@ -1,0 +1,38 @@
+"""Elementwise ops: axes are aligned from the right, by broadcasting."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from specdiff.passes.rules.registry import Facts, Link, is_tensor, shape_of, transfer
+
+aten = torch.ops.aten
+
+
+@transfer(
+    torch.Tag.pointwise,
+    aten.dropout.default,
+    aten._to_copy.default,
+    aten.to.dtype,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.detach.default,
+    aten.alias.default,
+    aten.lift_fresh_copy.default,
+)
+def elementwise(node: fx.Node) -> Facts:
+    """Axis i of the output is axis i - (rank difference) of an operand that has its full size."""
+    out = shape_of(node)
+    links = []
+    for operand in node.all_input_nodes:
+        if not is_tensor(operand):
+            continue
+        shape = shape_of(operand)
+        shift = len(out) - len(shape)
+        links += [
+            Link(axis + shift, operand, axis)
+            for axis, size in enumerate(shape)
+            if size == out[axis + shift]
+        ]
+    return Facts(tuple(links))

@@ -1,0 +1,109 @@
+"""The registry of transfer rules: which output axis of an op *is* which input axis.
+
+Two axes are "the same" when they index the same tokens in the same order and position i of the
+output depends, along that axis, on position i of the input alone. An op without a rule is mixing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+Axis = tuple[fx.Node, int]
+
+
+@dataclass(frozen=True)
+class Link:
+    """Axis `out_axis` of a node is axis `in_axis` of `operand`."""
+
+    out_axis: int
+    operand: fx.Node
+    in_axis: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """Positions [offset, offset + size of part) of `whole` are `part`."""
+
+    whole: Axis
+    part: Axis
+    offset: int
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a rule states of one node."""
+
+    links: tuple[Link, ...] = ()
+    parts: tuple[Part, ...] = ()
+
+
+Rule = Callable[[fx.Node], Facts]
+_RULES: dict[Any, Rule] = {}
+
+
+def transfer(*targets: Any) -> Callable[[Rule], Rule]:
+    """Register a rule for these op overloads."""
+
+    def register(rule: Rule) -> Rule:
+        for target in targets:
+            if target in _RULES:
+                raise ValueError(f"two rules for {target}")
+            _RULES[target] = rule
+        return rule
+
+    return register
+
+
+def rule_for(node: fx.Node) -> Rule | None:
+    """The rule of this node's op; pointwise ops share one by their tag."""
+    rule = _RULES.get(node.target)
+    if rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
+        rule = _RULES[torch.Tag.pointwise]
+    return rule
+
+
+def facts_of(node: fx.Node) -> Facts:
+    """The facts of one node; none for an op without a rule."""
+    if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
+        return Facts()
+    rule = rule_for(node)
+    return rule(node) if rule is not None else Facts()
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """Static shape of a tensor node."""
+    return tuple(node.meta["val"].shape)
+
+
+def rank_of(node: fx.Node) -> int:
+    """Number of axes of a tensor node."""
+    return len(shape_of(node))
+
+
+def axis_index(axis: int, rank: int) -> int:
+    """`axis` counted from the front."""
+    return axis % rank if rank else 0
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument given by position or by keyword."""
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether `value` is a node that holds one tensor."""
+    return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
+
+
+def same_axes(node: fx.Node, operand: fx.Node, skip: tuple[int, ...] = ()) -> Facts:
+    """Every axis of `node` is the same axis of `operand`, save those in `skip`."""
+    rank = rank_of(node)
+    skipped = {axis_index(axis, rank) for axis in skip}
+    return Facts(tuple(Link(axis, operand, axis) for axis in range(rank) if axis not in skipped))

@@ -1,0 +1,253 @@
+"""Selective: decide for every value whether the token-selective program needs it whole or as rows.
+
+*Rows* are the active tokens of the prunable segment together with all tokens of the others. A
+token-wise op runs on rows; a whole operand that carries tokens is gathered; keys and values of
+attention, and inputs of mixing ops that depend on attention, are *densified*: fresh rows go into a
+cache, and the cache is read whole. What cannot be proved stays whole, which is always right.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import fx
+
+from specdiff.passes.axes import AxisFacts, ClassId, Layout
+from specdiff.passes.base import Pass, PassError, Unsupported
+from specdiff.passes.rules.attention import ATTENTION, Attention
+from specdiff.passes.rules.elementwise import elementwise
+from specdiff.passes.rules.registry import is_tensor, rank_of, rule_for, shape_of
+
+aten = torch.ops.aten
+
+
+@dataclass
+class SelectivePlan:
+    """Which values the selective program needs in which form."""
+
+    axes: AxisFacts
+    prunable: ClassId
+    slot: fx.Node
+    """The token-level output: what the model computes per token before the tail."""
+    tail: tuple[fx.Node, ...]
+    """Nodes from the slot to the outputs, in order."""
+    rows: set[fx.Node] = field(default_factory=set)
+    whole: set[fx.Node] = field(default_factory=set)
+    cached: list[fx.Node] = field(default_factory=list)
+    """Values that live in caches, in graph order."""
+
+    @property
+    def tokens(self) -> int:
+        """N."""
+        return self.axes.classes.size(self.prunable)
+
+    @cached_property
+    def attention_dependent(self) -> set[fx.Node]:
+        """Everything downstream of an attention."""
+        found: set[fx.Node] = set()
+        for node in self.axes.graph.nodes:
+            if node.target is ATTENTION or any(i in found for i in node.all_input_nodes):
+                found.add(node)
+        return found
+
+    def carries(self, node: fx.Node) -> bool:
+        """Whether prunable tokens lie along some axis of `node`."""
+        return bool(self.axes.axes_with(node, self.prunable))
+
+    def token_axis(self, node: fx.Node) -> int | None:
+        """The one axis with prunable tokens, or None if there is none or several."""
+        found = self.axes.axes_with(node, self.prunable)
+        return found[0] if len(found) == 1 else None
+
+    def layout(self, node: fx.Node) -> Layout:
+        """The segments along the token axis of `node`."""
+        axis = self.token_axis(node)
+        return () if axis is None else self.axes.layout(node, axis)
+
+    def token_operands(self, node: fx.Node) -> list[fx.Node]:
+        """Operands that must be rows where `node` is: of an attention only its query."""
+        if node.target is ATTENTION:
+            return [o for o in [Attention.of(node).query] if self.carries(o)]
+        return [o for o in node.all_input_nodes if self.carries(o)]
+
+    def is_token_wise(self, node: fx.Node) -> bool:
+        """Whether rows of `node` are proved to depend on the same rows of its operands alone."""
+        axis = self.token_axis(node)
+        if node.op != "call_function" or axis is None:
+            return False
+        if self.axes.batch_axis(node) in (None, axis):
+            return False
+        operands = self.token_operands(node)
+        if not operands:
+            return node.target is aten.expand.default
+        return all(self._aligned(node, axis, operand) for operand in operands)
+
+    def _aligned(self, node: fx.Node, axis: int, operand: fx.Node) -> bool:
+        in_axis = self.token_axis(operand)
+        facts = self.axes.facts[node]
+        if self.axes.batch_axis(operand) is None and not self._fits_as_table(node, operand):
+            return False
+        if any(
+            link.operand is operand and (link.out_axis, link.in_axis) == (axis, in_axis)
+            for link in facts.links
+        ):
+            return True
+        here, there = (node, axis), (operand, in_axis)
+        return any({part.whole, part.part} == {here, there} for part in facts.parts)
+
+    def _fits_as_table(self, node: fx.Node, operand: fx.Node) -> bool:
+        """Whether `operand`, which has no samples, can gain them by broadcasting."""
+        batch = self.axes.batch_axis(node)
+        assert batch is not None
+        position = batch - (rank_of(node) - rank_of(operand))
+        return rule_for(node) is elementwise and (position < 0 or shape_of(operand)[position] == 1)
+
+    def extracted_from(self, node: fx.Node) -> fx.Node | None:
+        """The operand of which `node` is a piece without prunable tokens, if there is one."""
+        if self.carries(node):
+            return None
+        for part in self.axes.facts[node].parts:
+            operand = part.whole[0]
+            if part.part[0] is node and self.is_token_wise(operand):
+                return operand
+        return None
+
+
+class SelectivePass(Pass[AxisFacts, SelectivePlan]):
+    """Finds the prunable segment and propagates needs backwards from the token-level output."""
+
+    name = "selective"
+
+    def apply(self, value: AxisFacts) -> SelectivePlan:
+        """Raises Unsupported where no segment reaches the output token by token."""
+        plan = find_output(value)
+        _require_self_contained_tail(plan)
+        plan.rows.add(plan.slot)
+        for node in reversed(list(value.graph.nodes)):
+            _propagate(plan, node)
+        plan.cached.reverse()
+        if not plan.cached:
+            raise Unsupported("no attention reads the prunable tokens, so nothing can be cached")
+        return plan
+
+    def verify(self, value: AxisFacts, result: SelectivePlan) -> None:
+        """Operands of rows are there in the form that is needed."""
+        for node in result.rows:
+            if not result.is_token_wise(node):
+                if node not in result.whole:
+                    raise PassError(f"{node.name} is needed as rows and can be had in no form")
+                continue
+            for operand in result.token_operands(node):
+                if operand not in result.rows:
+                    raise PassError(f"{node.name}: operand {operand.name} is not there as rows")
+
+    def render(self, result: SelectivePlan) -> str:
+        """One line a node: the forms it is needed in."""
+        lines = [f"prunable: {result.tokens} tokens, token-level output: {result.slot.name}"]
+        for node in result.axes.graph.nodes:
+            forms = [n for n, s in (("rows", result.rows), ("whole", result.whole)) if node in s]
+            forms += ["cached"] if node in result.cached else []
+            if forms and node.op == "call_function":
+                lines.append(f"{node.name} = {node.target}: {', '.join(forms)}")
+        return "\n".join(lines)
+
+
+def find_output(axes: AxisFacts) -> SelectivePlan:
+    """Walk back from the outputs to the last value that still has a segment along one axis."""
+    slots: dict[fx.Node, ClassId] = {}
+    tail: set[fx.Node] = set()
+    pending = list(axes.outputs())
+    seen: set[fx.Node] = set()
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        segment = _segment_of(axes, node)
+        if segment is not None:
+            slots[node] = segment
+        elif node.op == "call_function":
+            tail.add(node)
+            pending += node.all_input_nodes
+    attended = {n for n in axes.graph.nodes if n.target is ATTENTION}
+    if tail & attended or not slots:
+        raise Unsupported("no token segment reaches the output of the model token by token")
+    if len(slots) > 1:
+        names = ", ".join(sorted(node.name for node in slots))
+        raise Unsupported(f"the output is made of several token-level values: {names}")
+    slot, segment = slots.popitem()
+    return SelectivePlan(axes, segment, slot, tuple(n for n in axes.graph.nodes if n in tail))
+
+
+def _segment_of(axes: AxisFacts, node: fx.Node) -> ClassId | None:
+    """The longest segment along an axis of a value that also counts samples."""
+    if not is_tensor(node) or node.op != "call_function" or axes.batch_axis(node) is None:
+        return None
+    found = [s for s in axes.segments if len(axes.axes_with(node, s)) == 1]
+    return found[0] if found else None
+
+
+def _require_self_contained_tail(plan: SelectivePlan) -> None:
+    if plan.slot not in plan.attention_dependent:
+        raise Unsupported("the output does not depend on an attention")
+    if not plan.is_token_wise(plan.slot):
+        raise Unsupported(f"the token-level output {plan.slot.name} is not computed token by token")
+    if len(plan.layout(plan.slot)) > 1:
+        raise Unsupported(f"the token-level output {plan.slot.name} has several segments")
+    for node in plan.tail:
+        for operand in node.all_input_nodes:
+            if operand in plan.attention_dependent and operand not in (*plan.tail, plan.slot):
+                raise Unsupported(f"{node.name} after the token-level output needs {operand.name}")
+
+
+def _propagate(plan: SelectivePlan, node: fx.Node) -> None:
+    """Hand the needs of `node` on to its operands."""
+    token_wise = plan.is_token_wise(node)
+    cached = node in plan.whole and token_wise and _lives_in_cache(plan, node)
+    if cached:
+        plan.rows.add(node)
+        plan.cached.append(node)
+    if node in plan.rows:
+        if token_wise:
+            _need_rows(plan, node)
+        else:
+            plan.whole.add(node)
+    if node in plan.whole and not cached:
+        source = plan.extracted_from(node)
+        if source is not None:
+            plan.rows.add(source)
+        else:
+            plan.whole.update(node.all_input_nodes)
+
+
+def _need_rows(plan: SelectivePlan, node: fx.Node) -> None:
+    operands = plan.token_operands(node)
+    plan.rows.update(operands)
+    plan.whole.update(o for o in node.all_input_nodes if o not in operands)
+    if node.target is ATTENTION:
+        found = Attention.of(node)
+        plan.whole.update((found.key, found.value))
+
+
+def _lives_in_cache(plan: SelectivePlan, node: fx.Node) -> bool:
+    """Keys and values always; anything else only where computing it whole costs an attention."""
+    if node in plan.attention_dependent:
+        return True
+    return any(
+        user.target is ATTENTION and node in (Attention.of(user).key, Attention.of(user).value)
+        for user in node.users
+    )
+
+
+def cache_order(plan: SelectivePlan, node: fx.Node) -> list[int]:
+    """The permutation that brings batch and token axes of a cached value to the front."""
+    batch, tokens = plan.axes.batch_axis(node), plan.token_axis(node)
+    assert batch is not None and tokens is not None
+    return [batch, tokens, *(a for a in range(rank_of(node)) if a not in (batch, tokens))]
+
+
+def cache_shape(plan: SelectivePlan, node: fx.Node) -> tuple[int, ...]:
+    """Shape of the cache of a value, batch and tokens first."""
+    return tuple(shape_of(node)[axis] for axis in cache_order(plan, node))

@@ -1,0 +1,90 @@
+"""A graph under construction: every node is evaluated on fake tensors as it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from specdiff.passes.rules.registry import shape_of
+
+aten = torch.ops.aten
+_KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack")
+
+
+class GraphWriter:
+    """Writes one program; `meta["val"]` of each node is fresh, provenance is that of its source."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.graph = fx.Graph()
+        self.placeholders: list[fx.Node] = []
+        self._module = module
+        values = [n.meta["val"] for n in module.graph.find_nodes(op="placeholder")]
+        fakes = [v for v in values if isinstance(v, torch.Tensor)]
+        self._fake_mode = fakes[0].fake_mode  # type: ignore[attr-defined]
+        self._provenance: dict[str, Any] = {}
+        self.device = fakes[0].device
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """One op on nodes and constants."""
+        node = self.graph.call_function(target, args, kwargs)
+        node.meta.update(self._provenance)
+        values, named = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        with self._fake_mode, torch.no_grad():
+            node.meta["val"] = target(*values, **named)
+        return node
+
+    def copy(self, node: fx.Node, values: Mapping[fx.Node, fx.Node]) -> fx.Node:
+        """`node` with its operands replaced."""
+        self.follow(node)
+        if node.op == "get_attr":
+            new = self.graph.get_attr(str(node.target))
+            new.meta = dict(node.meta)
+            return new
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+        return self.call(node.target, *args, **kwargs)
+
+    def follow(self, node: fx.Node) -> None:
+        """Nodes written from now on descend from `node`."""
+        self._provenance = {k: node.meta[k] for k in _KEPT_META if k in node.meta}
+
+    def copy_placeholder(self, node: fx.Node) -> fx.Node:
+        """An input of the traced graph, with the metadata that marks it static."""
+        new = self.graph.placeholder(node.name)
+        new.meta = dict(node.meta)
+        self.placeholders.append(new)
+        return new
+
+    def add_tensor(
+        self, name: str, shape: tuple[int, ...], like: fx.Node, dtype: torch.dtype | None = None
+    ) -> fx.Node:
+        """A further input, of the device (and dtype, unless given) of `like`."""
+        node = self.graph.placeholder(name)
+        value = like.meta["val"]
+        with self._fake_mode:
+            node.meta["val"] = torch.empty(shape, dtype=dtype or value.dtype, device=value.device)
+        self.placeholders.append(node)
+        return node
+
+    def add_cache(self, shape: tuple[int, ...], like: fx.Node) -> fx.Node:
+        """A further input that is updated in place and never moves."""
+        node = self.add_tensor(f"cache_{like.name}", shape, like)
+        node.meta["static"] = True
+        return node
+
+    def permute(self, value: fx.Node, order: list[int]) -> fx.Node:
+        """`value` with its axes in `order`."""
+        if order == list(range(len(order))):
+            return value
+        return self.call(aten.permute.default, value, order)
+
+    def to_module(self) -> fx.GraphModule:
+        """The finished program."""
+        self.graph.eliminate_dead_code()
+        self.graph.lint()
+        return fx.GraphModule(self._module, self.graph)
+
+
+__all__ = ["GraphWriter", "shape_of"]
