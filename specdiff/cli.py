@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
+errors = Console(stderr=True)
 
 
 @app.callback()
@@ -51,7 +52,7 @@ def parse_options(pairs: Sequence[str]) -> dict[str, object]:
             options[name] = ast.literal_eval(text)
         except (SyntaxError, ValueError):
             options[name] = text
-    Options.parse(options)
+    Options.parse(options, ())
     return options
 
 
@@ -66,7 +67,7 @@ def _measure(methods: list[Method], requests: list[Request], repeats: int) -> Co
     """Compare the methods behind a progress bar."""
     from specdiff.comparison import compare, count_images
 
-    text = TextColumn("{task.description}")
+    text = TextColumn("{task.description}", markup=False)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), text)
     with Progress(*columns, console=console) as progress:
         total = count_images(methods, requests, repeats)
@@ -114,18 +115,19 @@ def demo(
     ratio = [] if cache_ratio is None else [f"cache_ratio={cache_ratio}"]
     options = parse_options([*ratio, *(option or [])])
     _require_compiler()
-    from specdiff.methods import Setting, demo_methods, demo_requests, usable_device
+    from specdiff.methods import Setting, demo_methods, demo_requests, embed, usable_device
     from specdiff.picture import draw_comparison
     from specdiff.summary import record, table
 
-    setting = Setting(usable_device(device), steps, options)
+    place = usable_device(device)
     requests = demo_requests(prompts or [], seed)
+    setting = Setting(place, steps, options, embed(requests, place))
     comparison = _measure(demo_methods(setting, fewer_steps or []), requests, repeats)
     draw_comparison(comparison, out)
     console.print(table(comparison))
     console.print(f"picture: {out}", highlight=False)
     if json_file is not None:
-        figures = record(comparison, setting.device, repeats)
+        figures = record(comparison, place, repeats)
         json_file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
         console.print(f"figures: {json_file}", highlight=False)
 
@@ -135,5 +137,6 @@ def main() -> None:
     try:
         app()
     except SpecdiffError as error:
-        console.print(f"[bold red]error:[/] {error}", highlight=False)
+        # Not markup: messages name extras in square brackets.
+        errors.print("error:", str(error), style="red", markup=False, highlight=False)
         sys.exit(2)

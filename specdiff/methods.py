@@ -11,7 +11,13 @@ from torch import Tensor
 
 import specdiff
 from specdiff.comparison import Method, Request
-from specdiff.demo import built_in_prompts, load_pipeline, prompt_embeddings, to_pixels
+from specdiff.demo import (
+    PIPELINE_SIDE,
+    built_in_prompts,
+    load_pipeline,
+    prompt_embeddings,
+    to_pixels,
+)
 from specdiff.errors import SpecdiffError
 
 
@@ -23,11 +29,13 @@ class Setting:
         device: Where the pipelines run.
         steps: Denoising steps of one picture.
         options: Runtime options on top of the defaults.
+        embeddings: Token states and pooled state of each prompt, made before any clock runs.
     """
 
     device: torch.device
     steps: int
     options: Mapping[str, object]
+    embeddings: Mapping[str, tuple[Tensor, Tensor]]
 
 
 def usable_device(name: str) -> torch.device:
@@ -48,21 +56,43 @@ def demo_requests(prompts: Sequence[str], seed: int) -> list[Request]:
     return [Request(prompt, seed + index) for index, prompt in enumerate(chosen)]
 
 
+def embed(requests: Sequence[Request], device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
+    """Embed each prompt once: shapes [1, T, 384] and [1, 384].
+
+    Raises:
+        SpecdiffError: A prompt needs the text encoder, which is not installed.
+    """
+    embeddings = {}
+    for prompt in {request.prompt for request in requests}:
+        try:
+            tokens, pooled = prompt_embeddings([prompt])
+        except ModuleNotFoundError as error:
+            raise SpecdiffError(f"{prompt!r}: {error}") from error
+        embeddings[prompt] = (tokens.to(device), pooled.to(device))
+    return embeddings
+
+
 def _generator(pipeline: Any, setting: Setting, steps: int) -> Callable[[Request], Tensor]:
     """Bind a pipeline to a number of steps; pictures arrive on the CPU, so their time is whole."""
-    embeddings: dict[str, Any] = {}
 
     def generate(request: Request) -> Tensor:
-        if request.prompt not in embeddings:
-            embeddings[request.prompt] = prompt_embeddings(request.prompt)
-        generator = torch.Generator("cpu").manual_seed(request.seed)
-        return to_pixels(pipeline, embeddings[request.prompt], steps, generator)
+        tokens, pooled = setting.embeddings[request.prompt]
+        latents = pipeline(
+            prompt_embeds=tokens,
+            pooled_prompt_embeds=pooled,
+            height=PIPELINE_SIDE,
+            width=PIPELINE_SIDE,
+            num_inference_steps=steps,
+            generator=torch.Generator("cpu").manual_seed(request.seed),
+            output_type="latent",
+        ).images
+        return to_pixels(latents)[0].permute(1, 2, 0).cpu()
 
     return generate
 
 
 def _compiled_pipeline(setting: Setting, **compile_arguments: Any) -> Any:
-    pipeline = load_pipeline(setting.device)
+    pipeline: Any = load_pipeline(setting.device)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.transformer = torch.compile(pipeline.transformer, fullgraph=True, **compile_arguments)
     return pipeline
@@ -93,5 +123,5 @@ def demo_methods(setting: Setting, fewer_steps: Sequence[int] = ()) -> list[Meth
     """
     reference, shorter = _dense(setting, fewer_steps)
     default = _selective(setting, "specdiff", setting.options)
-    paper = _selective(setting, "paper", {**setting.options, "method": "paper"})
+    paper = _selective(setting, "specdiff, paper", {**setting.options, "method": "paper"})
     return [reference, default, paper, *shorter]

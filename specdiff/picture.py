@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ AMPLIFICATION = 5
 """Differences are shown this many times larger than they are: usual ones are invisible."""
 PANEL_INCHES = 2.4
 DOTS_PER_INCH = 110
+PROMPT_WIDTH = 26
+"""Letters of a prompt that fit beside its row."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ def _fill(figure: Figure, panels: Sequence[Panel], prompts: Sequence[str]) -> No
             panel.draw(axes, row)
             if row == 0:
                 axes.set_title(panel.title, fontsize=10)
-        grid[row][0].set_ylabel(prompt, fontsize=11)
+        grid[row][0].set_ylabel(textwrap.fill(prompt, PROMPT_WIDTH), fontsize=11)
 
 
 def draw_comparison(comparison: Comparison, file: Path) -> None:

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from specdiff.comparison import Comparison, Trials
@@ -126,9 +127,9 @@ def table(comparison: Comparison) -> Table:
     """The same figures for a terminal, one row a method."""
     rounds = len(comparison.reference.seconds[0])
     title = f"{len(comparison.requests)} prompt(s), {rounds} round(s), medians"
-    result = Table(title=title, title_justify="left")
+    result = Table(title=title, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True)
     result.add_column("method", no_wrap=True)
-    for heading in ("image", "speedup", "PSNR", "SSIM", "tokens", "cache", "compile, once"):
+    for heading in ("time", "speedup", "PSNR", "SSIM", "tokens", "cache", "compile"):
         result.add_column(heading, justify="right", no_wrap=True)
     for trials in comparison.trials:
         result.add_row(*_cells(comparison, trials))
