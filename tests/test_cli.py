@@ -1,5 +1,6 @@
 """The demo's measuring, drawing and wiring, on stand-ins; the real demo is marked slow."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from torch import Tensor
 from specdiff import cli, picture, summary
 from specdiff.comparison import Comparison, Method, Request, compare, count_images, psnr, ssim
 from specdiff.errors import OptionError
+from specdiff.options import Options
 
 SIDE = 32
 REQUESTS = [Request("a red apple", 0), Request("a black cat that sits among many [brackets]", 1)]
@@ -167,6 +169,12 @@ def test_options_are_read_as_literals_or_text() -> None:
 def test_wrong_options_are_refused(pair: str) -> None:
     with pytest.raises(OptionError, match="cache_ratio"):
         cli.parse_options([pair])
+
+
+def test_readme_explains_every_option() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    explained = {line.split("`")[1] for line in readme.splitlines() if line.startswith("| `")}
+    assert explained == {option.name for option in dataclasses.fields(Options)}
 
 
 def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
