@@ -1,0 +1,221 @@
+"""Options of the backend: one frozen dataclass, validated when built, resolved once per method."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from specdiff.errors import OptionError
+
+METHODS = ("history", "paper")
+FORECASTS = ("reuse", "linear", "quadratic", "mean", "mean-1000")
+INNER_BACKENDS = ("inductor", "aot_eager", "eager")
+
+# Used where an option is left None. Provisional values: paper.md, first measurements.
+METHOD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "history": {
+        "cache_ratio": 0.9,
+        "refresh_interval": 4,
+        "reuse_share": 0.0,
+        "starvation": 0.0,
+        "forecast": "linear",
+    },
+    "paper": {
+        "cache_ratio": 0.9,
+        "refresh_interval": 0,
+        "reuse_share": 0.1,
+        "starvation": 3.0,
+        "forecast": "mean",
+    },
+}
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _share(value: Any) -> bool:
+    return _number(value) and 0 <= value <= 1
+
+
+def _count(low: int) -> Callable[[Any], bool]:
+    return lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= low
+
+
+def _option(
+    default: object, valid: str, test: Callable[[Any], bool], *, runtime: bool = True
+) -> Any:
+    """A field with its validity rule; `runtime` fields can change without recompiling."""
+    metadata = {"valid": valid, "test": test, "runtime": runtime}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _choice(default: str | None, names: tuple[str, ...], *, runtime: bool = True) -> Any:
+    valid = "one of " + ", ".join(repr(name) for name in names)
+    return _option(default, valid, names.__contains__, runtime=runtime)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options that the runtime reads at every evaluation, with no default left open."""
+
+    cache_ratio: float
+    warmup_steps: int
+    speculative_steps: int
+    refresh_interval: int
+    reuse_share: float
+    starvation: float
+    forecast: str
+    method: str
+    guidance_scale: float | None
+    max_cache_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `torch.compile(model, backend="specdiff", options=...)` accepts.
+
+    Fields that are None by default and not documented otherwise take the default of `method`
+    (`METHOD_DEFAULTS`). Raises `OptionError` for a value that is out of range or of the wrong type.
+    """
+
+    cache_ratio: float | None = _option(None, "a number from 0 to 1", _share)
+    """Share of image tokens that a selective step does not compute (the paper's CR). 0: all steps
+    dense; 1: whole steps are skipped and forecast."""
+
+    warmup_steps: int = _option(3, "an integer of at least 1", _count(1))
+    """Dense evaluations at the start of every generation, the first included."""
+
+    speculative_steps: int = _option(2, "an integer of at least 0", _count(0))
+    """Evaluations of the paper's self-speculation. The first one is the first real step, so this
+    costs `speculative_steps - 1` evaluations a generation; 0 or 1: no look ahead."""
+
+    refresh_interval: int | None = _option(None, "an integer of at least 0", _count(0))
+    """Every so many evaluations after warm-up are dense; 0: never, 1: all of them."""
+
+    reuse_share: float | None = _option(None, "a number from 0 to 1", _share)
+    """Share of the total score held by the lowest-scoring tokens, whose previous output is reused
+    as it is (the paper's class C2) instead of forecast."""
+
+    starvation: float | None = _option(
+        None, "a number of at least 0", lambda v: _number(v) and v >= 0
+    )
+    """Scale s of the starvation factor exp(s * times cached) in the score (equation 2)."""
+
+    forecast: str | None = _choice(None, FORECASTS)
+    """How tokens that are not computed are predicted. From a token's own last computed outputs:
+    "reuse", "linear", "quadratic". Equation 6 over the last three steps: "mean" with T in [0, 1],
+    "mean-1000" with T in [0, 1000]."""
+
+    method: str = _choice("history", METHODS)
+    """How tokens are scored: "history" by attention times squared staleness, "paper" by
+    equation 3; it also chooses the defaults of the options left None."""
+
+    importance_queries: int | None = _option(
+        128, "an integer of at least 1, or None for all queries", _count(1), runtime=False
+    )
+    """Query rows per attention that are sampled, evenly strided, to measure importance."""
+
+    guidance_scale: float | None = _option(None, "a number, or None", _number)
+    """Set where a call's batch holds both halves of classifier-free guidance, unconditional first:
+    importance is summed over the halves and both compute the same tokens."""
+
+    timestep_arg: str | None = _option(
+        None,
+        "a non-empty string, or None",
+        lambda v: isinstance(v, str) and v != "",
+        runtime=False,
+    )
+    """Name of the forward argument that holds the time; None: found by its usual names."""
+
+    max_cache_bytes: int | None = _option(None, "an integer of at least 0, or None", _count(0))
+    """Limit on the bytes of all key/value caches of one compiled graph; steps that would need more
+    run dense."""
+
+    inner_backend: str = _choice("inductor", INNER_BACKENDS, runtime=False)
+    """What compiles the emitted programs."""
+
+    dump_dir: str | os.PathLike[str] | None = _option(  # noqa: RUF009
+        None, "a path, or None", lambda v: isinstance(v, (str, os.PathLike)), runtime=False
+    )
+    """Directory for readable code, graphs and the report of each pass."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
+            if value is None and "None" in field.metadata["valid"]:
+                continue
+            if not field.metadata["test"](value):
+                raise OptionError(f"{field.name}={value!r}: must be {field.metadata['valid']}")
+
+    @classmethod
+    def parse(
+        cls, mapping: Mapping[str, Any], inductor_keys: Collection[str]
+    ) -> tuple[Options, dict[str, Any]]:
+        """Split what `torch.compile(options=...)` was given into ours and Inductor's.
+
+        Args:
+            mapping: option names and values; may also hold `mode`.
+            inductor_keys: names of all Inductor settings, with underscores, dots where nested.
+
+        Returns:
+            The options, and the settings (`mode` included) to hand to Inductor.
+
+        Raises:
+            OptionError: a name that is neither, or a value out of range.
+        """
+        ours = {name: value for name, value in mapping.items() if name in _FIELDS}
+        inductor = {name: value for name, value in mapping.items() if name not in _FIELDS}
+        known = {"mode", *inductor_keys}
+        for name in inductor:
+            if name.replace("-", "_") not in known:
+                raise OptionError(_unknown(name, list(_FIELDS), [*_FIELDS, *sorted(known)]))
+        return cls(**ours), inductor
+
+    def override(self, overrides: Mapping[str, Any]) -> Options:
+        """These options with some replaced."""
+        return dataclasses.replace(self, **overrides) if overrides else self
+
+    def resolve(self) -> Settings:
+        """The runtime's settings: what is left None takes the method's default."""
+        defaults = METHOD_DEFAULTS[self.method]
+        values = {}
+        for field in dataclasses.fields(Settings):
+            value = getattr(self, field.name)
+            values[field.name] = defaults.get(field.name) if value is None else value
+        return Settings(**values)
+
+
+_FIELDS = {field.name: field for field in dataclasses.fields(Options)}
+RUNTIME_OPTIONS = tuple(name for name, field in _FIELDS.items() if field.metadata["runtime"])
+
+
+def check_overrides(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Validate settings for a compiled model or a session.
+
+    Raises:
+        OptionError: an unknown name, an option fixed at compile time, or a value out of range.
+    """
+    for name in settings:
+        if name not in _FIELDS:
+            raise OptionError(_unknown(name, list(RUNTIME_OPTIONS), list(RUNTIME_OPTIONS)))
+        if name not in RUNTIME_OPTIONS:
+            raise OptionError(
+                f"{name}: fixed when the model is compiled, give it to torch.compile(options=...);"
+                f" settings that can change: {', '.join(RUNTIME_OPTIONS)}"
+            )
+    Options(**settings)
+    return dict(settings)
+
+
+def _unknown(name: str, listed: list[str], similar_to: list[str]) -> str:
+    close = difflib.get_close_matches(name, similar_to, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return f"{name}: no such option{hint}; options: {', '.join(listed)}"

@@ -1,0 +1,122 @@
+"""What users call: `stats`, `reset`, `configure`, `session`. All find a model by its parameters."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdiff.errors import NotCompiledError, OptionError
+from specdiff.options import check_overrides
+from specdiff.runtime.dispatch import Runtime
+from specdiff.runtime.registry import (
+    ModelState,
+    Session,
+    find_or_create,
+    parameters_of,
+    state_of,
+)
+from specdiff.runtime.stats import Counters, Stats
+
+
+def stats(compiled: torch.nn.Module) -> Stats:
+    """What the runtime has done for a model since it was compiled or reset.
+
+    Raises:
+        NotCompiledError: the model has not run under this backend, nor been configured.
+    """
+    state = _known_state(compiled)
+    counters, runtimes = state.counters, _runtimes(state)
+    seconds: Counter[str] = Counter()
+    for runtime in runtimes:
+        seconds.update(runtime.programs.compile_seconds)
+    return Stats(
+        dense=counters.dense,
+        selective=counters.selective,
+        skipped=counters.skipped,
+        speculative=counters.speculative,
+        tokens_computed=counters.tokens_computed,
+        tokens_total=counters.tokens_total,
+        cache_bytes=sum(runtime.pool.nbytes for runtime in runtimes),
+        fallbacks=dict(counters.fallbacks),
+        graphs=len(state.graphs),
+        recompiles=len(state.graphs) - len(set(state.graphs.values())),
+        compile_seconds=dict(seconds),
+        token_counts=counters.token_counts,
+    )
+
+
+def reset(compiled: torch.nn.Module) -> None:
+    """Forget all streams, those of sessions included, idle caches and counters; keep settings.
+
+    Raises:
+        NotCompiledError: the model has not run under this backend, nor been configured.
+    """
+    state = _known_state(compiled)
+    for owner in (state, *state.sessions):
+        owner.forget_streams()
+    state.counters = Counters()
+    for runtime in _runtimes(state):
+        runtime.pool.drop_idle()
+
+
+def configure(compiled: torch.nn.Module, **settings: Any) -> None:
+    """Change settings of a model, from the next evaluation on, without recompiling.
+
+    Works before the first call, too. None returns an option to its default.
+
+    Raises:
+        OptionError: an unknown name, an option fixed at compile time, or a value out of range.
+        NotCompiledError: the module has no parameters to be known by.
+    """
+    overrides = check_overrides(settings)
+    find_or_create(parameters_of(compiled)).overrides.update(overrides)
+
+
+def session(
+    compiled: torch.nn.Module,
+    timesteps: Tensor | Sequence[float] | None = None,
+    **settings: Any,
+) -> Session:
+    """A context whose calls of the model form streams of their own, under their own settings.
+
+    Args:
+        compiled: the compiled model.
+        timesteps: time of every evaluation of one generation in order, repeats included (Heun),
+            as the scheduler or the model has them. With it no value is read back from the device,
+            and a new generation begins when all times are used up; without it times are read.
+        settings: override those of the model while the session is active.
+
+    Raises:
+        OptionError: settings as in `configure`, or times that are empty, not finite, or not in
+            one direction.
+        NotCompiledError: the module has no parameters to be known by.
+    """
+    times = None if timesteps is None else _checked(timesteps)
+    return Session(find_or_create(parameters_of(compiled)), times, settings)
+
+
+def _known_state(compiled: torch.nn.Module) -> ModelState:
+    state = state_of(compiled.parameters())
+    if state is None:
+        raise NotCompiledError(
+            f"{type(compiled).__name__} has not run under torch.compile(backend='specdiff')"
+        )
+    return state
+
+
+def _runtimes(state: ModelState) -> list[Runtime]:
+    return [graph for graph in state.graphs if isinstance(graph, Runtime)]
+
+
+def _checked(timesteps: Tensor | Sequence[float]) -> tuple[float, ...]:
+    times = torch.as_tensor(timesteps, dtype=torch.float64, device="cpu").flatten()
+    steps = times.diff()
+    if not len(times) or not times.isfinite().all():
+        raise OptionError("timesteps: must be finite numbers, at least one")
+    if (steps > 0).any() and (steps < 0).any():
+        raise OptionError("timesteps: must fall or rise throughout; repeats are allowed")
+    return tuple(times.tolist())

@@ -1,0 +1,60 @@
+"""Key/value caches on loan: streams lease a set, and a set whose lease dies serves the next one."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from specdiff.program import CacheSlot
+
+IDLE_SETS = 1
+
+
+class Lease:
+    """Ownership of one set of caches, which goes back to its pool when the lease is dropped."""
+
+    def __init__(self, caches: Sequence[Tensor]) -> None:
+        self.caches = tuple(caches)
+        self.filled = False
+        """Whether a dense step has written them since the lease began."""
+
+
+class CachePool:
+    """All caches of one graph; keeps at most `IDLE_SETS` unused sets for reuse."""
+
+    def __init__(self, slots: Sequence[CacheSlot]) -> None:
+        self._slots = tuple(slots)
+        self._set_bytes = sum(slot.nbytes for slot in slots)
+        self._idle: list[tuple[Tensor, ...]] = []
+        self._leased = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, in use or idle."""
+        return (self._leased + len(self._idle)) * self._set_bytes
+
+    def lease(self, max_bytes: int | None) -> Lease | None:
+        """A set of caches with unspecified contents, or None if it would exceed `max_bytes`."""
+        if max_bytes is not None and (self._leased + 1) * self._set_bytes > max_bytes:
+            return None
+        lease = Lease(self._idle.pop() if self._idle else self._allocate())
+        self._leased += 1
+        weakref.finalize(lease, self._take_back, lease.caches).atexit = False
+        return lease
+
+    def drop_idle(self) -> None:
+        """Free the sets that nobody uses."""
+        self._idle.clear()
+
+    def _allocate(self) -> tuple[Tensor, ...]:
+        # Inference tensors could not be updated in place by a later call outside inference mode.
+        with torch.inference_mode(False):
+            return tuple(slot.allocate() for slot in self._slots)
+
+    def _take_back(self, caches: tuple[Tensor, ...]) -> None:
+        self._leased -= 1
+        if len(self._idle) < IDLE_SETS:
+            self._idle.append(caches)

@@ -1,0 +1,201 @@
+"""The callables that answer a compiled graph: `Runtime`, and `DenseOnly` for refused graphs."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdiff.options import Options, Settings
+from specdiff.program import Programs
+from specdiff.runtime.caches import CachePool
+from specdiff.runtime.history import History
+from specdiff.runtime.prediction import Reading, read
+from specdiff.runtime.registry import (
+    ModelState,
+    Session,
+    active_session,
+    effective,
+    find_or_create,
+)
+from specdiff.runtime.schedule import Schedule
+from specdiff.runtime.step import BUDGET, Step
+from specdiff.runtime.streams import Stream, StreamTable
+
+logger = logging.getLogger(__name__)
+
+NO_TIME = "no time input"
+FEW_TOKENS = "too few tokens"
+ROWS_DIFFER = "time differs between batch rows"
+NOT_FINITE = "latent is not finite"
+AMBIGUOUS = "ambiguous stream"
+
+
+class Runtime:
+    """Answers one compiled graph: decides per evaluation which of its programs runs.
+
+    Args:
+        programs: what the compiler made of the graph.
+        options: those the graph was compiled with; sessions and `configure` override them.
+    """
+
+    def __init__(self, programs: Programs, options: Options) -> None:
+        self.programs = programs
+        self.options = options
+        self.pool = CachePool(programs.signature.caches)
+        self._parameters = programs.signature.indices("parameter")
+        self._conditions = programs.signature.indices("condition")
+        # Graphs without parameters cannot tell models apart.
+        self._own_state = ModelState()
+
+    @torch.no_grad()
+    def __call__(self, *inputs: object) -> list[Tensor]:
+        """The graph's outputs for its flat inputs, by a dense, selective or skipped evaluation."""
+        state = self._state(inputs)
+        session = active_session(state)
+        settings = self._settings(state, session)
+        schedule = Schedule.of(settings, self.programs.signature.prunable_tokens)
+        given = session.times if session is not None else None
+        refusal = self._refusal(settings, schedule, given)
+        if refusal is not None:
+            return self._fall_back(inputs, state, refusal)
+        owner: ModelState | Session = state if session is None else session
+        table = owner.table(self)
+        conditions = [inputs[index] for index in self._conditions]
+        stream = table.find(conditions)
+        reading = None
+        if given is None:
+            reading = self._read(inputs, stream)
+            refusal = _suspicion(reading, stream)
+            if refusal is not None:
+                _abandon(table, stream, refusal)
+                return self._fall_back(inputs, state, refusal)
+        if stream is not None and _is_over(stream, reading, given):
+            table.drop(stream)
+            stream = None
+        if stream is None:
+            stream = table.start(conditions, self._history())
+        time = reading.time if reading is not None else (given or ())[len(stream.times)]
+        step = Step(
+            self.programs, self.pool, table, stream, state, settings, schedule, inputs, time,
+            reading, given,
+        )  # fmt: skip
+        try:
+            return step.run()
+        except BaseException:
+            # Half an evaluation leaves caches and history that belong to no point in time.
+            table.drop(stream)
+            raise
+
+    def _state(self, inputs: Sequence[object]) -> ModelState:
+        parameters = _tensors(inputs, self._parameters)
+        state = find_or_create(parameters) if parameters else self._own_state
+        state.saw(self, parameters)
+        return state
+
+    def _settings(self, state: ModelState, session: Session | None) -> Settings:
+        settings = effective(self.options, state, session)
+        batch = self.programs.signature.batch
+        if settings.guidance_scale is not None and batch % 2:
+            state.say(logger, f"guidance_scale ignored: a batch of {batch} has no two halves")
+            settings = dataclasses.replace(settings, guidance_scale=None)
+        return settings
+
+    def _refusal(
+        self, settings: Settings, schedule: Schedule, given: tuple[float, ...] | None
+    ) -> str | None:
+        """Why no call of this graph can be anything but dense, if so."""
+        signature, budget = self.programs.signature, settings.max_cache_bytes
+        if signature.time is None and given is None:
+            return NO_TIME
+        if signature.prunable_tokens < 2:
+            return FEW_TOKENS
+        if schedule.selects and budget is not None and budget < signature.cache_bytes:
+            return BUDGET
+        return None
+
+    def _read(self, inputs: Sequence[object], stream: Stream | None) -> Reading:
+        signature = self.programs.signature
+        latent, time = inputs[signature.latent], signature.time
+        assert isinstance(latent, Tensor) and time is not None
+        previous = (stream.latent, stream.velocity) if stream is not None else (None, None)
+        return read(inputs[time], latent, *previous)
+
+    def _history(self) -> History:
+        tokens = self.programs.signature.tokens
+        return History(tokens.shape[0], tokens.shape[1], tokens.device)
+
+    def _fall_back(self, inputs: Sequence[object], state: ModelState, reason: str) -> list[Tensor]:
+        """A dense evaluation that touches no stream, counted with its reason."""
+        state.counters.dense += 1
+        state.counters.fallbacks[reason] += 1
+        tokens = self.programs.signature.batch * self.programs.signature.prunable_tokens
+        state.counters.tokens_computed += tokens
+        state.counters.tokens_total += tokens
+        state.say(logger, f"running dense: {reason}")
+        outputs = self.programs.tail(inputs, self.programs.probe(inputs).tokens)
+        return [output.clone() for output in outputs]
+
+
+class DenseOnly:
+    """Answers a graph that the compiler refused to rewrite: dense, with the reason in the stats.
+
+    Args:
+        function: takes the graph's flat inputs and returns its outputs.
+        reason: why the graph was refused.
+        parameters: positions of the model's parameters among the inputs.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], reason: str, parameters: Sequence[int]
+    ) -> None:
+        self._function = function
+        self._reason = reason
+        self._parameters = tuple(parameters)
+
+    def __call__(self, *inputs: object) -> Any:
+        """The function's outputs, gradients included."""
+        parameters = _tensors(inputs, self._parameters)
+        if parameters:
+            state = find_or_create(parameters)
+            state.saw(self, parameters)
+            state.counters.dense += 1
+            state.counters.fallbacks[self._reason] += 1
+            state.say(logger, f"running dense: {self._reason}")
+        return self._function(*inputs)
+
+
+def _tensors(inputs: Sequence[object], indices: Sequence[int]) -> list[Tensor]:
+    return [value for index in indices if isinstance(value := inputs[index], Tensor)]
+
+
+def _suspicion(reading: Reading, stream: Stream | None) -> str | None:
+    """Why this evaluation cannot be trusted to belong to one trajectory, if so."""
+    if stream is not None and stream.ambiguous:
+        return AMBIGUOUS
+    if not reading.finite:
+        return NOT_FINITE
+    if not reading.same_time:
+        return ROWS_DIFFER
+    if stream is not None and stream.relation(reading) == "foreign":
+        return AMBIGUOUS
+    return None
+
+
+def _abandon(table: StreamTable, stream: Stream | None, reason: str) -> None:
+    """Leave no state of a suspicious trajectory but the mark that its key is ambiguous."""
+    if stream is not None and reason == AMBIGUOUS:
+        stream.become_ambiguous()
+    elif stream is not None:
+        table.drop(stream)
+
+
+def _is_over(stream: Stream, reading: Reading | None, given: tuple[float, ...] | None) -> bool:
+    """Whether this evaluation begins a new generation."""
+    if reading is not None:
+        return stream.relation(reading) == "restarts"
+    return given is not None and len(stream.times) >= len(given)

@@ -1,0 +1,137 @@
+"""The only process-wide state: which model has which runtime state, which sessions are active.
+
+A model is known by its parameters, which both sides see: the user holds the module, the compiled
+graph gets them as inputs. Neither side keeps the other alive.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from specdiff.errors import NotCompiledError
+from specdiff.options import Options, Settings, check_overrides
+from specdiff.runtime.stats import Counters
+from specdiff.runtime.streams import StreamTable
+
+
+class StreamOwner:
+    """Settings and streams of a model or of a session, one table of streams for every graph."""
+
+    def __init__(self, *, keep_values: bool) -> None:
+        self.overrides: dict[str, Any] = {}
+        self._keep_values = keep_values
+        self._tables: weakref.WeakKeyDictionary[object, StreamTable] = weakref.WeakKeyDictionary()
+
+    def table(self, graph: object) -> StreamTable:
+        """The streams that `graph` has here."""
+        if graph not in self._tables:
+            self._tables[graph] = StreamTable(keep_values=self._keep_values)
+        return self._tables[graph]
+
+    def forget_streams(self) -> None:
+        """Drop all streams; their caches go back to their pools."""
+        self._tables.clear()
+
+
+class ModelState(StreamOwner):
+    """Everything the runtime keeps for one model."""
+
+    def __init__(self) -> None:
+        super().__init__(keep_values=False)
+        self.counters = Counters()
+        self.sessions: weakref.WeakSet[StreamOwner] = weakref.WeakSet()
+        self.graphs: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        """Graphs this model has run, with a hash of the parameters each of them takes."""
+        self._said: set[str] = set()
+
+    def saw(self, graph: object, parameters: Sequence[Tensor]) -> None:
+        """Note that this model runs `graph`."""
+        if graph not in self.graphs:
+            self.graphs[graph] = hash(tuple(id(parameter) for parameter in parameters))
+
+    def say(self, logger: logging.Logger, message: str) -> None:
+        """Log a message once in the life of this model."""
+        if message not in self._said:
+            self._said.add(message)
+            logger.warning(message)
+
+
+class Session(StreamOwner):
+    """A context in which a model's calls form streams of their own, under their own settings.
+
+    May be entered again after it was left: two generations that take turns, each under its own
+    session, never mix. Made by `specdiff.session`.
+    """
+
+    def __init__(
+        self, state: ModelState, times: tuple[float, ...] | None, settings: Mapping[str, Any]
+    ) -> None:
+        super().__init__(keep_values=True)
+        self.state = state
+        self.times = times
+        self.overrides = check_overrides(settings)
+        state.sessions.add(self)
+
+    def __enter__(self) -> Session:
+        _ACTIVE.set((*_ACTIVE.get(), self))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        active = list(_ACTIVE.get())
+        del active[len(active) - 1 - active[::-1].index(self)]
+        _ACTIVE.set(tuple(active))
+
+
+_STATES: WeakIdKeyDictionary = WeakIdKeyDictionary()
+# Per thread and per asyncio task, so that concurrent users do not see each other's sessions.
+_ACTIVE: ContextVar[tuple[Session, ...]] = ContextVar("specdiff_sessions", default=())
+
+
+def state_of(parameters: Iterable[Tensor]) -> ModelState | None:
+    """The state that any of these parameters belongs to."""
+    for parameter in parameters:
+        state = _STATES.get(parameter)
+        if isinstance(state, ModelState):
+            return state
+    return None
+
+
+def find_or_create(parameters: Sequence[Tensor]) -> ModelState:
+    """The state of a model, made and registered for all its parameters if there is none."""
+    state = state_of(parameters)
+    if state is None:
+        state = ModelState()
+        for parameter in parameters:
+            _STATES[parameter] = state
+    return state
+
+
+def parameters_of(module: torch.nn.Module) -> list[Tensor]:
+    """Parameters that identify a module.
+
+    Raises:
+        NotCompiledError: it has none, so that its runtime state cannot be found.
+    """
+    parameters: list[Tensor] = list(module.parameters())
+    if not parameters:
+        raise NotCompiledError(f"{type(module).__name__} has no parameters to be known by")
+    return parameters
+
+
+def active_session(state: ModelState) -> Session | None:
+    """The innermost session of this model that is entered in this thread or task."""
+    return next((s for s in reversed(_ACTIVE.get()) if s.state is state), None)
+
+
+def effective(options: Options, state: ModelState, session: Session | None) -> Settings:
+    """Settings of a call: the session's, over the model's, over those it was compiled with."""
+    inner = session.overrides if session is not None else {}
+    return options.override({**state.overrides, **inner}).resolve()

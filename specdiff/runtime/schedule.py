@@ -1,0 +1,43 @@
+"""What each evaluation runs: every token, K of them, or none.
+
+The paper's plan (warm-up, then K always), whole-step caching (K = 0 between refreshes) and every
+mixture of the two are points of one space.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from specdiff.options import Settings
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The plan of one generation over N tokens."""
+
+    tokens: int
+    """N"""
+    active: int
+    """K: tokens that a step between dense ones computes; 0: it computes nothing."""
+    warmup_steps: int
+    refresh_interval: int
+
+    @classmethod
+    def of(cls, settings: Settings, tokens: int) -> Schedule:
+        """The plan that `settings` ask for."""
+        active = round((1 - settings.cache_ratio) * tokens)
+        return cls(tokens, active, settings.warmup_steps, settings.refresh_interval)
+
+    @property
+    def selects(self) -> bool:
+        """Whether any step computes some but not all tokens, so that caches are needed."""
+        return 0 < self.active < self.tokens
+
+    def count(self, index: int) -> int:
+        """Tokens to compute at evaluation `index` (from 0) of a generation."""
+        after_warmup = index - self.warmup_steps
+        if after_warmup < 0:
+            return self.tokens
+        if self.refresh_interval and (after_warmup + 1) % self.refresh_interval == 0:
+            return self.tokens
+        return self.active

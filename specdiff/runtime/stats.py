@@ -1,0 +1,76 @@
+"""Counters of one model and the snapshot that users read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass
+class Counters:
+    """What has happened since the model was compiled or reset."""
+
+    dense: int = 0
+    selective: int = 0
+    skipped: int = 0
+    speculative: int = 0
+    tokens_computed: int = 0
+    tokens_total: int = 0
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    token_counts: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Stats:
+    """A snapshot of what the runtime did for one model."""
+
+    dense: int
+    """Evaluations that computed every token, fallbacks included."""
+    selective: int
+    """Evaluations that computed some of the tokens."""
+    skipped: int
+    """Evaluations that computed none: all tokens were forecast."""
+    speculative: int
+    """Extra dense evaluations made to look ahead."""
+    tokens_computed: int
+    """Image tokens computed, over all batch rows, speculative evaluations included."""
+    tokens_total: int
+    """Image tokens that a dense run would have computed."""
+    cache_bytes: int
+    """Bytes of key/value caches held by the model's graphs, idle ones included."""
+    fallbacks: dict[str, int]
+    """How often a step ran dense because a guard failed, by reason."""
+    graphs: int
+    """Compiled graphs that this model has run."""
+    recompiles: int
+    """Graphs beyond the first over one and the same set of parameters."""
+    compile_seconds: dict[str, float]
+    """Seconds spent compiling, by program, summed over graphs."""
+    token_counts: Tensor | None
+    """int32 [B, N]: how often each token of the latest stream was computed in its generation."""
+
+    @property
+    def evaluations(self) -> int:
+        """Calls answered: dense, selective and skipped."""
+        return self.dense + self.selective + self.skipped
+
+    def __str__(self) -> str:
+        steps = (
+            f"{self.evaluations} evaluations: {self.dense} dense, {self.selective} selective,"
+            f" {self.skipped} skipped; {self.speculative} speculative"
+        )
+        share = self.tokens_computed / self.tokens_total if self.tokens_total else 1.0
+        tokens = f"tokens computed: {self.tokens_computed} of {self.tokens_total} ({share:.1%})"
+        reasons = [f"{reason} x{count}" for reason, count in self.fallbacks.items()]
+        seconds = [f"{name} {value:.1f} s" for name, value in self.compile_seconds.items()]
+        lines = [
+            steps,
+            tokens,
+            f"caches: {self.cache_bytes / 2**20:.1f} MiB",
+            f"dense by guard: {', '.join(reasons) or 'never'}",
+            f"graphs: {self.graphs}, recompiles: {self.recompiles}",
+            f"compile time: {', '.join(seconds) or 'none'}",
+        ]
+        return "\n".join(lines)

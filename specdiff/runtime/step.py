@@ -1,0 +1,203 @@
+"""One evaluation of one stream: run the program that the schedule picks, merge, remember."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specdiff.options import Settings
+from specdiff.program import Programs
+from specdiff.runtime.caches import CachePool
+from specdiff.runtime.forecast import forecast
+from specdiff.runtime.importance import (
+    least_important,
+    log_scores,
+    most_important,
+    per_sample,
+)
+from specdiff.runtime.prediction import Prediction, Reading, euler_fit, guided, time_unit
+from specdiff.runtime.registry import ModelState
+from specdiff.runtime.schedule import Schedule
+from specdiff.runtime.speculation import landings, model_time, speculate
+from specdiff.runtime.streams import Stream, StreamTable
+
+logger = logging.getLogger(__name__)
+
+BUDGET = "cache budget exceeded"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of a graph that belongs to a stream."""
+
+    programs: Programs
+    pool: CachePool
+    table: StreamTable
+    stream: Stream
+    state: ModelState
+    settings: Settings
+    schedule: Schedule
+    inputs: Sequence[object]
+    time: float
+    """Time of this evaluation: the model's input, or the session's list if it gave one."""
+    reading: Reading | None
+    """What was read from the device; None if the session gave the times."""
+    given: tuple[float, ...] | None
+    """All times of the run, if the session gave them."""
+
+    def run(self) -> list[Tensor]:
+        """Answer the call: the graph's outputs, safe from later evaluations."""
+        stream, counters = self.stream, self.state.counters
+        batch, count = self.programs.signature.batch, self._count()
+        if count == self.schedule.tokens:
+            tokens = self._dense()
+            counters.dense += 1
+        elif count:
+            tokens = self._selective(count)
+            counters.selective += 1
+        else:
+            tokens = self._skip()
+            counters.skipped += 1
+        stream.times.append(self.time)
+        self.table.touch(stream)
+        counters.tokens_computed += batch * count
+        counters.tokens_total += batch * self.schedule.tokens
+        counters.token_counts = stream.history.counts
+        # Tail may return a view of the history, or a buffer that its next run overwrites.
+        outputs = [output.clone() for output in self.programs.tail(self.inputs, tokens)]
+        self._look_ahead(outputs[self.programs.signature.velocity])
+        return outputs
+
+    @property
+    def _shared(self) -> bool:
+        return self.settings.guidance_scale is not None
+
+    @property
+    def _latent(self) -> Tensor:
+        latent = self.inputs[self.programs.signature.latent]
+        assert isinstance(latent, Tensor)
+        return latent
+
+    def _count(self) -> int:
+        """Tokens to compute; all of them if a selective step would find its caches empty."""
+        count = self.schedule.count(self.stream.history.evaluations)
+        lease = self.stream.lease
+        if 0 < count < self.schedule.tokens and not (lease and lease.filled):
+            return self.schedule.tokens
+        return count
+
+    def _dense(self) -> Tensor:
+        stream = self.stream
+        # A key seen once costs nothing: caches are for trajectories that go on.
+        if self.schedule.selects and stream.history.evaluations > 0:
+            self._ensure_lease()
+        if stream.lease is None:
+            evaluation = self.programs.probe(self.inputs)
+        else:
+            evaluation = self.programs.dense(self.inputs, stream.lease.caches)
+            stream.lease.filled = True
+        tokens = evaluation.tokens.clone()
+        stream.importance = per_sample(evaluation.importance, self._shared)
+        stream.history.record_dense(self.time, tokens)
+        return tokens
+
+    def _ensure_lease(self) -> None:
+        if self.stream.lease is None:
+            self.table.release_idle(self.stream)
+            self.stream.lease = self.pool.lease(self.settings.max_cache_bytes)
+        if self.stream.lease is None:
+            self.state.counters.fallbacks[BUDGET] += 1
+            self.state.say(logger, f"max_cache_bytes={self.settings.max_cache_bytes}: {BUDGET}")
+
+    def _selective(self, count: int) -> Tensor:
+        stream, settings = self.stream, self.settings
+        assert stream.lease is not None and stream.importance is not None
+        future = stream.future(self.time)
+        scores = log_scores(settings, stream.importance, future, stream.history, self.time)
+        active = most_important(scores, count, self._shared)
+        predicted = self._forecast()
+        if settings.reuse_share > 0:
+            reused = least_important(scores, settings.reuse_share, active)
+            previous = stream.history.steps[0].tokens
+            predicted = torch.where(reused.unsqueeze(-1), previous, predicted)
+        evaluation = self.programs.selective(self.inputs, stream.lease.caches, active)
+        rows = active.unsqueeze(-1).expand_as(evaluation.tokens)
+        merged = predicted.scatter(1, rows, evaluation.tokens.to(predicted.dtype))
+        stream.importance = per_sample(evaluation.importance, self._shared)
+        stream.history.record_selective(self.time, merged, active)
+        return merged
+
+    def _skip(self) -> Tensor:
+        predicted = self._forecast()
+        self.stream.history.record_skipped(self.time, predicted)
+        return predicted
+
+    def _forecast(self) -> Tensor:
+        history = self.stream.history
+        unit = time_unit([*(self.given or self.stream.times), self.time])
+        predicted = forecast(self.settings.forecast, history, self.time, unit)
+        # Where nobody has read the latent, forecasts must be NaN where the model's output would be.
+        return predicted if self.reading is not None else _tainted(predicted, self._latent)
+
+    def _look_ahead(self, velocity: Tensor) -> None:
+        """Keep what the next evaluation's fit needs, and speculate once time has moved."""
+        stream, times = self.stream, self.stream.times
+        pending = self._wants_future() and not stream.looked_ahead
+        before = stream.latent, stream.velocity, stream.model_time
+        if pending or self.reading is not None:
+            stream.latent = self._latent.clone()
+            stream.velocity = guided(velocity, self.settings.guidance_scale)
+            stream.model_time = self._model_time()
+        if pending and len(times) > 1 and times[-1] != times[-2]:
+            self._speculate(*before)
+        if stream.looked_ahead and self.reading is None:
+            stream.latent = stream.velocity = stream.model_time = None
+
+    def _wants_future(self) -> bool:
+        return (
+            self.settings.speculative_steps > 1
+            and self.schedule.selects
+            and self.programs.signature.time is not None
+        )
+
+    def _model_time(self) -> Tensor:
+        index = self.programs.signature.time
+        time = self.inputs[index] if index is not None else self.time
+        return torch.as_tensor(time, device=self._latent.device).float().flatten()[0].clone()
+
+    def _speculate(
+        self, latent: Tensor | None, velocity: Tensor | None, time: Tensor | None
+    ) -> None:
+        """Infer the sampler from the previous evaluation, given by its parts; look ahead."""
+        stream, times = self.stream, self.stream.times
+        if latent is None or velocity is None or time is None or stream.model_time is None:
+            return
+        stream.looked_ahead = True
+        step = times[-1] - times[-2]
+        landed = landings(times, self.settings.speculative_steps, self.given)
+        places: list[tuple[float, float | Tensor]]
+        if self.reading is not None:
+            prediction = Prediction.infer(self.reading, step, time_unit(times))
+            places = [(landing, landing) for landing in landed]
+        else:
+            prediction = Prediction.measure(euler_fit(self._latent, latent, velocity), step)
+            seen = (times[-2], times[-1]), (time, stream.model_time)
+            places = [(landing, model_time(landing, *seen)) for landing in landed]
+        if prediction.trusted is False:
+            self.state.say(logger, "no speculation: the sampler's steps do not fit an Euler flow")
+            return
+        speculate(self.programs, self.inputs, stream, prediction, places, self._shared)
+        self.state.counters.speculative += len(places)
+        tokens = self.programs.signature.batch * self.schedule.tokens
+        self.state.counters.tokens_computed += len(places) * tokens
+
+
+def _tainted(tokens: Tensor, latent: Tensor) -> Tensor:
+    """`tokens` [B, N, C], NaN in the batch rows where the latent has a NaN or an infinity."""
+    batch = len(tokens)
+    rows = latent.float().reshape(batch if len(latent) == batch else 1, -1).sum(1) * 0
+    return tokens + rows.to(tokens.dtype)[:, None, None]

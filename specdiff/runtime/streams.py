@@ -1,0 +1,184 @@
+"""Streams: the state of one denoising trajectory each, and how a call finds its own."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from specdiff.runtime.caches import Lease
+from specdiff.runtime.history import History
+from specdiff.runtime.prediction import POOR_FIT, Reading
+
+MAX_STREAMS = 8
+LARGE_CHANGE = 0.5
+"""Relative change of the latent in one evaluation that only a very long step explains."""
+
+
+class StreamKey:
+    """What tells streams apart: the conditions, by identity and version, or by value if asked."""
+
+    def __init__(self, conditions: Sequence[object], *, keep_values: bool) -> None:
+        self._marks = [_mark(condition) for condition in conditions]
+        self._kept = list(conditions) if keep_values else None
+
+    @property
+    def alive(self) -> bool:
+        """Whether a call can still match: no tensor has died, or the values were kept."""
+        return all(ref() is not None for ref, _ in self._marks if isinstance(ref, weakref.ref))
+
+    def is_same(self, conditions: Sequence[object]) -> bool:
+        """Whether these are the same objects, unmodified since."""
+        for (ref, version), condition in zip(self._marks, conditions, strict=True):
+            if isinstance(condition, Tensor) != isinstance(ref, weakref.ref):
+                return False
+            if isinstance(ref, weakref.ref):
+                if ref() is not condition or version != _version(condition):
+                    return False
+            elif ref != condition:
+                return False
+        return True
+
+    def is_equal(self, conditions: Sequence[object]) -> bool:
+        """Whether the kept values are equal to these; reads the device where they are tensors."""
+        if self._kept is None or not self.is_same(self._kept):
+            return False
+        return all(
+            _equal(kept, condition) for kept, condition in zip(self._kept, conditions, strict=True)
+        )
+
+
+class Stream:
+    """One trajectory: caches, history, scores. A new generation is a new stream.
+
+    All state is per batch row.
+    """
+
+    def __init__(self, key: StreamKey, history: History) -> None:
+        self.key = key
+        self.history = history
+        self.times: list[float] = []
+        """Time of every evaluation so far, in the unit of its source."""
+        self.lease: Lease | None = None
+        self.importance: Tensor | None = None
+        """float32 [B, N] of the latest evaluation that computed anything (the paper's his)."""
+        self.speculative: list[tuple[float, Tensor]] = []
+        """Times looked ahead to, soonest first, with their importance, float32 [B, N] (fut)."""
+        self.looked_ahead = False
+        self.latent: Tensor | None = None
+        self.velocity: Tensor | None = None
+        """Latent and (guided) velocity of the previous evaluation, where something needs them."""
+        self.model_time: Tensor | None = None
+        """float32 scalar: the time input of the previous evaluation, with a session's times."""
+        self.ambiguous = False
+        self.last_call = 0
+
+    @property
+    def direction(self) -> float:
+        """-1.0 where time falls, 1.0 where it rises, 0.0 while it has not moved."""
+        span = self.times[-1] - self.times[0]
+        return math.copysign(1.0, span) if span else 0.0
+
+    def relation(self, reading: Reading) -> Literal["continues", "restarts", "foreign"]:
+        """How an evaluation relates to this stream, by its time and its latent.
+
+        A reversal of time begins a new generation; so does a repeat of the starting time, unless
+        the latent has moved a little (neighbouring times that collide in bf16). Repeated times
+        later on are Heun's. A latent that is far from the previous one, and not where its velocity
+        led, belongs to somebody else.
+        """
+        step = reading.time - self.times[-1]
+        if step * self.direction < 0:
+            return "restarts"
+        if step == 0 and self.direction == 0 and not 0 < reading.change <= LARGE_CHANGE:
+            return "restarts"
+        if reading.change > LARGE_CHANGE and reading.residual > POOR_FIT:
+            return "foreign"
+        return "continues"
+
+    def become_ambiguous(self) -> None:
+        """Give everything back: calls of this key cannot be told apart and run dense."""
+        self.ambiguous = True
+        self.lease = self.importance = self.latent = self.velocity = None
+        self.speculative.clear()
+
+    def future(self, time: float) -> Tensor | None:
+        """Importance at the nearest speculative time not yet passed, else at the last one."""
+        ahead = [
+            importance
+            for landing, importance in self.speculative
+            if (landing - time) * self.direction >= 0
+        ]
+        if ahead:
+            return ahead[0]
+        return self.speculative[-1][1] if self.speculative else None
+
+
+class StreamTable:
+    """The streams of one graph for one model or session, in the order they were last called."""
+
+    def __init__(self, *, keep_values: bool) -> None:
+        self._keep_values = keep_values
+        self._streams: list[Stream] = []
+        self._calls = 0
+
+    def find(self, conditions: Sequence[object]) -> Stream | None:
+        """The stream of these conditions, after dropping those whose conditions have died."""
+        self._calls += 1
+        if not self._keep_values:
+            self._streams = [stream for stream in self._streams if stream.key.alive]
+        for stream in reversed(self._streams):
+            if stream.key.is_same(conditions):
+                return stream
+        for stream in reversed(self._streams):
+            if stream.key.is_equal(conditions):
+                return stream
+        return None
+
+    def start(self, conditions: Sequence[object], history: History) -> Stream:
+        """A new stream; the one called longest ago makes room for it."""
+        stream = Stream(StreamKey(conditions, keep_values=self._keep_values), history)
+        self._streams = [*self._streams, stream][-MAX_STREAMS:]
+        return stream
+
+    def touch(self, stream: Stream) -> None:
+        """Note that a stream was evaluated by the current call."""
+        stream.last_call = self._calls
+        self._streams.remove(stream)
+        self._streams.append(stream)
+
+    def drop(self, stream: Stream) -> None:
+        """Forget a stream; its caches go back to the pool."""
+        self._streams.remove(stream)
+
+    def release_idle(self, stream: Stream) -> None:
+        """Take the caches of streams not called since the previous call of `stream`.
+
+        They have most likely finished. If not, a dense step refills caches for them.
+        """
+        for other in self._streams:
+            if other.last_call < stream.last_call:
+                other.lease = None
+
+
+def _version(tensor: Tensor) -> int | None:
+    # Inference tensors track no version: their writes in place cannot be seen.
+    return None if tensor.is_inference() else tensor._version
+
+
+def _mark(condition: object) -> tuple[object, int | None]:
+    if isinstance(condition, Tensor):
+        return weakref.ref(condition), _version(condition)
+    return condition, None
+
+
+def _equal(kept: object, condition: object) -> bool:
+    if isinstance(kept, Tensor) and isinstance(condition, Tensor):
+        return torch.equal(kept, condition)
+    return kept is condition or (
+        not isinstance(kept, Tensor) and not isinstance(condition, Tensor) and kept == condition
+    )
