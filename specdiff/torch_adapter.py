@@ -10,7 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo.backends.debugging import aot_eager
+from torch._dynamo.exc import TorchDynamoException
 from torch._functorch.aot_autograd import aot_export_module
+from torch._guards import CompileId, TracingContext, tracing
+from torch._inductor.compile_fx import compile_fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from specdiff.passes.base import Unsupported
 
 InductorSettings = Mapping[str, Any]
 
@@ -18,15 +26,15 @@ InductorSettings = Mapping[str, Any]
 def export_functional(module: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     """Functional pre-dispatch ATen of a Dynamo graph; placeholders are the graph's own inputs.
 
-    Attributes of the Dynamo graph (constants it lifted) stay attributes. Raises ValueError if the
-    graph writes to an input.
+    Attributes of the Dynamo graph (constants it lifted) stay attributes. Raises Unsupported if
+    the graph writes to an input.
     """
     with fx.traceback.preserve_node_meta():
         exported, signature = aot_export_module(
             module, list(inputs), trace_joint=False, pre_dispatch=True
         )
     if signature.buffers_to_mutate or getattr(signature, "user_inputs_to_mutate", None):
-        raise ValueError("the graph writes to one of its inputs")
+        raise Unsupported("the graph writes to one of its inputs")
     _restore_attributes(module, exported, signature)
     _restore_placeholders(module, exported)
     return exported
@@ -72,3 +80,65 @@ def is_module_state(placeholder: fx.Node, value: Any) -> bool:
         return True
     name = source_name(placeholder)
     return "_parameters'" in name or "_buffers'" in name
+
+
+def mode_settings(mode: str | None) -> dict[str, Any]:
+    """Inductor settings of a `torch.compile` mode. Raises RuntimeError for an unknown mode."""
+    if mode is None or mode == "default":
+        return {}
+    return dict(torch._inductor.list_mode_options(mode))
+
+
+def inductor_keys() -> frozenset[str]:
+    """Names of all Inductor settings."""
+    return frozenset(torch._inductor.list_options())
+
+
+def is_restart(error: BaseException) -> bool:
+    """Whether an exception is Dynamo's own control flow, which must reach Dynamo."""
+    return isinstance(error, TorchDynamoException)
+
+
+def compile_program(
+    module: fx.GraphModule, inputs: Sequence[Any], backend: str, settings: InductorSettings
+) -> Callable[[Sequence[Any]], Sequence[Tensor]]:
+    """Hand one emitted program to a compiler; the result takes its flat inputs as one sequence.
+
+    Parameters and caches stay static inputs: CUDA graphs would copy them before each run
+    otherwise. Outside a Dynamo compilation Inductor learns of them through a tracing context.
+    """
+    if backend == "eager":
+        return lambda values: module(*values)
+    _restore_static_metadata(module)
+    fake_mode = FakeTensorMode(shape_env=ShapeEnv())
+    with tracing(TracingContext(fake_mode)), torch.no_grad():
+        if backend == "aot_eager":
+            compiled = aot_eager(module, list(inputs))
+        else:
+            compiled = compile_fx(module, list(inputs), config_patches=dict(settings) or None)
+    # the GraphModule path of compile_fx takes its inputs one by one, whatever `_boxed_call` says
+    return lambda values: compiled(*values)
+
+
+def compile_untouched(
+    module: fx.GraphModule, inputs: Sequence[Any], backend: str, settings: InductorSettings
+) -> Callable[..., Any]:
+    """The Dynamo graph as it came, compiled inside the running Dynamo compilation."""
+    if backend == "eager":
+        return module.forward
+    if backend == "aot_eager":
+        return aot_eager(module, list(inputs))  # type: ignore[no-any-return]
+    return compile_fx(module, list(inputs), config_patches=dict(settings) or None)  # type: ignore[return-value]
+
+
+def _restore_static_metadata(module: fx.GraphModule) -> None:
+    """What AOTAutograd looks for in a graph that came from Dynamo (frontend_utils.py)."""
+    module.meta["dynamo_compile_id"] = CompileId(frame_id=0, frame_compile_id=0)
+    module._param_name_to_source = {}  # type: ignore[assignment]
+    for node in module.graph.find_nodes(op="placeholder"):
+        origin = node.meta.pop("dynamo_placeholder", None)
+        node._dynamo_source = getattr(origin, "_dynamo_source", None)
+        described = dict(origin.meta.get("tensor_dict") or {}) if origin is not None else {}
+        if node.meta.get("static"):
+            described["_dynamo_static_input_type"] = "unguarded"
+        node.meta["tensor_dict"] = described

@@ -1,0 +1,129 @@
+"""The entry point: what `torch.compile(model, backend="specdiff")` calls for each graph.
+
+normalize -> axes -> selective -> regions -> lower -> runtime. A graph that has no token-selective
+form runs as it came, through the same inner compiler, and the reason is kept and logged.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from specdiff import torch_adapter
+from specdiff.options import Options
+from specdiff.passes.axes import AxesPass
+from specdiff.passes.base import PassRecord, PassRunner, Unsupported
+from specdiff.passes.lower import LoweredPrograms
+from specdiff.passes.normalize import DynamoGraph, NormalizePass
+from specdiff.passes.regions import Region, RegionsPass
+from specdiff.passes.selective import SelectivePass, SelectivePlan
+from specdiff.passes.signature import build_signature
+from specdiff.program import Signature
+from specdiff.runtime.dispatch import DenseOnly, Runtime
+
+log = logging.getLogger(__name__)
+
+ALL_QUERIES = 1 << 62
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What the compiler found in one graph."""
+
+    module: fx.GraphModule
+    plan: SelectivePlan
+    regions: tuple[Region, ...]
+    signature: Signature
+    records: tuple[PassRecord, ...]
+
+
+def analyse(
+    module: fx.GraphModule, inputs: Sequence[Any], options: Options, verify: bool = False
+) -> Analysis:
+    """Run every pass up to the plan. Raises Unsupported with the reason if there is none."""
+    runner = PassRunner(Path(options.dump_dir) if options.dump_dir else None, verify)
+    normalized = runner.run(
+        NormalizePass(torch_adapter.export_functional), DynamoGraph(module, inputs)
+    )
+    axes = runner.run(AxesPass(), normalized)
+    plan = runner.run(SelectivePass(), axes)
+    regions = runner.run(RegionsPass(), plan)
+    signature = build_signature(plan, module_states(module, inputs), options.timestep_arg)
+    return Analysis(normalized, plan, regions, signature, tuple(runner.records))
+
+
+def module_states(module: fx.GraphModule, inputs: Sequence[Any]) -> list[bool]:
+    """For each flat input, whether it is a parameter or buffer of the model."""
+    placeholders = module.graph.find_nodes(op="placeholder")
+    return [
+        torch_adapter.is_module_state(node, value)
+        for node, value in zip(placeholders, inputs, strict=True)
+    ]
+
+
+def refusal(inputs: Sequence[Any]) -> str | None:
+    """Why a graph is not even analysed, or None."""
+    tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return "gradients are required: run under torch.no_grad() to make this model selective"
+    return None
+
+
+def specdiff_backend(
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile one Dynamo graph; the signature is that of a `torch.compile` backend.
+
+    Raises OptionError for an unknown or invalid option (Dynamo wraps it in BackendCompilerFailed).
+    """
+    known, settings = Options.parse(dict(options or {}), torch_adapter.inductor_keys())
+    settings = {**torch_adapter.mode_settings(settings.pop("mode", mode)), **settings}
+    reason = refusal(inputs)
+    if reason is None:
+        try:
+            return selective_runtime(analyse(module, inputs, known), known, settings)
+        except Unsupported as error:
+            reason = str(error)
+        except Exception as error:
+            if torch_adapter.is_restart(error):
+                raise
+            log.warning("specdiff failed on a graph, which runs dense", exc_info=True)
+            reason = f"internal error: {type(error).__name__}: {error}"
+    states = [i for i, state in enumerate(module_states(module, inputs)) if state]
+    compiled = torch_adapter.compile_untouched(module, inputs, known.inner_backend, settings)
+    return DenseOnly(compiled, reason, tuple(states))
+
+
+def selective_runtime(
+    analysis: Analysis, options: Options, settings: Mapping[str, Any]
+) -> Runtime:
+    """The runtime of an analysed graph; its programs are compiled when they are first run."""
+
+    def compiler(program: fx.GraphModule, values: Sequence[Any]) -> Any:
+        return torch_adapter.compile_program(program, values, options.inner_backend, settings)
+
+    sample = options.importance_queries or ALL_QUERIES
+    programs = LoweredPrograms(
+        analysis.module, analysis.plan, analysis.signature, sample, compiler
+    )
+    return Runtime(programs, options)
+
+
+def backend(**options: Any) -> Callable[..., Any]:
+    """A configured backend: `torch.compile(model, backend=specdiff.backend(cache_ratio=0.9))`.
+
+    Unlike `options=`, this goes together with `mode=`. Raises OptionError at once.
+    """
+    Options.parse(options, torch_adapter.inductor_keys())
+    return functools.partial(specdiff_backend, options=options)

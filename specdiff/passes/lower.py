@@ -1,0 +1,78 @@
+"""Lower: the programs of a plan, each emitted and compiled when it is first run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, fx
+
+from specdiff.passes.emit import RowsEmitter, emit_dense, emit_tail
+from specdiff.passes.selective import SelectivePlan
+from specdiff.program import Evaluation, Signature
+
+Executable = Callable[[Sequence[Any]], Sequence[Tensor]]
+Compiler = Callable[[fx.GraphModule, Sequence[Any]], Executable]
+
+
+class LoweredPrograms:
+    """Implements `specdiff.program.Programs` by compiling emitted graphs."""
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        plan: SelectivePlan,
+        signature: Signature,
+        sample: int,
+        compiler: Compiler,
+    ) -> None:
+        self._module = module
+        self._plan = plan
+        self._signature = signature
+        self._sample = sample
+        self._compiler = compiler
+        self._executables: dict[str, Executable] = {}
+        self._seconds: dict[str, float] = {}
+
+    @property
+    def signature(self) -> Signature:
+        """What the programs take and give."""
+        return self._signature
+
+    @property
+    def compile_seconds(self) -> Mapping[str, float]:
+        """Seconds spent emitting and compiling each program built so far."""
+        return self._seconds
+
+    def probe(self, inputs: Sequence[object]) -> Evaluation:
+        """Every token, no cache."""
+        emit = lambda: emit_dense(self._module, self._plan, self._sample, fill=False)  # noqa: E731
+        return Evaluation(*self._run("probe", emit, inputs))
+
+    def dense(self, inputs: Sequence[object], caches: Sequence[Tensor]) -> Evaluation:
+        """Every token, caches overwritten."""
+        emit = lambda: emit_dense(self._module, self._plan, self._sample, fill=True)  # noqa: E731
+        return Evaluation(*self._run("dense", emit, [*inputs, *caches]))
+
+    def selective(
+        self, inputs: Sequence[object], caches: Sequence[Tensor], active: Tensor
+    ) -> Evaluation:
+        """K active tokens; one program for each K."""
+        count = active.shape[1]
+        emit = RowsEmitter(self._module, self._plan, self._sample, count).emit
+        return Evaluation(*self._run(f"selective_{count}", emit, [*inputs, *caches, active]))
+
+    def tail(self, inputs: Sequence[object], tokens: Tensor) -> list[Tensor]:
+        """The graph's outputs."""
+        emit = lambda: emit_tail(self._module, self._plan)  # noqa: E731
+        return list(self._run("tail", emit, [*inputs, tokens]))
+
+    def _run(
+        self, name: str, emit: Callable[[], fx.GraphModule], values: Sequence[Any]
+    ) -> Sequence[Tensor]:
+        if name not in self._executables:
+            start = time.perf_counter()
+            self._executables[name] = self._compiler(emit(), values)
+            self._seconds[name] = time.perf_counter() - start
+        return self._executables[name](values)
