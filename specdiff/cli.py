@@ -117,7 +117,7 @@ def demo(
     _require_compiler()
     from specdiff.methods import Setting, demo_methods, demo_requests, embed, usable_device
     from specdiff.picture import draw_comparison
-    from specdiff.summary import record, table
+    from specdiff.summary import record, table, warnings
 
     place = usable_device(device)
     requests = demo_requests(prompts or [], seed)
@@ -125,6 +125,8 @@ def demo(
     comparison = _measure(demo_methods(setting, fewer_steps or []), requests, repeats)
     draw_comparison(comparison, out)
     console.print(table(comparison))
+    for warning in warnings(comparison):
+        errors.print(warning, style="yellow", markup=False, highlight=False)
     console.print(f"picture: {out}", highlight=False)
     if json_file is not None:
         figures = record(comparison, place, repeats)

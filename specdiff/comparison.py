@@ -39,6 +39,10 @@ class Usage(Protocol):
         """Seconds spent compiling each program."""
 
     @property
+    def fallbacks(self) -> Mapping[str, int]:
+        """How often a step ran dense because a guard failed, by reason."""
+
+    @property
     def token_counts(self) -> Tensor | None:
         """How often each token was computed in the latest run, int [B, N]."""
 
@@ -94,6 +98,7 @@ class Trials:
     tokens_total: int = 0
     cache_bytes: int = 0
     program_seconds: Mapping[str, float] = field(default_factory=dict)
+    fallbacks: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def median_seconds(self) -> float:
@@ -195,6 +200,7 @@ def _record(trials: Trials, index: int, request: Request) -> None:
         trials.tokens_total += after.tokens_total - total
         trials.cache_bytes = max(trials.cache_bytes, after.cache_bytes)
         trials.program_seconds = dict(after.compile_seconds)
+        trials.fallbacks = dict(after.fallbacks)
     if index < len(trials.images):
         trials.seconds[index].append(seconds)
         return

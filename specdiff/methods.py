@@ -20,6 +20,9 @@ from specdiff.demo import (
 )
 from specdiff.errors import SpecdiffError
 
+BUILT_IN = 4
+"""Built-in prompts drawn when none is given: as many rows as a screen shows."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -51,8 +54,8 @@ def usable_device(name: str) -> torch.device:
 
 
 def demo_requests(prompts: Sequence[str], seed: int) -> list[Request]:
-    """One picture a prompt, each with a seed of its own; the built-in prompts if none is given."""
-    chosen = prompts or built_in_prompts()
+    """One picture a prompt, each with a seed of its own; a few built-in ones if none is given."""
+    chosen = prompts or built_in_prompts()[:BUILT_IN]
     return [Request(prompt, seed + index) for index, prompt in enumerate(chosen)]
 
 

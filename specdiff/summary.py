@@ -60,6 +60,7 @@ def _method_record(comparison: Comparison, trials: Trials) -> dict[str, Json]:
         "cache_bytes": trials.cache_bytes,
         "compile_seconds": _finite(trials.compile_seconds),
         "program_seconds": {name: _finite(s) for name, s in trials.program_seconds.items()},
+        "fallbacks": dict(trials.fallbacks),
         "pictures": pictures,
     }
 
@@ -134,3 +135,12 @@ def table(comparison: Comparison) -> Table:
     for trials in comparison.trials:
         result.add_row(*_cells(comparison, trials))
     return result
+
+
+def warnings(comparison: Comparison) -> list[str]:
+    """What a reader of the figures should know: steps that had to run dense, and why."""
+    return [
+        f"{trials.method.name}: {count} steps ran dense: {reason}"
+        for trials in comparison.trials
+        for reason, count in trials.fallbacks.items()
+    ]

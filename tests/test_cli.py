@@ -29,6 +29,7 @@ class FakeRuntime:
     tokens_total: int = 0
     cache_bytes: int = 3 * 2**20
     compile_seconds: Mapping[str, float] = field(default_factory=lambda: {"dense": 1.5})
+    fallbacks: Mapping[str, int] = field(default_factory=lambda: {"a NaN": 2})
     token_counts: Tensor | None = None
 
     def run(self) -> None:
@@ -132,6 +133,11 @@ def test_table_names_every_method(comparison: Comparison) -> None:
     printed = captured.get()
     for words in ("dense", "specdiff", "paper", "dense, 2 steps", "3.0 MiB", "50%"):
         assert words in printed
+
+
+def test_steps_that_ran_dense_are_told(comparison: Comparison) -> None:
+    told = summary.warnings(comparison)
+    assert told == [f"{name}: 2 steps ran dense: a NaN" for name in ("specdiff", "paper")]
 
 
 def test_picture_is_a_png_of_sane_size(comparison: Comparison, tmp_path: Path) -> None:
