@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from specdiff.runtime.registry import (
     active_session,
     effective,
     find_or_create,
+    state_of,
 )
 from specdiff.runtime.schedule import Schedule
 from specdiff.runtime.step import BUDGET, Step
@@ -49,7 +50,6 @@ class Runtime:
         self.pool = CachePool(programs.signature.caches)
         self._parameters = programs.signature.indices("parameter")
         self._conditions = programs.signature.indices("condition")
-        # Graphs without parameters cannot tell models apart.
         self._own_state = ModelState()
 
     @torch.no_grad()
@@ -67,18 +67,13 @@ class Runtime:
         table = owner.table(self)
         conditions = [inputs[index] for index in self._conditions]
         stream = table.find(conditions)
-        reading = None
-        if given is None:
-            reading = self._read(inputs, stream)
-            refusal = _suspicion(reading, stream)
-            if refusal is not None:
-                _abandon(table, stream, refusal)
-                return self._fall_back(inputs, state, refusal)
-        if stream is not None and _is_over(stream, reading, given):
-            table.drop(stream)
-            stream = None
-        if stream is None:
-            stream = table.start(conditions, self._history())
+        reading = self._read(inputs, stream) if given is None else None
+        refusal = _suspicion(reading, stream)
+        if refusal is not None:
+            _abandon(table, stream, refusal)
+            return self._fall_back(inputs, state, refusal)
+        if stream is None or _is_over(stream, reading, given):
+            stream = table.start(conditions, self._history(), replacing=stream)
         time = reading.time if reading is not None else (given or ())[len(stream.times)]
         step = Step(
             self.programs, self.pool, table, stream, state, settings, schedule, inputs, time,
@@ -92,9 +87,12 @@ class Runtime:
             raise
 
     def _state(self, inputs: Sequence[object]) -> ModelState:
-        parameters = _tensors(inputs, self._parameters)
-        state = find_or_create(parameters) if parameters else self._own_state
-        state.saw(self, parameters)
+        state = state_of(_tensors(inputs, self._parameters))
+        if state is None or self not in state.graphs:
+            parameters = list(_tensors(inputs, self._parameters))
+            # Graphs without parameters cannot tell models apart.
+            state = find_or_create(parameters) if parameters else self._own_state
+            state.saw(self, parameters)
         return state
 
     def _settings(self, state: ModelState, session: Session | None) -> Settings:
@@ -159,7 +157,7 @@ class DenseOnly:
 
     def __call__(self, *inputs: object) -> Any:
         """The function's outputs, gradients included."""
-        parameters = _tensors(inputs, self._parameters)
+        parameters = list(_tensors(inputs, self._parameters))
         if parameters:
             state = find_or_create(parameters)
             state.saw(self, parameters)
@@ -169,12 +167,14 @@ class DenseOnly:
         return self._function(*inputs)
 
 
-def _tensors(inputs: Sequence[object], indices: Sequence[int]) -> list[Tensor]:
-    return [value for index in indices if isinstance(value := inputs[index], Tensor)]
+def _tensors(inputs: Sequence[object], indices: Sequence[int]) -> Iterator[Tensor]:
+    return (value for index in indices if isinstance(value := inputs[index], Tensor))
 
 
-def _suspicion(reading: Reading, stream: Stream | None) -> str | None:
+def _suspicion(reading: Reading | None, stream: Stream | None) -> str | None:
     """Why this evaluation cannot be trusted to belong to one trajectory, if so."""
+    if reading is None:
+        return None
     if stream is not None and stream.ambiguous:
         return AMBIGUOUS
     if not reading.finite:

@@ -30,16 +30,15 @@ def time_unit(times: Iterable[float]) -> Literal[1, 1000]:
 
 
 def guided(velocity: Tensor, scale: float | None) -> Tensor:
-    """The velocity that moves the latent, float32, in both halves of a guided batch.
+    """A copy of the velocity that moves the latent, float32, guided where a scale is given.
 
     Args:
         velocity: the model's output; with a scale, unconditional half first.
         scale: g in u + g (c - u), or None for no guidance in the batch.
     """
-    velocity = velocity.float()
     if scale is None:
-        return velocity
-    unconditional, conditional = velocity.chunk(2)
+        return velocity.to(torch.float32, copy=True)
+    unconditional, conditional = velocity.float().chunk(2)
     return torch.cat([torch.lerp(unconditional, conditional, scale)] * 2)
 
 

@@ -33,15 +33,10 @@ class StreamKey:
 
     def is_same(self, conditions: Sequence[object]) -> bool:
         """Whether these are the same objects, unmodified since."""
-        for (ref, version), condition in zip(self._marks, conditions, strict=True):
-            if isinstance(condition, Tensor) != isinstance(ref, weakref.ref):
-                return False
-            if isinstance(ref, weakref.ref):
-                if ref() is not condition or version != _version(condition):
-                    return False
-            elif ref != condition:
-                return False
-        return True
+        return all(
+            _is_marked(condition, *mark)
+            for mark, condition in zip(self._marks, conditions, strict=True)
+        )
 
     def is_equal(self, conditions: Sequence[object]) -> bool:
         """Whether the kept values are equal to these; reads the device where they are tensors."""
@@ -139,10 +134,13 @@ class StreamTable:
                 return stream
         return None
 
-    def start(self, conditions: Sequence[object], history: History) -> Stream:
-        """A new stream; the one called longest ago makes room for it."""
+    def start(
+        self, conditions: Sequence[object], history: History, replacing: Stream | None
+    ) -> Stream:
+        """A new stream, in place of an earlier generation or of the one called longest ago."""
         stream = Stream(StreamKey(conditions, keep_values=self._keep_values), history)
-        self._streams = [*self._streams, stream][-MAX_STREAMS:]
+        kept = [other for other in self._streams if other is not replacing]
+        self._streams = [*kept, stream][-MAX_STREAMS:]
         return stream
 
     def touch(self, stream: Stream) -> None:
@@ -176,9 +174,14 @@ def _mark(condition: object) -> tuple[object, int | None]:
     return condition, None
 
 
+def _is_marked(condition: object, mark: object, version: int | None) -> bool:
+    if isinstance(condition, Tensor):
+        same = isinstance(mark, weakref.ref) and mark() is condition
+        return same and version == _version(condition)
+    return bool(mark == condition)
+
+
 def _equal(kept: object, condition: object) -> bool:
     if isinstance(kept, Tensor) and isinstance(condition, Tensor):
         return torch.equal(kept, condition)
-    return kept is condition or (
-        not isinstance(kept, Tensor) and not isinstance(condition, Tensor) and kept == condition
-    )
+    return type(kept) is type(condition) and kept == condition

@@ -1,0 +1,305 @@
+"""One generation: which programs run, what they count, and that speculation leaves no trace."""
+
+import copy
+
+import pytest
+import torch
+from toy import CHANNELS, N, SIDE, Euler, Toy, ToyPrograms, dense_velocity, noise, prompt, streams_of, toy
+
+import specdiff.runtime as sd
+from specdiff.options import Options
+
+PLAN = {"cache_ratio": 0.75, "warmup_steps": 3, "refresh_interval": 4}
+
+
+def test_programs_follow_the_schedule():
+    model = toy(**PLAN)
+    Euler(model, steps=10).run()
+    # The probe in third place is the speculative evaluation, after the second real one.
+    assert model.runtime.programs.names() == (
+        ["probe", "dense", "probe", "dense"] + ["selective"] * 3 + ["dense"] + ["selective"] * 3
+    )
+    actives = [active for _, active in model.runtime.programs.calls if active is not None]
+    assert all(active.shape == (1, 4) for active in actives)
+
+
+def test_dense_steps_are_exact_and_selective_ones_are_not():
+    run = Euler(toy(**PLAN), steps=10).run()
+    dense = [0, 1, 2, 6]
+    assert max(run.errors[i] for i in dense) < 1e-6
+    assert min(error for i, error in enumerate(run.errors) if i not in dense) > 1e-5
+    assert max(run.errors) < 0.3
+
+
+def test_computed_tokens_are_exact_where_nothing_is_stale():
+    """After a dense step, a selective one on the same latent gives the dense output."""
+    model = toy(**PLAN)
+    run = Euler(model).run(3)
+    stream = streams_of(model)[0]
+    previous, time = run.velocities[-1], run.time(2)
+    latent = stream.latent
+    assert model.runtime.programs.names()[-1] == "dense"
+    again = model(latent, time, run.prompt)
+    assert model.runtime.programs.names()[-1] == "selective"
+    torch.testing.assert_close(again, previous)
+
+
+@pytest.mark.parametrize(
+    ("options", "counts"),
+    [
+        (PLAN, (4, 6, 0, 1)),
+        ({**PLAN, "speculative_steps": 1}, (4, 6, 0, 0)),
+        ({**PLAN, "speculative_steps": 4}, (4, 6, 0, 3)),
+        ({**PLAN, "refresh_interval": 0}, (3, 7, 0, 1)),
+        ({**PLAN, "refresh_interval": 1}, (10, 0, 0, 1)),
+        ({**PLAN, "warmup_steps": 1}, (4, 6, 0, 1)),
+        ({**PLAN, "cache_ratio": 1.0}, (4, 0, 6, 0)),
+        ({**PLAN, "cache_ratio": 0.0}, (10, 0, 0, 0)),
+    ],
+)
+def test_stats_are_exact(options, counts):
+    model = toy(**options)
+    Euler(model, steps=10).run()
+    stats = sd.stats(model)
+    assert (stats.dense, stats.selective, stats.skipped, stats.speculative) == counts
+    active = round((1 - options["cache_ratio"]) * N)
+    assert stats.tokens_computed == (counts[0] + counts[3]) * N + counts[1] * active
+    assert stats.tokens_total == 10 * N
+    assert stats.token_counts.sum() == counts[0] * N + counts[1] * active
+    assert stats.fallbacks == {}
+    assert (stats.graphs, stats.recompiles) == (1, 0)
+    assert stats.compile_seconds == {"dense": 1.0, "selective": 2.0}
+    selects = 0 < options["cache_ratio"] < 1
+    signature = model.runtime.programs.signature
+    assert stats.cache_bytes == selects * signature.cache_bytes
+    assert f"{counts[1]} selective" in str(stats)
+
+
+def test_whole_step_caching_is_linear_extrapolation():
+    model = toy(cache_ratio=1.0, warmup_steps=2, refresh_interval=0, forecast="linear")
+    run = Euler(model, steps=6).run(3)
+    t0, t1, t2 = run.sigmas[:3]
+    v0, v1, v2 = run.velocities
+    torch.testing.assert_close(v2, v1 + (v1 - v0) * (t2 - t1) / (t1 - t0))
+    assert model.runtime.programs.names() == ["probe", "probe"]
+
+
+def state_of_stream(stream):
+    history = stream.history
+    lease = stream.lease.caches if stream.lease else ()
+    tensors = [*lease, history.counts, history.age, stream.importance, stream.latent]
+    tensors += [stream.velocity, stream.model_time]
+    tensors += [part for step in history.steps for part in step]
+    tensors += [part for output in history.computed for part in output]
+    return copy.deepcopy((tensors, stream.times, history.evaluations, stream.direction))
+
+
+@pytest.mark.parametrize("evaluations", [1, 2, 3])
+def test_speculation_changes_nothing_but_scores(evaluations):
+    """Until scores are used, all else is the same with and without, to the bit."""
+    states, outputs = [], []
+    for steps in (0, 3):
+        model = toy(**PLAN, speculative_steps=steps)
+        outputs.append(Euler(model).run(evaluations).velocities)
+        stream = streams_of(model)[0]
+        assert len(stream.speculative) == (2 if steps and evaluations > 1 else 0)
+        states.append(state_of_stream(stream))
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=0)
+
+
+def test_speculation_lands_where_euler_would():
+    model = toy(**PLAN)
+    run = Euler(model, steps=10).run(1)
+    start = run.sigmas[1]
+    latent = run.latent
+    velocity = run.step()
+    landed, time = model.runtime.programs.probed[-1]
+    torch.testing.assert_close(time, torch.tensor([0.5]))
+    torch.testing.assert_close(landed, latent + (0.5 - start) * velocity)
+    reference = model.runtime.programs._run(
+        [*model.parameters(), landed, time, run.prompt, 4.0], None, None
+    )
+    expected = reference.importance / reference.importance.mean()
+    torch.testing.assert_close(streams_of(model)[0].speculative[0][1], expected.detach())
+
+
+def test_future_importance_changes_the_choice():
+    chosen = []
+    for steps in (1, 2):
+        model = toy(**PLAN, speculative_steps=steps)
+        Euler(model).run()
+        chosen.append(torch.cat([a for _, a in model.runtime.programs.calls if a is not None]))
+    assert not torch.equal(*chosen)
+
+
+@pytest.mark.parametrize(
+    ("sign", "unit", "rising"),
+    [(1, 1, False), (1, 1000, False), (-1, 1, True), (-1, 1000, True), (1, 1, True)],
+)
+def test_meaning_of_time_is_inferred(sign, unit, rising):
+    programs = ToyPrograms(sign=sign, unit=unit, rising=rising)
+    model = toy(programs=programs, **PLAN)
+
+    def as_time(sigma: float) -> float:
+        return (1 - sigma if rising else sigma) * unit
+
+    run = Euler(model, steps=10, as_time=as_time).run(1)
+    latent, start = run.latent, run.sigmas[1]
+    velocity = run.step()
+    landed, time = programs.probed[-1]
+    torch.testing.assert_close(time, torch.tensor([0.5 * unit]))
+    torch.testing.assert_close(landed, latent + (0.5 - start) * velocity * sign)
+
+
+def test_no_speculation_when_the_sampler_is_no_flow(caplog):
+    model = toy(**PLAN)
+    run = Euler(model, text=prompt())
+    model(run.latent, run.time(), run.prompt)
+    moved = run.latent + 0.3 * noise(9)
+    with caplog.at_level("WARNING"):
+        for index in (1, 2, 3):
+            model(moved, run.time(index), run.prompt)
+    stats = sd.stats(model)
+    assert (stats.speculative, stats.selective, stats.fallbacks) == (0, 1, {})
+    assert [r.message for r in caplog.records].count(
+        "no speculation: the sampler's steps do not fit an Euler flow"
+    ) == 1
+
+
+def test_outputs_survive_later_evaluations_and_callers():
+    model, other = toy(**PLAN), toy(**PLAN)
+    run, spoiled = Euler(model, steps=8), Euler(other, steps=8)
+    kept = []
+    for _ in range(8):
+        kept.append(run.step().clone())
+        velocity = spoiled.step()
+        spoiled.velocities[-1] = velocity.clone()
+        velocity.fill_(9.0)  # a sampler that works in place
+    torch.testing.assert_close(run.velocities, kept, rtol=0, atol=0)
+    torch.testing.assert_close(spoiled.velocities, kept, rtol=0, atol=0)
+
+
+def test_latent_updated_in_place_by_the_sampler():
+    plain, in_place = toy(**PLAN), toy(**PLAN)
+    run = Euler(plain).run()
+    other = Euler(in_place)
+    latent = other.latent.clone()
+    for index in range(10):
+        velocity = in_place(latent, other.time(index), other.prompt)
+        torch.testing.assert_close(velocity, run.velocities[index])
+        latent += (other.sigmas[index + 1] - other.sigmas[index]) * velocity
+    assert sd.stats(in_place).speculative == 1
+
+
+def test_guidance_halves_share_one_active_set():
+    options = {**PLAN, "guidance_scale": 5.0}
+    model = toy(programs=ToyPrograms(batch=2), **options)
+    separate = toy(programs=ToyPrograms(batch=2), **PLAN)
+    text = prompt(batch=2)
+    for compiled in (model, separate):
+        latent = noise()
+        run = Euler(compiled, batch=2)
+        for index in range(6):
+            velocity = compiled(torch.cat([latent] * 2), run.time(index), text)
+            unconditional, conditional = velocity.chunk(2)
+            guided = unconditional + 5.0 * (conditional - unconditional)
+            latent = latent + (run.sigmas[index + 1] - run.sigmas[index]) * guided
+    actives = [a for _, a in model.runtime.programs.calls if a is not None]
+    assert len(actives) == 3
+    assert all(torch.equal(a[0], a[1]) for a in actives)
+    assert sd.stats(model).speculative == 1
+    landed = model.runtime.programs.probed[-1][0]
+    torch.testing.assert_close(landed[0], landed[1])
+    apart = [a for _, a in separate.runtime.programs.calls if a is not None]
+    assert not all(torch.equal(a[0], a[1]) for a in apart)
+
+
+def test_odd_batch_has_no_halves(caplog):
+    model = toy(guidance_scale=5.0, **PLAN)
+    with caplog.at_level("WARNING"):
+        Euler(model).run()
+    assert sd.stats(model).selective == 6
+    assert "guidance_scale ignored: a batch of 1 has no two halves" in caplog.messages
+
+
+def test_rows_of_a_batch_are_independent():
+    """Each row of a batch chooses its own tokens, and gives what it gives alone."""
+    model = toy(programs=ToyPrograms(batch=2), **PLAN)
+    both = Euler(model, batch=2, steps=8).run()
+    for row in range(2):
+        alone = toy(**PLAN)
+        run = Euler(alone, steps=8, text=both.prompt[row : row + 1])
+        run.latent = noise(0, 2)[row : row + 1]
+        run.run()
+        torch.testing.assert_close(
+            [v[row : row + 1] for v in both.velocities], run.velocities, rtol=1e-4, atol=1e-5
+        )
+
+
+def test_inference_mode_and_no_grad_can_alternate():
+    model, reference = toy(**PLAN), toy(**PLAN)
+    expected = Euler(reference).run().velocities
+    run = Euler(model)
+    for index in range(10):
+        if index % 2:
+            with torch.inference_mode():
+                run.step()
+        else:
+            run.latent = run.latent.clone()
+            run.step()
+    torch.testing.assert_close(run.velocities, expected)
+    with torch.inference_mode():
+        Euler(model, seed=3, steps=10).run()
+    assert sd.stats(model).selective == 12
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.0])
+def test_strides_of_inputs_are_kept_by_speculation(scale):
+    model = toy(**PLAN)
+    run = Euler(model, batch=1)
+    padded = torch.zeros(1, CHANNELS, SIDE, SIDE + 1)
+    time = torch.zeros(3)
+    for index in range(2):
+        padded[..., :SIDE] = run.latent
+        time[1] = run.sigmas[index]
+        velocity = model(padded[..., :SIDE], time[1:2], run.prompt)
+        run.latent = run.latent + (run.sigmas[index + 1] - run.sigmas[index]) * velocity
+    landed, _ = model.runtime.programs.probed[-1]
+    assert len(model.runtime.programs.probed) == 2
+    assert landed.stride() == padded[..., :SIDE].stride()
+
+
+def test_a_failing_program_leaves_no_stream():
+    model = toy(**PLAN)
+    run = Euler(model).run(4)
+    broken = model.runtime.programs.selective
+    model.runtime.programs.selective = lambda *_: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        model(run.latent, run.time(), run.prompt)
+    assert streams_of(model) == []
+    model.runtime.programs.selective = broken
+    run.run(2)
+    assert max(run.errors[-2:]) < 1e-6
+
+
+def test_dense_velocity_is_what_an_uncached_runtime_returns():
+    model = toy(cache_ratio=0.0)
+    run = Euler(model)
+    torch.testing.assert_close(
+        model(run.latent, run.time(), run.prompt),
+        dense_velocity(model, run.latent, run.time(), run.prompt),
+    )
+
+
+def test_models_are_not_kept_alive():
+    import gc
+    import weakref
+
+    model = Toy(sd.Runtime(ToyPrograms(), Options()))
+    Euler(model).run(4)
+    runtime, dead = model.runtime, weakref.ref(model.embed)
+    del model
+    gc.collect()
+    assert dead() is None
+    assert runtime.pool._leased == 0
