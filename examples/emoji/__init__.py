@@ -1,0 +1,1 @@
+"""Data preparation and pictures for `examples/train_emoji.py`."""

@@ -1,0 +1,301 @@
+"""Train a small text-to-image rectified flow in the FLUX architecture on Fluent emoji.
+
+The model works on pixels: a token is a 4x4 patch. Stages train on ever larger pictures, with the
+positions of the smaller ones spread over the range of the largest, so that one set of weights
+moves from 64 to 1,024 tokens. Run it from anywhere, on a CPU or a GPU:
+
+    python examples/train_emoji.py --minutes 15 50 30 --work /tmp/emoji
+"""
+
+import argparse
+import copy
+import json
+import math
+import statistics
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from diffusers import FluxTransformer2DModel
+from emoji.data import EmojiData, prepare
+from emoji.pictures import draw_loss, draw_sheet, position_ids, sample
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from safetensors.torch import save_file
+from torch import Tensor
+
+from specdiff.demo import PATCH, TEXT_TOKENS, TIME_SHIFT, TOKEN_SIDE, pack
+
+MODEL = {
+    "patch_size": 1,
+    "in_channels": 48,
+    "num_layers": 2,
+    "num_single_layers": 4,
+    "attention_head_dim": 64,
+    "num_attention_heads": 4,
+    "joint_attention_dim": 384,
+    "pooled_projection_dim": 384,
+    "guidance_embeds": False,
+    "axes_dims_rope": (8, 28, 28),
+}
+CAPTION_SHARES = (0.45, 0.35, 0.2)
+CAPTION_DROPOUT = 0.1
+MUON_RATE = 3e-3
+ADAMW_RATE = 1e-3
+WARM_UP_STEPS = 50
+DECAY_SHARE = 0.5
+"""Share of the last stage over which the learning rate falls to zero."""
+STALL_FACTOR = 5.0
+"""A step counts for at most this many median steps, so that a paused process loses no budget."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One resolution: picture side in pixels, batch size, learning-rate scale, EMA decay."""
+
+    side: int
+    batch: int
+    rate: float
+    ema_decay: float
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens."""
+        return (self.side // PATCH) ** 2
+
+    @property
+    def time_shift(self) -> float:
+        """Shift of the training times towards noise; at full size that of the sampling."""
+        return max(1.0, TIME_SHIFT * math.sqrt(self.tokens) / TOKEN_SIDE)
+
+
+STAGES = (Stage(32, 64, 1.0, 0.998), Stage(64, 32, 1.0, 0.998), Stage(128, 8, 0.5, 0.995))
+
+
+@dataclass
+class Progressed:
+    """Where the training stands; saved with every checkpoint."""
+
+    stage: int = 0
+    step: int = 0
+    stage_step: int = 0
+    stage_seconds: float = 0.0
+    pictures: int = 0
+    losses: list[tuple[int, int, float]] = field(default_factory=list)
+    """(step, image tokens, mean loss since the last entry)."""
+
+
+def build_model() -> FluxTransformer2DModel:
+    """Return the untrained model; every block starts as the identity."""
+    model = FluxTransformer2DModel(**MODEL)
+    for name, module in model.named_modules():
+        if (
+            name.endswith(("norm1.linear", "norm1_context.linear", "norm.linear"))
+            or name == "proj_out"
+        ):
+            torch.nn.init.zeros_(module.weight)
+            torch.nn.init.zeros_(module.bias)
+    torch.nn.init.zeros_(model.norm_out.linear.weight)
+    return model
+
+
+def build_optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for the inner matrices, AdamW for the input and output layers and all vectors."""
+    outer = ("x_embedder", "proj_out", "norm_out")
+    hidden, rest = [], []
+    for name, parameter in model.named_parameters():
+        inner = parameter.ndim == 2 and not name.startswith(outer)
+        (hidden if inner else rest).append(parameter)
+    return [
+        torch.optim.Muon(hidden, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
+class Trainer:
+    """Model, averages, optimizers and data of one run, with checkpoints in `work`."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.budgets = [60.0 * minutes for minutes in arguments.minutes]
+        self.guidance: list[float] = arguments.guidance
+        self.work: Path = arguments.work
+        self.data: EmojiData = prepare(arguments.cache)
+        self.model = build_model().to(self.device)
+        self.average = copy.deepcopy(self.model).requires_grad_(False)
+        self.compiled = torch.compile(self.model, dynamic=False)
+        self.optimizers = build_optimizers(self.model)
+        self.at = Progressed()
+        self.console = Console()
+
+    @property
+    def stage(self) -> Stage:
+        """The stage under way."""
+        return STAGES[self.at.stage]
+
+    def batch(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw packed pictures in [-1, 1], token states and pooled states."""
+        data, size = self.data, self.stage.batch
+        index = data.train[torch.randint(len(data.train), (size,))]
+        caption = torch.multinomial(torch.tensor(CAPTION_SHARES), size, replacement=True)
+        keep = (torch.rand(size) >= CAPTION_DROPOUT).float()
+        pictures = data.pictures[self.stage.side][index].float() / 127.5 - 1
+        tokens = data.tokens[index, caption] * keep[:, None, None]
+        pooled = data.pooled[index, caption] * keep[:, None]
+        return pack(pictures).to(self.device), tokens.to(self.device), pooled.to(self.device)
+
+    def velocity(self, x: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor) -> Tensor:
+        """Run the compiled model in bfloat16 and return the velocity in float32."""
+        with torch.autocast(self.device.type, torch.bfloat16):
+            return self.compiled(
+                hidden_states=x,
+                timestep=t,
+                encoder_hidden_states=tokens,
+                pooled_projections=pooled,
+                txt_ids=torch.zeros(TEXT_TOKENS, 3, device=self.device),
+                img_ids=position_ids(self.stage.side // PATCH).to(self.device),
+                return_dict=False,
+            )[0].float()
+
+    def loss(self) -> Tensor:
+        """Return the flow-matching loss on a fresh batch.
+
+        With guidance g in [0, 1) the target moves away from the model's own unconditional answer,
+        so that plain sampling behaves like classifier-free guidance of scale 1 / (1 - g)
+        ("model guidance", arXiv 2502.12154).
+        """
+        data, tokens, pooled = self.batch()
+        t = torch.sigmoid(torch.randn(len(data), device=self.device))
+        shift = self.stage.time_shift
+        t = shift * t / (1 + (shift - 1) * t)
+        noise = torch.randn_like(data)
+        x = torch.lerp(data, noise, t[:, None, None])
+        velocity, target = self.velocity(x, t, tokens, pooled), noise - data
+        if guidance := self.guidance[self.at.stage]:
+            with torch.no_grad():
+                plain = self.velocity(x, t, torch.zeros_like(tokens), torch.zeros_like(pooled))
+            target = target + guidance * (velocity.detach() - plain)
+        return (velocity - target).square().mean()
+
+    def rate_scale(self) -> float:
+        """Warm up at each stage, stay constant, fall to zero at the end of the last."""
+        scale = min(1.0, (self.at.stage_step + 1) / WARM_UP_STEPS)
+        if self.at.stage == len(STAGES) - 1:
+            left = 1 - self.at.stage_seconds / self.budgets[-1]
+            scale *= min(1.0, max(0.0, left) / DECAY_SHARE)
+        return self.stage.rate * scale
+
+    def step(self) -> float:
+        """Make one optimizer step and return the loss."""
+        scale = self.rate_scale()
+        loss = self.loss()
+        loss.backward()
+        for optimizer, rate in zip(self.optimizers, (MUON_RATE, ADAMW_RATE), strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * scale
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        decay = min(self.stage.ema_decay, (1 + self.at.step) / (10 + self.at.step))
+        averages, weights = list(self.average.parameters()), list(self.model.parameters())
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, weights, 1 - decay)
+        return loss.item()
+
+    def save(self) -> None:
+        """Write the checkpoint, the shippable weights and the loss curve, each atomically."""
+        state = {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "at": asdict(self.at),
+        }
+        torch.save(state, self.work / "checkpoint.tmp")
+        (self.work / "checkpoint.tmp").replace(self.work / "checkpoint.pt")
+        weights = {k: v.half().contiguous() for k, v in self.average.state_dict().items()}
+        save_file(weights, self.work / "emoji.tmp", metadata={"config": json.dumps(MODEL)})
+        (self.work / "emoji.tmp").replace(self.work / "emoji.safetensors")
+        (self.work / "loss.json").write_text(json.dumps(asdict(self.at)))
+
+    def load(self) -> None:
+        """Continue from the checkpoint in the work folder."""
+        state = torch.load(self.work / "checkpoint.pt", map_location=self.device)
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(stored)
+        self.at = Progressed(**state["at"])
+
+    def draw(self) -> None:
+        """Write the sample sheet of the averaged weights at the present resolution."""
+        pictures = sample(self.average, self.data, self.stage.side // PATCH)
+        draw_sheet(pictures, self.work / f"sheet-{self.stage.side}-{self.at.step:06d}.png")
+        draw_loss(self.at.losses, self.work / "loss.png")
+
+    def run(self, save_seconds: float, sheet_seconds: float) -> None:
+        """Train through all the stages that are left."""
+        columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+        with Progress(*columns, console=self.console) as progress:
+            task = progress.add_task("training", total=sum(self.budgets))
+            while self.at.stage < len(STAGES):
+                self.run_stage(progress, task, save_seconds, sheet_seconds)
+                self.at.stage += 1
+                self.at.stage_step, self.at.stage_seconds = 0, 0.0
+                if self.at.stage < len(STAGES):
+                    self.save()
+
+    def run_stage(self, progress: Progress, task, save_seconds: float, sheet_seconds: float):
+        """Train one stage to the end of its budget of counted seconds."""
+        durations: list[float] = []
+        recent: list[float] = []
+        saved = drawn = time.monotonic()
+        budget = self.budgets[self.at.stage]
+        while self.at.stage_seconds < budget:
+            started = time.monotonic()
+            recent.append(self.step())
+            now = time.monotonic()
+            durations.append(now - started)
+            typical = statistics.median(durations[-99:])
+            # the first step compiles: it is not training time
+            counted = min(now - started, STALL_FACTOR * typical) if len(durations) > 1 else 0.0
+            self.at.stage_seconds += counted
+            self.at.step += 1
+            self.at.stage_step += 1
+            self.at.pictures += self.stage.batch
+            done = sum(self.budgets[: self.at.stage]) + self.at.stage_seconds
+            progress.update(task, completed=done, description=f"{self.stage.tokens} tokens")
+            if len(recent) == 25:
+                loss = statistics.fmean(recent)
+                self.at.losses.append((self.at.step, self.stage.tokens, loss))
+                self.console.log(f"step {self.at.step}: loss {loss:.4f}, {typical:.2f} s a step")
+                recent.clear()
+            if now - saved > save_seconds:
+                self.save()
+                saved = time.monotonic()
+            if now - drawn > sheet_seconds:
+                self.draw()
+                drawn = time.monotonic()
+        self.save()
+        self.draw()
+
+
+def main() -> None:
+    """Parse the command line and train."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, nargs=len(STAGES), default=[15.0, 50.0, 30.0])
+    parser.add_argument("--guidance", type=float, nargs=len(STAGES), default=[0.0, 0.0, 0.5])
+    parser.add_argument("--work", type=Path, default=Path("emoji-run"))
+    parser.add_argument("--cache", type=Path, default=Path("emoji-cache"))
+    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint")
+    parser.add_argument("--save-seconds", type=float, default=120.0)
+    parser.add_argument("--sheet-seconds", type=float, default=420.0)
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(arguments)
+    if arguments.resume:
+        trainer.load()
+    trainer.run(arguments.save_seconds, arguments.sheet_seconds)
+
+
+if __name__ == "__main__":
+    main()
