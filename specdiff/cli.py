@@ -115,10 +115,18 @@ def demo(
     ratio = [] if cache_ratio is None else [f"cache_ratio={cache_ratio}"]
     options = parse_options([*ratio, *(option or [])])
     _require_compiler()
-    from specdiff.methods import Setting, demo_methods, demo_requests, embed, usable_device
+    from specdiff.methods import (
+        Setting,
+        demo_methods,
+        demo_requests,
+        embed,
+        quiet_libraries,
+        usable_device,
+    )
     from specdiff.picture import draw_comparison
     from specdiff.summary import record, table, warnings
 
+    quiet_libraries()
     place = usable_device(device)
     requests = demo_requests(prompts or [], seed)
     setting = Setting(place, steps, options, embed(requests, place))

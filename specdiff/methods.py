@@ -41,6 +41,15 @@ class Setting:
     embeddings: Mapping[str, tuple[Tensor, Tensor]]
 
 
+def quiet_libraries() -> None:
+    """Keep remarks of diffusers and transformers about parts the demo does not use off the bar."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
+
+
 def usable_device(name: str) -> torch.device:
     """The device of that name.
 
