@@ -186,7 +186,7 @@ class Options:
     def resolve(self) -> Settings:
         """The runtime's settings: what is left None takes the method's default."""
         defaults = METHOD_DEFAULTS[self.method]
-        values = {}
+        values: dict[str, Any] = {}
         for field in dataclasses.fields(Settings):
             value = getattr(self, field.name)
             values[field.name] = defaults.get(field.name) if value is None else value

@@ -86,8 +86,10 @@ def session(
     Args:
         compiled: the compiled model.
         timesteps: time of every evaluation of one generation in order, repeats included (Heun),
-            as the scheduler or the model has them. With it no value is read back from the device,
-            and a new generation begins when all times are used up; without it times are read.
+            as the scheduler or the model has them, without the final time that is not evaluated.
+            With it no value is read back from the device: nothing is checked, and a new generation
+            begins when all times are used up, so take a new session after an aborted one. Without
+            it times are read, and conditions made anew at every call are compared by value.
         settings: override those of the model while the session is active.
 
     Raises:

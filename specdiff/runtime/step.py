@@ -28,6 +28,10 @@ from specdiff.runtime.streams import Stream, StreamTable
 logger = logging.getLogger(__name__)
 
 BUDGET = "cache budget exceeded"
+NO_FLOW = (
+    "no speculation: the sampler's steps do not fit an Euler flow"
+    " (if batches hold both halves of classifier-free guidance, give guidance_scale)"
+)
 
 
 @dataclass(frozen=True)
@@ -127,21 +131,28 @@ class Step:
         evaluation = self.programs.selective(self.inputs, stream.lease.caches, active)
         rows = active.unsqueeze(-1).expand_as(evaluation.tokens)
         merged = predicted.scatter(1, rows, evaluation.tokens.to(predicted.dtype))
+        merged = self._with_invalid_rows(merged)
         stream.importance = per_sample(evaluation.importance, self._shared)
         stream.history.record_selective(self.time, merged, active)
         return merged
 
     def _skip(self) -> Tensor:
-        predicted = self._forecast()
+        predicted = self._with_invalid_rows(self._forecast())
         self.stream.history.record_skipped(self.time, predicted)
         return predicted
 
     def _forecast(self) -> Tensor:
         history = self.stream.history
         unit = time_unit([*(self.given or self.stream.times), self.time])
-        predicted = forecast(self.settings.forecast, history, self.time, unit)
-        # Where nobody has read the latent, forecasts must be NaN where the model's output would be.
-        return predicted if self.reading is not None else _tainted(predicted, self._latent)
+        return forecast(self.settings.forecast, history, self.time, unit)
+
+    def _with_invalid_rows(self, tokens: Tensor) -> Tensor:
+        """`tokens` [B, N, C], NaN where the model would be: in rows whose latent is not finite."""
+        if self.reading is not None:
+            return tokens  # the latent was read and is finite
+        batch, latent = len(tokens), self._latent.float()
+        rows = latent.reshape(batch if len(latent) == batch else 1, -1).sum(1) * 0
+        return tokens + rows.to(tokens.dtype)[:, None, None]
 
     def _look_ahead(self, velocity: Tensor) -> None:
         """Keep what the next evaluation's fit needs, and speculate once time has moved."""
@@ -188,16 +199,9 @@ class Step:
             seen = (times[-2], times[-1]), (time, stream.model_time)
             places = [(landing, model_time(landing, *seen)) for landing in landed]
         if prediction.trusted is False:
-            self.state.say(logger, "no speculation: the sampler's steps do not fit an Euler flow")
+            self.state.say(logger, NO_FLOW)
             return
         speculate(self.programs, self.inputs, stream, prediction, places, self._shared)
         self.state.counters.speculative += len(places)
         tokens = self.programs.signature.batch * self.schedule.tokens
         self.state.counters.tokens_computed += len(places) * tokens
-
-
-def _tainted(tokens: Tensor, latent: Tensor) -> Tensor:
-    """`tokens` [B, N, C], NaN in the batch rows where the latent has a NaN or an infinity."""
-    batch = len(tokens)
-    rows = latent.float().reshape(batch if len(latent) == batch else 1, -1).sum(1) * 0
-    return tokens + rows.to(tokens.dtype)[:, None, None]

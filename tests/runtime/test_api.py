@@ -1,0 +1,323 @@
+"""Sessions, configure, reset, stats and options, as users call them."""
+
+import dataclasses
+import inspect
+
+import pytest
+import torch
+from toy import Euler, ToyPrograms, dense_velocity, noise, prompt, sigmas, streams_of, toy
+
+import specdiff.runtime as sd
+from specdiff.errors import NotCompiledError, OptionError
+from specdiff.options import FORECASTS, METHOD_DEFAULTS, METHODS, RUNTIME_OPTIONS, Options, Settings
+from specdiff.runtime.forecast import FORECASTERS
+from specdiff.runtime.importance import SCORERS
+
+PLAN = {"cache_ratio": 0.75, "warmup_steps": 3, "refresh_interval": 4}
+
+
+def counts(model):
+    stats = sd.stats(model)
+    return stats.dense, stats.selective, stats.skipped
+
+
+class NoReadback(torch.utils._python_dispatch.TorchDispatchMode):
+    """Fails on every transfer of a value from the device to the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        assert name not in ("aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero"), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("per_model", [lambda s: s, lambda s: s * 1000])
+def test_session_with_times_reads_nothing_back(per_model):
+    """And decides as without one, but that speculation lands on a time of the list."""
+    model = toy(**PLAN)
+    run = Euler(model)
+    session = sd.session(model, timesteps=[per_model(s) for s in run.sigmas[:-1]])
+    latent, landing = run.latent, run.sigmas[5]
+    for index in range(10):
+        before = latent
+        with session, NoReadback():
+            velocity = model(latent, run.time(index), run.prompt)
+        latent = latent + (run.sigmas[index + 1] - run.sigmas[index]) * velocity
+        if index == 1:
+            landed, time = model.runtime.programs.probed[-1]
+            torch.testing.assert_close(time, torch.tensor([landing]))
+            jumped = before + (landing - run.sigmas[1]) * velocity
+            torch.testing.assert_close(landed, jumped, rtol=1e-3, atol=1e-4)
+    assert counts(model) == (4, 6, 0)
+    assert sd.stats(model).speculative == 1
+    assert streams_of(model) == []
+
+
+def test_session_agrees_with_the_implicit_stream():
+    options = {**PLAN, "speculative_steps": 0}
+    model = toy(**options)
+    run = Euler(model)
+    with sd.session(model, timesteps=torch.tensor(run.sigmas[:-1])):
+        run.run()
+    torch.testing.assert_close(run.velocities, Euler(toy(**options)).run().velocities)
+
+
+def test_session_speculation_on_a_trajectory_that_is_no_flow():
+    model, text = toy(**PLAN), prompt()
+    with sd.session(model, timesteps=sigmas(10)[:-1]) as session:
+        for index in range(4):
+            model(noise(index), torch.tensor([sigmas(10)[index]]), text)
+        (stream,) = session.table(model.runtime)._streams
+    assert torch.equal(stream.speculative[0][1], torch.ones(1, 16))
+
+
+def test_concurrent_sessions_on_one_prompt_tensor_never_mix():
+    model, text = toy(**PLAN), prompt()
+    runs = [Euler(model, seed, text=text) for seed in range(3)]
+    sessions = [
+        sd.session(model),
+        sd.session(model, cache_ratio=0.5),
+        sd.session(model, timesteps=runs[2].sigmas[:-1], cache_ratio=1.0),
+    ]
+    for _ in range(10):
+        for run, session in zip(runs, sessions, strict=True):
+            with session:
+                run.step()
+    ratios = (0.75, 0.5, 1.0)
+    for seed, (run, ratio) in enumerate(zip(runs, ratios, strict=True)):
+        alone = Euler(toy(**{**PLAN, "cache_ratio": ratio}), seed, text=text).run()
+        torch.testing.assert_close(run.velocities, alone.velocities)
+    assert counts(model) == (12, 12, 6)
+
+
+def test_sessions_nest_and_belong_to_their_model():
+    model, other = toy(**PLAN), toy(1, **PLAN)
+    outer, inner = sd.session(model, cache_ratio=0.0), sd.session(other, cache_ratio=0.0)
+    with outer, inner, outer:
+        pass
+    with outer, inner:
+        Euler(model).run()
+    assert counts(model) == (10, 0, 0)
+    with inner, sd.session(other, cache_ratio=1.0):
+        Euler(other).run()
+    assert counts(other) == (4, 0, 6)
+    sd.reset(other)
+    Euler(other).run()
+    assert counts(other) == (4, 6, 0)
+
+
+def test_separate_guidance_calls_are_two_streams_of_a_session():
+    model = toy(**PLAN)
+    runs = [Euler(model, 0), Euler(model, 1)]
+    with sd.session(model, timesteps=runs[0].sigmas[:-1]):
+        for _ in range(10):
+            for run in runs:
+                run.step()
+    assert counts(model) == (8, 12, 0)
+
+
+def test_conditions_made_anew_are_known_by_value_in_a_session():
+    model = toy(**PLAN)
+    runs = [Euler(model, 0), Euler(model, 1)]
+    with sd.session(model):
+        for _ in range(10):
+            for run in runs:
+                run.prompt = run.prompt.clone()
+                run.step()
+    assert counts(model) == (8, 12, 0)
+
+
+def test_session_starts_again_when_its_times_are_used_up():
+    model, text = toy(**PLAN), prompt()
+    with sd.session(model, timesteps=sigmas(10)[:-1]):
+        first = Euler(model, 0, text=text).run()
+        second = Euler(model, 1, text=text).run()
+    assert counts(model) == (8, 12, 0)
+    assert second.errors[0] == second.errors[1] == 0.0
+    with sd.session(model, timesteps=sigmas(10)[:-1]):
+        alone = Euler(model, 1, text=text).run()
+    torch.testing.assert_close(second.velocities, alone.velocities, rtol=0, atol=0)
+    assert first.errors[0] == 0.0
+
+
+@pytest.mark.parametrize("ratio", [0.75, 1.0])
+def test_nan_in_a_session_is_nan_where_dense_is(ratio):
+    options = {**PLAN, "cache_ratio": ratio, "speculative_steps": 0}
+    model = toy(programs=ToyPrograms(batch=2), **options)
+    run = Euler(model, batch=2)
+    with sd.session(model, timesteps=run.sigmas[:-1]):
+        run.run(4)
+        run.latent[1, 0, 0, 0] = float("nan")
+        exact = dense_velocity(model, run.latent, run.time(), run.prompt)
+        velocity = run.step()
+        assert torch.equal(velocity.isnan(), exact.isnan())
+        assert velocity[1].isnan().all()
+        assert not velocity[0].isnan().any()
+        run.run()
+        again = Euler(model, batch=2, text=run.prompt).run()
+    sd.reset(model)
+    alone = Euler(model, batch=2).run()
+    torch.testing.assert_close(again.velocities, alone.velocities)
+
+
+def test_session_without_a_time_input():
+    model = toy(programs=ToyPrograms(time=False), **PLAN)
+    run = Euler(model)
+    fixed = run.time(0)
+    with sd.session(model, timesteps=run.sigmas[:-1]):
+        for index in range(10):
+            velocity = model(run.latent, fixed, run.prompt)
+            run.latent = run.latent + (run.sigmas[index + 1] - run.sigmas[index]) * velocity
+    assert counts(model) == (4, 6, 0)
+    assert sd.stats(model).speculative == 0
+
+
+def test_twenty_settings_in_one_process():
+    model = toy()
+    for method in METHODS:
+        for forecast in FORECASTS:
+            for ratio in (0.75, 1.0):
+                sd.configure(model, method=method, forecast=forecast, cache_ratio=ratio)
+                run = Euler(model).run()
+                expected = toy(method=method, forecast=forecast, cache_ratio=ratio)
+                alone = Euler(expected).run()
+                torch.testing.assert_close(run.velocities, alone.velocities, rtol=0, atol=0)
+    assert sd.stats(model).graphs == 1
+
+
+def test_settings_change_in_mid_run():
+    model = toy(cache_ratio=1.0, refresh_interval=0, speculative_steps=0)
+    run = Euler(model).run(5)
+    sd.configure(model, cache_ratio=0.5, speculative_steps=2)
+    run.run(1)  # dense: no caches were filled yet
+    assert run.errors[-1] < 1e-6
+    run.run()
+    assert counts(model) == (4, 4, 2)
+    assert max(run.errors) < 0.5
+
+
+def test_configure_before_the_first_call_and_back_to_defaults():
+    model = toy(**PLAN)
+    sd.configure(model, cache_ratio=0.0)
+    Euler(model).run()
+    assert counts(model) == (10, 0, 0)
+    sd.configure(model, cache_ratio=None, method="paper")
+    sd.reset(model)
+    Euler(model).run()
+    stats = sd.stats(model)
+    assert (stats.dense, stats.selective) == (4, 6)
+    assert stats.tokens_computed == 5 * 16 + 6 * 2
+
+
+def test_reset_forgets_streams_and_counts_but_not_settings():
+    model = toy(**PLAN)
+    sd.configure(model, cache_ratio=0.5)
+    session = sd.session(model)
+    run = Euler(model)
+    run.run(5)
+    with session:
+        Euler(model, text=run.prompt).run(5)
+    assert sd.stats(model).cache_bytes == 2 * model.runtime.programs.signature.cache_bytes
+    sd.reset(model)
+    stats = sd.stats(model)
+    assert (stats.evaluations, stats.tokens_total, stats.cache_bytes) == (0, 0, 0)
+    assert stats.token_counts is None
+    run.run()
+    assert run.errors[5] == 0.0  # dense again: the stream was forgotten
+    assert sd.stats(model).tokens_computed == 4 * 16 + 2 * 8
+
+
+def test_models_without_state_are_named():
+    model = toy(**PLAN)
+    for call in (sd.stats, sd.reset):
+        with pytest.raises(NotCompiledError, match="Toy has not run"):
+            call(model)
+    with pytest.raises(NotCompiledError, match="no parameters"):
+        sd.configure(torch.nn.ReLU(), cache_ratio=0.5)
+
+
+def test_stats_finds_the_wrapped_model():
+    model = toy(**PLAN)
+    Euler(model).run()
+    wrapper = torch.nn.Sequential(model)
+    assert sd.stats(wrapper) == dataclasses.replace(
+        sd.stats(model), token_counts=sd.stats(wrapper).token_counts
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "valid"),
+    [
+        ("cache_ratio", 1.5, "a number from 0 to 1"),
+        ("cache_ratio", "0.9", "a number from 0 to 1"),
+        ("cache_ratio", float("nan"), "a number from 0 to 1"),
+        ("cache_ratio", True, "a number from 0 to 1"),
+        ("warmup_steps", 0, "an integer of at least 1"),
+        ("warmup_steps", 2.0, "an integer of at least 1"),
+        ("warmup_steps", None, "an integer of at least 1"),
+        ("speculative_steps", -1, "an integer of at least 0"),
+        ("refresh_interval", -1, "an integer of at least 0"),
+        ("reuse_share", -0.1, "a number from 0 to 1"),
+        ("starvation", -1, "a number of at least 0"),
+        ("forecast", "cubic", "one of 'reuse', 'linear', 'quadratic', 'mean', 'mean-1000'"),
+        ("method", "papers", "one of 'history', 'paper'"),
+        ("importance_queries", 0, "an integer of at least 1"),
+        ("guidance_scale", "7", "a number"),
+        ("timestep_arg", "", "a non-empty string"),
+        ("max_cache_bytes", -1, "an integer of at least 0"),
+        ("inner_backend", "cudagraphs", "one of 'inductor', 'aot_eager', 'eager'"),
+        ("dump_dir", 3, "a path"),
+    ],
+)
+def test_invalid_values_name_option_value_and_range(name, value, valid):
+    with pytest.raises(OptionError) as caught:
+        Options(**{name: value})
+    assert f"{name}={value!r}: must be {valid}" in str(caught.value)
+    if name in RUNTIME_OPTIONS:
+        with pytest.raises(OptionError):
+            sd.configure(toy(), **{name: value})
+        with pytest.raises(OptionError):
+            sd.session(toy(), **{name: value})
+
+
+def test_parse_separates_inductor_settings():
+    keys = {"max_autotune", "triton.cudagraphs"}
+    given = {"cache_ratio": 0.5, "mode": "max-autotune", "triton.cudagraphs": True}
+    options, inductor = Options.parse(given, keys)
+    assert options == Options(cache_ratio=0.5)
+    assert inductor == {"mode": "max-autotune", "triton.cudagraphs": True}
+    with pytest.raises(OptionError, match=r"cache_ration: no such option.*'cache_ratio'.*method"):
+        Options.parse({"cache_ration": 0.5}, keys)
+    with pytest.raises(OptionError, match="did you mean 'max_autotune'"):
+        Options.parse({"max_autotun": True}, keys)
+
+
+def test_compile_time_options_cannot_be_configured():
+    fixed = ("importance_queries", "timestep_arg", "inner_backend", "dump_dir")
+    assert set(RUNTIME_OPTIONS) == {f.name for f in dataclasses.fields(Options)} - set(fixed)
+    for name in fixed:
+        with pytest.raises(OptionError, match="fixed when the model is compiled"):
+            sd.configure(toy(), **{name: None})
+    with pytest.raises(OptionError, match="did you mean 'cache_ratio'"):
+        sd.session(toy(), cache_rato=0.5)
+
+
+@pytest.mark.parametrize("times", [[], [1.0, float("nan")], [1.0, 0.5, 0.7]])
+def test_invalid_timesteps(times):
+    with pytest.raises(OptionError, match="timesteps"):
+        sd.session(toy(), timesteps=times)
+
+
+def test_every_option_is_documented_and_every_choice_exists():
+    source = inspect.getsource(Options)
+    for field in dataclasses.fields(Options):
+        declaration = source.split(f"    {field.name}: ")[1]
+        assert '    """' in declaration.split("\n\n")[0], field.name
+    assert set(FORECASTERS) == set(FORECASTS)
+    assert set(SCORERS) == set(METHODS) == set(METHOD_DEFAULTS)
+    for method in METHODS:
+        settings = Options(method=method).resolve()
+        assert None not in {
+            getattr(settings, f.name)
+            for f in dataclasses.fields(Settings)
+            if f.name not in ("guidance_scale", "max_cache_bytes")
+        }
