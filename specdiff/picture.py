@@ -75,7 +75,7 @@ def _difference_panel(trials: Trials, reference: Trials) -> Panel:
         shown = difference(trials.images[row], reference.images[row])
         axes.imshow(shown.numpy(), interpolation="nearest")
 
-    return Panel(f"difference from {reference.method.name}\n× {AMPLIFICATION}, white: none", draw)
+    return Panel(f"difference from {reference.method.name}\n× {AMPLIFICATION} (white: none)", draw)
 
 
 def _counts_panel(trials: Trials) -> Panel:
@@ -90,7 +90,7 @@ def _counts_panel(trials: Trials) -> Panel:
         assert figure is not None
         figure.colorbar(drawn, ax=axes, fraction=0.046, pad=0.03)
 
-    return Panel(f"{trials.method.name}: times each\ntoken was computed", draw)
+    return Panel(f"how often of {trials.method.steps} steps\neach token was computed", draw)
 
 
 def _panels(comparison: Comparison) -> Iterator[Panel]:

@@ -125,10 +125,16 @@ def _cells(comparison: Comparison, trials: Trials) -> list[str]:
 
 
 def table(comparison: Comparison) -> Table:
-    """The same figures for a terminal, one row a method."""
-    rounds = len(comparison.reference.seconds[0])
-    title = f"{len(comparison.requests)} prompt(s), {rounds} round(s), medians"
-    result = Table(title=title, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True)
+    """The same figures for a terminal, one row a method, 80 columns wide."""
+    reference = comparison.reference
+    pictures = len(comparison.requests) * len(reference.seconds[0])
+    title = (
+        f"{reference.method.steps} steps; medians of {pictures} pictures a method;"
+        f" PSNR and SSIM against {reference.method.name}"
+    )
+    caption = "compile: once per model, less where Inductor's cache on disk has the program"
+    result = Table(title=title, caption=caption, box=SIMPLE_HEAD, collapse_padding=True)
+    result.title_justify = result.caption_justify = "left"
     result.add_column("method", no_wrap=True)
     for heading in ("time", "speedup", "PSNR", "SSIM", "tokens", "cache", "compile"):
         result.add_column(heading, justify="right", no_wrap=True)
