@@ -14,12 +14,13 @@ IDLE_SETS = 1
 
 
 class Lease:
-    """Ownership of one set of caches, which goes back to its pool when the lease is dropped."""
+    """Ownership of one set of caches, which goes back to its pool when the lease is dropped.
+
+    Taken by a dense step, which writes the caches at once: a stream's lease is never stale.
+    """
 
     def __init__(self, caches: Sequence[Tensor]) -> None:
         self.caches = tuple(caches)
-        self.filled = False
-        """Whether a dense step has written them since the lease began."""
 
 
 class CachePool:

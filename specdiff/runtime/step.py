@@ -87,12 +87,9 @@ class Step:
         return latent
 
     def _count(self) -> int:
-        """Tokens to compute; all of them if a selective step would find its caches empty."""
+        """Tokens to compute; all of them if a selective step would have no caches."""
         count = self.schedule.count(self.stream.history.evaluations)
-        lease = self.stream.lease
-        if 0 < count < self.schedule.tokens and not (lease and lease.filled):
-            return self.schedule.tokens
-        return count
+        return count if count == 0 or self.stream.lease else self.schedule.tokens
 
     def _dense(self) -> Tensor:
         stream = self.stream
@@ -103,8 +100,7 @@ class Step:
             evaluation = self.programs.probe(self.inputs)
         else:
             evaluation = self.programs.dense(self.inputs, stream.lease.caches)
-            stream.lease.filled = True
-        tokens = evaluation.tokens.clone()
+        tokens = evaluation.tokens.clone()  # the program's next run may overwrite them
         stream.importance = per_sample(evaluation.importance, self._shared)
         stream.history.record_dense(self.time, tokens)
         return tokens

@@ -96,7 +96,7 @@ class Stream:
         return "continues"
 
     def become_ambiguous(self) -> None:
-        """Give everything back: calls of this key cannot be told apart and run dense."""
+        """Give the caches back: calls of this key cannot be told apart and run dense."""
         self.ambiguous = True
         self.lease = self.importance = self.latent = self.velocity = None
         self.speculative.clear()

@@ -97,12 +97,14 @@ def test_sessions_nest_and_belong_to_their_model():
     with outer, inner:
         Euler(model).run()
     assert counts(model) == (10, 0, 0)
+    sd.configure(other, cache_ratio=0.5)
     with inner, sd.session(other, cache_ratio=1.0):
         Euler(other).run()
     assert counts(other) == (4, 0, 6)
     sd.reset(other)
     Euler(other).run()
     assert counts(other) == (4, 6, 0)
+    assert sd.stats(other).tokens_computed == 5 * 16 + 6 * 8
 
 
 def test_separate_guidance_calls_are_two_streams_of_a_session():

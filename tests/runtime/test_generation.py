@@ -20,6 +20,9 @@ from toy import (
 
 import specdiff.runtime as sd
 from specdiff.options import Options
+from specdiff.runtime.forecast import forecast
+from specdiff.runtime.history import History
+from specdiff.runtime.importance import log_scores
 
 PLAN = {"cache_ratio": 0.75, "warmup_steps": 3, "refresh_interval": 4}
 
@@ -166,6 +169,25 @@ def test_meaning_of_time_is_inferred(sign, unit, rising):
     torch.testing.assert_close(landed, latent + (0.5 - start) * velocity * sign)
 
 
+def test_no_speculation_beyond_the_landing():
+    """A run of few steps has passed half of the way by its second evaluation."""
+    model = toy(**PLAN)
+    run = Euler(model)
+    run.sigmas = [1.0, 0.4, 0.3, 0.2, 0.0]
+    run.run()
+    assert sd.stats(model).speculative == 0
+    assert model.runtime.programs.names() == ["probe", "dense", "dense", "selective"]
+
+
+def test_no_speculation_when_steps_have_the_wrong_length():
+    """Along the velocity, but ten times too far for any unit of time."""
+    model = toy(**PLAN)
+    run = Euler(model, steps=100).run(1)
+    run.latent = noise() + 10 * (run.latent - noise())
+    run.step()
+    assert sd.stats(model).speculative == 0
+
+
 def test_no_speculation_when_the_sampler_is_no_flow(caplog):
     model = toy(**PLAN)
     run = Euler(model, text=prompt())
@@ -222,10 +244,27 @@ def test_guidance_halves_share_one_active_set():
     assert len(actives) == 3
     assert all(torch.equal(a[0], a[1]) for a in actives)
     assert sd.stats(model).speculative == 1
-    landed = model.runtime.programs.probed[-1][0]
-    torch.testing.assert_close(landed[0], landed[1])
+    landed, jumped = model.runtime.programs.probed[-1][0], noise()
+    velocity = dense_velocity(model, torch.cat([jumped] * 2), run.time(0), text)
+    jumped = jumped + (run.sigmas[1] - 1) * torch.lerp(velocity[0], velocity[1], 5.0)
+    velocity = dense_velocity(model, torch.cat([jumped] * 2), run.time(1), text)
+    jumped = jumped + (0.5 - run.sigmas[1]) * torch.lerp(velocity[0], velocity[1], 5.0)
+    torch.testing.assert_close(landed, torch.cat([jumped] * 2), rtol=1e-4, atol=1e-5)
     apart = [a for _, a in separate.runtime.programs.calls if a is not None]
     assert not all(torch.equal(a[0], a[1]) for a in apart)
+
+
+def test_guidance_halves_count_alike():
+    """The shared set does not depend on which half comes first."""
+    chosen = []
+    for order in ([0, 1], [1, 0]):
+        model = toy(programs=ToyPrograms(batch=2), **PLAN, guidance_scale=5.0, method="paper")
+        run, text = Euler(model, batch=2), prompt(batch=2)[order]
+        for index in range(6):
+            latent = noise() * (1 - 0.03 * index)
+            model(torch.cat([latent] * 2), run.time(index), text)
+        chosen.append(torch.cat([a for _, a in model.runtime.programs.calls if a is not None]))
+    assert torch.equal(*chosen)
 
 
 def test_odd_batch_has_no_halves(caplog):
@@ -267,20 +306,68 @@ def test_inference_mode_and_no_grad_can_alternate():
     assert sd.stats(model).selective == 12
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.0])
-def test_strides_of_inputs_are_kept_by_speculation(scale):
-    model = toy(**PLAN)
-    run = Euler(model, batch=1)
-    padded = torch.zeros(1, CHANNELS, SIDE, SIDE + 1)
-    time = torch.zeros(3)
+@pytest.mark.parametrize("expanded", [True, False])
+def test_speculation_keeps_the_strides_of_inputs(expanded):
+    model = toy(programs=ToyPrograms(batch=2), **PLAN)
+    run = Euler(model, batch=2)
+    padded = torch.zeros(2, CHANNELS, SIDE, SIDE + 1)
     for index in range(2):
         padded[..., :SIDE] = run.latent
-        time[1] = run.sigmas[index]
-        velocity = model(padded[..., :SIDE], time[1:2], run.prompt)
+        time = run.time(index) if expanded else run.time(index).repeat(3)[::2][:2]
+        velocity = model(padded[..., :SIDE], time, run.prompt)
         run.latent = run.latent + (run.sigmas[index + 1] - run.sigmas[index]) * velocity
-    landed, _ = model.runtime.programs.probed[-1]
-    assert len(model.runtime.programs.probed) == 2
+    landed, landing = model.runtime.programs.probed[-1]
+    assert landing.tolist() == [0.5, 0.5]
+    assert landing.stride() == time.stride() == ((0,) if expanded else (2,))
     assert landed.stride() == padded[..., :SIDE].stride()
+
+
+def test_history_of_tokens():
+    """Each token keeps its own last computed outputs and when they were computed."""
+    history = History(1, 3, torch.device("cpu"))
+
+    def outputs(value):
+        return torch.full((1, 3, 1), value)
+
+    history.record_dense(1.0, outputs(10.0))
+    history.record_dense(0.9, outputs(9.0))
+    history.record_selective(0.8, outputs(8.0), torch.tensor([[1]]))
+    history.record_skipped(0.7, outputs(7.0))
+    history.record_selective(0.6, outputs(6.0), torch.tensor([[0, 1]]))
+    assert history.counts.tolist() == [[3, 4, 2]]
+    assert history.cached.tolist() == [[2, 1, 3]]
+    assert history.age.tolist() == [[0, 0, 3]]
+    assert [step.time for step in history.steps] == [0.6, 0.7, 0.8]
+    times = torch.stack([output.times[0] for output in history.computed])
+    expected = torch.tensor([[0.6, 0.6, 0.9], [0.9, 0.8, 1.0], [1.0, 0.9, 1.0]])
+    torch.testing.assert_close(times, expected)
+    tokens = torch.stack([output.tokens[0, :, 0] for output in history.computed])
+    torch.testing.assert_close(tokens, expected * 10)
+
+
+def test_forecasts_are_exact_on_polynomials():
+    """Linear on lines, quadratic on parabolas, from whatever times a token was computed at."""
+    line = torch.tensor([1.0, -2.0, 0.5])
+    for bend, name in ((0.0, "linear"), (0.0, "quadratic"), (3.0, "quadratic")):
+
+        def outputs(time, bend=bend):
+            return (line * time + bend * time**2).reshape(1, 3, 1)
+
+        history = History(1, 3, torch.device("cpu"))
+        for time in (1.0, 0.9, 0.7):
+            history.record_dense(time, outputs(time))
+        history.record_selective(0.6, outputs(0.6), torch.tensor([[2]]))
+        predicted = forecast(name, history, 0.4, 1)
+        torch.testing.assert_close(predicted, outputs(0.4), rtol=1e-4, atol=1e-4)
+
+
+def test_tokens_waiting_longest_come_first_while_times_collide():
+    history = History(1, 3, torch.device("cpu"))
+    history.record_dense(1.0, torch.zeros(1, 3, 1))
+    history.record_selective(1.0, torch.zeros(1, 3, 1), torch.tensor([[0]]))
+    history.record_selective(1.0, torch.zeros(1, 3, 1), torch.tensor([[2]]))
+    scores = log_scores(Options().resolve(), torch.ones(1, 3), None, history, 1.0)
+    assert scores.argsort().tolist() == [[2, 0, 1]]
 
 
 def test_a_failing_program_leaves_no_stream():

@@ -45,6 +45,7 @@ class ToyPrograms:
         self.sign, self.unit, self.rising = sign, unit, rising
         self.calls: list[tuple[str, Tensor | None]] = []
         self.probed: list[tuple[Tensor, Tensor]] = []
+        self._buffers: dict[str, Evaluation] = {}
         slot = CacheSlot("kv", (batch, N, 2, WIDTH), torch.float32, torch.device("cpu"))
         tokens = CacheSlot("tokens", (batch, N, CHANNELS), torch.float32, torch.device("cpu"))
         self.signature = Signature(
@@ -63,23 +64,34 @@ class ToyPrograms:
     def probe(self, inputs: Sequence[object]) -> Evaluation:
         self.calls.append(("probe", None))
         self.probed.append((inputs[5], inputs[6]))
-        return self._run(inputs, None, None)
+        return self._in_buffers("probe", self._run(inputs, None, None))
 
     def dense(self, inputs: Sequence[object], caches: Sequence[Tensor]) -> Evaluation:
         self.calls.append(("dense", None))
-        return self._run(inputs, caches, None)
+        return self._in_buffers("dense", self._run(inputs, caches, None))
 
     def selective(
         self, inputs: Sequence[object], caches: Sequence[Tensor], active: Tensor
     ) -> Evaluation:
         self.calls.append(("selective", active))
-        return self._run(inputs, caches, active)
+        return self._in_buffers("selective", self._run(inputs, caches, active))
 
     def tail(self, inputs: Sequence[object], tokens: Tensor) -> list[Tensor]:
         return [tokens.mT.reshape(len(tokens), CHANNELS, SIDE, SIDE)]  # may be a view
 
     def names(self) -> list[str]:
         return [name for name, _ in self.calls]
+
+    def _in_buffers(self, name: str, evaluation: Evaluation) -> Evaluation:
+        """Overwrite what the program returned before, as CUDA graphs do."""
+        if name in self._buffers and self._buffers[name].tokens.shape == evaluation.tokens.shape:
+            self._buffers[name].tokens.copy_(evaluation.tokens)
+            self._buffers[name].importance.copy_(evaluation.importance)
+        else:
+            with torch.inference_mode(False):
+                copies = evaluation.tokens.clone(), evaluation.importance.clone()
+            self._buffers[name] = Evaluation(*copies)
+        return self._buffers[name]
 
     def _run(
         self, inputs: Sequence[object], caches: Sequence[Tensor] | None, active: Tensor | None
