@@ -5,7 +5,8 @@ Works on torch 2.11 to 2.13; what was tried is in the comments.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -142,3 +143,11 @@ def _restore_static_metadata(module: fx.GraphModule) -> None:
         if node.meta.get("static"):
             described["_dynamo_static_input_type"] = "unguarded"
         node.meta["tensor_dict"] = described
+
+
+@contextmanager
+def fresh_compilation() -> Iterator[None]:
+    """Trace anew whatever was compiled before, without using up Dynamo's limit on variants."""
+    limit = torch._dynamo.config.recompile_limit + 64
+    with torch._dynamo.config.patch(recompile_limit=limit):
+        yield

@@ -1,0 +1,57 @@
+"""specdiff: `torch.compile(model, backend="specdiff")` for diffusion transformers.
+
+The names below are loaded on first use, so that importing the package (which `TORCH_LOGS` does
+during `import torch`) stays light.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from specdiff.backend import backend
+    from specdiff.errors import NotCompiledError, OptionError, SpecdiffError
+    from specdiff.options import Options
+    from specdiff.report import Report, explain
+    from specdiff.runtime.api import configure, reset, session, stats
+    from specdiff.runtime.registry import Session
+    from specdiff.runtime.stats import Stats
+
+_HOMES = {
+    "backend": "specdiff.backend",
+    "configure": "specdiff.runtime.api",
+    "explain": "specdiff.report",
+    "reset": "specdiff.runtime.api",
+    "session": "specdiff.runtime.api",
+    "stats": "specdiff.runtime.api",
+    "Options": "specdiff.options",
+    "Report": "specdiff.report",
+    "Session": "specdiff.runtime.registry",
+    "Stats": "specdiff.runtime.stats",
+    "NotCompiledError": "specdiff.errors",
+    "OptionError": "specdiff.errors",
+    "SpecdiffError": "specdiff.errors",
+}
+
+__all__ = [
+    "backend",
+    "configure",
+    "explain",
+    "reset",
+    "session",
+    "stats",
+    "Options",
+    "Report",
+    "Session",
+    "Stats",
+    "NotCompiledError",
+    "OptionError",
+    "SpecdiffError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'specdiff' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

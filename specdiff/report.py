@@ -1,0 +1,115 @@
+"""What the compiler found in a model, without compiling or running anything selective."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from specdiff import torch_adapter
+from specdiff.backend import Analysis, analyse, refusal
+from specdiff.options import Options
+from specdiff.passes.base import Unsupported
+from specdiff.passes.regions import Region, selective_flops
+from specdiff.program import Segment
+
+
+@dataclass(frozen=True)
+class Report:
+    """The verdict on one model and one set of input shapes."""
+
+    selective: bool
+    reason: str
+    """Why the model runs dense; empty if it does not."""
+    segments: tuple[Segment, ...] = ()
+    regions: tuple[Region, ...] = ()
+    cache_bytes: int = 0
+    """Bytes of the caches of one generation."""
+    whole: tuple[tuple[str, int], ...] = ()
+    """Ops that mix tokens and therefore stay whole, with how often."""
+
+    def step_flops(self, active: int | None = None) -> int:
+        """FLOPs of a dense step, or of a selective one with `active` tokens."""
+        if active is None:
+            return sum(region.dense_flops for region in self.regions)
+        return selective_flops(self.regions, active)
+
+    def __str__(self) -> str:
+        """A page for a person."""
+        if not self.selective:
+            return f"dense: {self.reason}"
+        lines = ["selective", "segments:"]
+        for segment in self.segments:
+            kind = "prunable" if segment.prunable else "always computed"
+            lines.append(f"  {segment.name}: {segment.length} tokens, {kind}")
+        kinds = Counter(region.kind for region in self.regions)
+        lines.append("regions: " + ", ".join(f"{n} {kind}" for kind, n in kinds.items()))
+        lines.append(f"caches: {self.cache_bytes / 2**20:.1f} MiB a generation")
+        lines.append(f"dense step: {self.step_flops() / 1e9:.2f} GFLOP")
+        tokens = next(s.length for s in self.segments if s.prunable)
+        for ratio in (0.5, 0.75, 0.9, 0.95):
+            active = round((1 - ratio) * tokens)
+            gain = self.step_flops() / self.step_flops(active)
+            lines.append(f"  {ratio:.0%} cached: a selective step has {gain:.1f}x fewer FLOPs")
+        if self.whole:
+            lines.append("whole: " + ", ".join(f"{n} {op}" for op, n in self.whole))
+        return "\n".join(lines)
+
+
+def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
+    """Trace `model` on these inputs and report what would be skipped.
+
+    The model runs once, eagerly. Models that break into several graphs are reported by their
+    first graph that has attention, or else by their first.
+    """
+    reports: list[Report] = []
+
+    def collect(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        reports.append(_report(module, inputs))
+        return module.forward
+
+    with torch.no_grad(), torch_adapter.fresh_compilation():
+        torch.compile(getattr(model, "_orig_mod", model), backend=collect)(*args, **kwargs)
+    if not reports:
+        return Report(False, "the model was not traced: Dynamo found no tensor operation")
+    return next((report for report in reports if report.selective), reports[0])
+
+
+def _report(module: fx.GraphModule, inputs: Sequence[Any]) -> Report:
+    reason = refusal(inputs)
+    if reason is not None:
+        return Report(False, reason)
+    try:
+        found = analyse(module, inputs, Options())
+    except Unsupported as error:
+        return Report(False, str(error))
+    if found.signature.time is None:
+        return Report(False, "no time input was found: name it by the option timestep_arg")
+    return Report(
+        selective=True,
+        reason="",
+        segments=found.signature.segments,
+        regions=found.regions,
+        cache_bytes=found.signature.cache_bytes,
+        whole=_mixing_ops(found),
+    )
+
+
+def _mixing_ops(found: Analysis) -> tuple[tuple[str, int], ...]:
+    """Ops on whole prunable tokens that the selective program still runs, tables left out."""
+    plan = found.plan
+    ops = Counter(
+        str(node.target)
+        for node in plan.axes.graph.nodes
+        if node.op == "call_function"
+        and node in plan.whole
+        and node not in plan.cached
+        and node in plan.attention_dependent
+        and any(plan.carries(operand) for operand in node.all_input_nodes)
+        and plan.extracted_from(node) is None
+    )
+    return tuple(ops.most_common())
