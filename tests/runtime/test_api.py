@@ -37,10 +37,12 @@ def test_session_with_times_reads_nothing_back(per_model):
     run = Euler(model)
     session = sd.session(model, timesteps=[per_model(s) for s in run.sigmas[:-1]])
     latent, landing = run.latent, run.sigmas[5]
+    time_input = torch.empty(1)
     for index in range(10):
         before = latent
+        time_input.copy_(run.time(index))
         with session, NoReadback():
-            velocity = model(latent, run.time(index), run.prompt)
+            velocity = model(latent, time_input, run.prompt)
         latent = latent + (run.sigmas[index + 1] - run.sigmas[index]) * velocity
         if index == 1:
             landed, time = model.runtime.programs.probed[-1]

@@ -361,6 +361,15 @@ def test_forecasts_are_exact_on_polynomials():
         torch.testing.assert_close(predicted, outputs(0.4), rtol=1e-4, atol=1e-4)
 
 
+def test_quadratic_is_linear_for_tokens_computed_only_twice():
+    history = History(1, 2, torch.device("cpu"))
+    for time in (1.0, 0.9):
+        history.record_dense(time, torch.full((1, 2, 1), time**2))
+    history.record_selective(0.8, torch.full((1, 2, 1), 0.64), torch.tensor([[0]]))
+    predicted = forecast("quadratic", history, 0.7, 1)[0, :, 0]
+    torch.testing.assert_close(predicted, torch.tensor([0.49, 0.81 - 0.2 * 1.9]))
+
+
 def test_tokens_waiting_longest_come_first_while_times_collide():
     history = History(1, 3, torch.device("cpu"))
     history.record_dense(1.0, torch.zeros(1, 3, 1))
