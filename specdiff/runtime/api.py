@@ -16,7 +16,6 @@ from specdiff.runtime.registry import (
     ModelState,
     Session,
     find_or_create,
-    parameters_of,
     state_of,
 )
 from specdiff.runtime.stats import Counters, Stats
@@ -73,7 +72,7 @@ def configure(compiled: torch.nn.Module, **settings: Any) -> None:
         NotCompiledError: the module has no parameters to be known by.
     """
     overrides = check_overrides(settings)
-    find_or_create(parameters_of(compiled)).overrides.update(overrides)
+    find_or_create(compiled).overrides.update(overrides)
 
 
 def session(
@@ -98,7 +97,7 @@ def session(
         NotCompiledError: the module has no parameters to be known by.
     """
     times = None if timesteps is None else _checked(timesteps)
-    return Session(find_or_create(parameters_of(compiled)), times, settings)
+    return Session(find_or_create(compiled), times, settings)
 
 
 def _known_state(compiled: torch.nn.Module) -> ModelState:

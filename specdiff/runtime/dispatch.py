@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,7 @@ from specdiff.runtime.registry import (
     Session,
     active_session,
     effective,
-    find_or_create,
-    state_of,
+    state_of_call,
 )
 from specdiff.runtime.schedule import Schedule
 from specdiff.runtime.step import BUDGET, Step
@@ -50,12 +49,12 @@ class Runtime:
         self.pool = CachePool(programs.signature.caches)
         self._parameters = programs.signature.indices("parameter")
         self._conditions = programs.signature.indices("condition")
-        self._own_state = ModelState()
+        self._nameless = ModelState()
 
     @torch.no_grad()
     def __call__(self, *inputs: object) -> list[Tensor]:
         """The graph's outputs for its flat inputs, by a dense, selective or skipped evaluation."""
-        state = self._state(inputs)
+        state = state_of_call(self, inputs, self._parameters, self._nameless)
         session = active_session(state)
         settings = self._settings(state, session)
         schedule = Schedule.of(settings, self.programs.signature.prunable_tokens)
@@ -85,15 +84,6 @@ class Runtime:
             # Half an evaluation leaves caches and history that belong to no point in time.
             table.drop(stream)
             raise
-
-    def _state(self, inputs: Sequence[object]) -> ModelState:
-        state = state_of(_tensors(inputs, self._parameters))
-        if state is None or self not in state.graphs:
-            parameters = list(_tensors(inputs, self._parameters))
-            # Graphs without parameters cannot tell models apart.
-            state = find_or_create(parameters) if parameters else self._own_state
-            state.saw(self, parameters)
-        return state
 
     def _settings(self, state: ModelState, session: Session | None) -> Settings:
         settings = effective(self.options, state, session)
@@ -154,21 +144,15 @@ class DenseOnly:
         self._function = function
         self._reason = reason
         self._parameters = tuple(parameters)
+        self._nameless = ModelState()
 
     def __call__(self, *inputs: object) -> Any:
         """The function's outputs, gradients included."""
-        parameters = list(_tensors(inputs, self._parameters))
-        if parameters:
-            state = find_or_create(parameters)
-            state.saw(self, parameters)
-            state.counters.dense += 1
-            state.counters.fallbacks[self._reason] += 1
-            state.say(logger, f"running dense: {self._reason}")
+        state = state_of_call(self, inputs, self._parameters, self._nameless)
+        state.counters.dense += 1
+        state.counters.fallbacks[self._reason] += 1
+        state.say(logger, f"running dense: {self._reason}")
         return self._function(*inputs)
-
-
-def _tensors(inputs: Sequence[object], indices: Sequence[int]) -> Iterator[Tensor]:
-    return (value for index in indices if isinstance(value := inputs[index], Tensor))
 
 
 def _suspicion(reading: Reading | None, stream: Stream | None) -> str | None:

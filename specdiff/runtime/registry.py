@@ -52,11 +52,6 @@ class ModelState(StreamOwner):
         """Graphs this model has run, with a hash of the parameters each of them takes."""
         self._said: set[str] = set()
 
-    def saw(self, graph: object, parameters: Sequence[Tensor]) -> None:
-        """Note that this model runs `graph`."""
-        if graph not in self.graphs:
-            self.graphs[graph] = hash(tuple(id(parameter) for parameter in parameters))
-
     def say(self, logger: logging.Logger, message: str) -> None:
         """Log a message once in the life of this model."""
         if message not in self._said:
@@ -96,7 +91,7 @@ _ACTIVE: ContextVar[tuple[Session, ...]] = ContextVar("specdiff_sessions", defau
 
 
 def state_of(parameters: Iterable[Tensor]) -> ModelState | None:
-    """The state that any of these parameters belongs to."""
+    """The state that the first known one of these parameters belongs to."""
     for parameter in parameters:
         state = _STATES.get(parameter)
         if isinstance(state, ModelState):
@@ -104,26 +99,50 @@ def state_of(parameters: Iterable[Tensor]) -> ModelState | None:
     return None
 
 
-def find_or_create(parameters: Sequence[Tensor]) -> ModelState:
-    """The state of a model, made and registered for all its parameters if there is none."""
-    state = state_of(parameters)
-    if state is None:
-        state = ModelState()
-        for parameter in parameters:
-            _STATES[parameter] = state
+def create(parameters: Sequence[Tensor]) -> ModelState:
+    """A new state, registered for all parameters of its model."""
+    state = ModelState()
+    for parameter in parameters:
+        _STATES[parameter] = state
     return state
 
 
-def parameters_of(module: torch.nn.Module) -> list[Tensor]:
-    """Parameters that identify a module.
+def find_or_create(module: torch.nn.Module) -> ModelState:
+    """The state of a module, registered for all its parameters if there is none yet.
 
     Raises:
-        NotCompiledError: it has none, so that its runtime state cannot be found.
+        NotCompiledError: it has no parameters, so that its runtime state cannot be found.
     """
-    parameters: list[Tensor] = list(module.parameters())
+    parameters = list(module.parameters())
     if not parameters:
         raise NotCompiledError(f"{type(module).__name__} has no parameters to be known by")
-    return parameters
+    return state_of(parameters) or create(parameters)
+
+
+def state_of_call(
+    graph: object, inputs: Sequence[object], indices: Sequence[int], nameless: ModelState
+) -> ModelState:
+    """The state of the model that calls a graph.
+
+    Args:
+        graph: the callable.
+        inputs: its flat inputs.
+        indices: positions of parameters and buffers among them.
+        nameless: returned if there are no parameters to know a model by.
+
+    Returns:
+        The state of the first parameter: later ones may be shared with another model.
+    """
+    first = next((inputs[i] for i in indices if isinstance(inputs[i], torch.nn.Parameter)), None)
+    if not isinstance(first, torch.nn.Parameter):
+        return nameless
+    state = state_of([first])
+    if state is None or graph not in state.graphs:
+        values = [inputs[index] for index in indices]
+        parameters = [value for value in values if isinstance(value, torch.nn.Parameter)]
+        state = state or create(parameters)
+        state.graphs[graph] = hash(tuple(id(parameter) for parameter in parameters))
+    return state
 
 
 def active_session(state: ModelState) -> Session | None:

@@ -73,17 +73,22 @@ def test_seeds_one_after_the_other_on_one_prompt_tensor():
     assert sd.stats(model).cache_bytes == model.runtime.programs.signature.cache_bytes
 
 
-def test_two_models_take_turns_on_one_prompt_tensor():
+@pytest.mark.parametrize("tied", [False, True])
+def test_two_models_take_turns_on_one_prompt_tensor(tied):
     """One callable serves both, as Dynamo does for two models of a class."""
     runtime = sd.Runtime(ToyPrograms(), Options(**PLAN))
     models = [Toy(runtime, seed) for seed in range(2)]
+    if tied:
+        models[0].text = models[1].text
     text = prompt()
     runs = [Euler(model, 0, text=text) for model in models]
     for _ in range(10):
         for run in runs:
             run.step()
     for seed, (model, run) in enumerate(zip(models, runs, strict=True)):
-        expected = Euler(toy(seed, **PLAN), 0, text=text).run()
+        single = toy(seed, **PLAN)
+        single.text = model.text
+        expected = Euler(single, 0, text=text).run()
         torch.testing.assert_close(run.velocities, expected.velocities, rtol=0, atol=0)
         assert counts(model) == ALONE
 
@@ -243,6 +248,19 @@ def test_budget_for_one_of_two_streams():
     assert max(runs[1].errors) < 1e-6
     assert sd.stats(model).fallbacks == {"cache budget exceeded": 9}
     assert counts(model) == (14, 6, 0)
+
+
+def test_graph_without_parameters():
+    refused = sd.DenseOnly(lambda x: [x], "nothing to select", ())
+    assert refused(noise())[0].equal(noise())
+    runtime = sd.Runtime(ToyPrograms(), Options(**PLAN))
+    model = Toy(runtime)
+    plain = [parameter.detach() for parameter in model.parameters()]
+    run = Euler(model)
+    for index in range(10):
+        (velocity,) = runtime(*plain, run.latent, run.time(index), run.prompt, 4.0)
+        run.latent = run.latent + (run.sigmas[index + 1] - run.sigmas[index]) * velocity
+    assert runtime.programs.names().count("selective") == 6
 
 
 def test_refused_graph_runs_dense_with_its_reason(caplog):
