@@ -124,20 +124,21 @@ def demo(
         usable_device,
     )
     from specdiff.picture import draw_comparison
-    from specdiff.summary import record, table, warnings
+    from specdiff.summary import load_per_core, record, table, warnings
 
     quiet_libraries()
     place = usable_device(device)
     requests = demo_requests(prompts or [], seed)
     setting = Setting(place, steps, options, embed(requests, place))
+    load = load_per_core()
     comparison = _measure(demo_methods(setting, fewer_steps or []), requests, repeats)
     draw_comparison(comparison, out)
     console.print(table(comparison))
-    for warning in warnings(comparison):
+    for warning in warnings(comparison, load):
         errors.print(warning, style="yellow", markup=False, highlight=False)
     console.print(f"picture: {out}", highlight=False)
     if json_file is not None:
-        figures = record(comparison, place, repeats)
+        figures = record(comparison, place, repeats, load)
         json_file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
         console.print(f"figures: {json_file}", highlight=False)
 

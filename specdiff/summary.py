@@ -18,6 +18,8 @@ from specdiff.comparison import Comparison, Trials
 SCHEMA = 1
 """Number of the JSON record's layout; grows when a field changes its meaning or goes away."""
 MEBIBYTE = 2**20
+BUSY = 0.5
+"""Load per core before the measurement above which times are not worth reporting."""
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
@@ -89,13 +91,21 @@ def _environment(device: torch.device) -> dict[str, Json]:
     }
 
 
-def record(comparison: Comparison, device: torch.device, repeats: int) -> dict[str, Json]:
+def load_per_core() -> float:
+    """Processes that want to run, per core, over the last minute; this one's own included."""
+    return os.getloadavg()[0] / (os.cpu_count() or 1)
+
+
+def record(
+    comparison: Comparison, device: torch.device, repeats: int, load: float
+) -> dict[str, Json]:
     """Everything measured, as a value that `json.dump` takes.
 
     Args:
         comparison: What was measured.
         device: Where it ran.
         repeats: Rounds behind each median.
+        load: `load_per_core` before the measurement: what others were doing.
 
     Returns:
         `environment`, `repeats` and `methods`, the reference first. Times are seconds, PSNR is in
@@ -105,6 +115,7 @@ def record(comparison: Comparison, device: torch.device, repeats: int) -> dict[s
         "schema": SCHEMA,
         "environment": _environment(device),
         "repeats": repeats,
+        "load_per_core_before": round(load, 2),
         "methods": [_method_record(comparison, trials) for trials in comparison.trials],
     }
 
@@ -143,10 +154,16 @@ def table(comparison: Comparison) -> Table:
     return result
 
 
-def warnings(comparison: Comparison) -> list[str]:
-    """What a reader of the figures should know: steps that had to run dense, and why."""
-    return [
+def warnings(comparison: Comparison, load: float) -> list[str]:
+    """What a reader of the figures should know: a busy machine, steps that ran dense and why."""
+    told = [
         f"{trials.method.name}: {count} steps ran dense: {reason}"
         for trials in comparison.trials
         for reason, count in trials.fallbacks.items()
     ]
+    if load > BUSY:
+        told.append(
+            f"other processes keep this machine busy (load {load:.1f} a core):"
+            " do not trust the times"
+        )
+    return told

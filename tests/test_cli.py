@@ -114,7 +114,7 @@ def test_qualities_are_ordered_as_the_errors_are(comparison: Comparison) -> None
 
 
 def test_record_is_strict_json_with_all_methods(comparison: Comparison) -> None:
-    text = json.dumps(summary.record(comparison, torch.device("cpu"), 2), allow_nan=False)
+    text = json.dumps(summary.record(comparison, torch.device("cpu"), 2, 0.1), allow_nan=False)
     figures = json.loads(text)
     assert figures["environment"]["torch"] == torch.__version__
     assert {"date", "device", "processor", "cores"} <= figures["environment"].keys()
@@ -135,9 +135,10 @@ def test_table_names_every_method(comparison: Comparison) -> None:
         assert words in printed
 
 
-def test_steps_that_ran_dense_are_told(comparison: Comparison) -> None:
-    told = summary.warnings(comparison)
-    assert told == [f"{name}: 2 steps ran dense: a NaN" for name in ("specdiff", "paper")]
+def test_steps_that_ran_dense_and_a_busy_machine_are_told(comparison: Comparison) -> None:
+    told = [f"{name}: 2 steps ran dense: a NaN" for name in ("specdiff", "paper")]
+    assert summary.warnings(comparison, load=0.1) == told
+    assert "do not trust the times" in summary.warnings(comparison, load=3.0)[-1]
 
 
 def test_picture_is_a_png_of_sane_size(comparison: Comparison, tmp_path: Path) -> None:
