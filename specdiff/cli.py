@@ -63,6 +63,17 @@ def _require_compiler() -> None:
         raise SpecdiffError(f"torch.compile needs a C++ compiler and found no {compiler}")
 
 
+def _make_folders(files: Sequence[Path]) -> None:
+    """Make room for the results before minutes of work go into them."""
+    for file in files:
+        if file.is_dir():
+            raise SpecdiffError(f"{file} is a folder, expected a file name")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SpecdiffError(f"cannot write {file}: {error}") from error
+
+
 def _measure(methods: list[Method], requests: list[Request], repeats: int) -> Comparison:
     """Compare the methods behind a progress bar."""
     from specdiff.comparison import compare, count_images
@@ -87,7 +98,9 @@ def _measure(methods: list[Method], requests: list[Request], repeats: int) -> Co
 def demo(
     prompts: Annotated[
         list[str] | None,
-        typer.Argument(help="What to draw; none: built-in prompts. Others need the extra [text]."),
+        typer.Argument(
+            help="What to draw; none: built-in prompts. Others need the extra named text."
+        ),
     ] = None,
     steps: Annotated[int, typer.Option(min=4, help="Denoising steps of one picture.")] = 28,
     seed: Annotated[int, typer.Option(help="Seed of the first picture; then counted up.")] = 0,
@@ -115,6 +128,7 @@ def demo(
     ratio = [] if cache_ratio is None else [f"cache_ratio={cache_ratio}"]
     options = parse_options([*ratio, *(option or [])])
     _require_compiler()
+    _make_folders([out, *([json_file] if json_file else [])])
     from specdiff.methods import (
         Setting,
         demo_methods,

@@ -199,10 +199,21 @@ def test_a_wrong_option_stops_before_any_work(
     assert "cache_ratio" in capsys.readouterr().err
 
 
+def test_a_file_that_cannot_be_written_stops_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    blocking = tmp_path / "file"
+    blocking.touch()
+    assert run_cli(monkeypatch, "demo", "--out", str(blocking / "demo.png")) == 2
+    assert "cannot write" in capsys.readouterr().err
+    assert run_cli(monkeypatch, "demo", "--json", str(tmp_path)) == 2
+    assert "is a folder" in capsys.readouterr().err
+
+
 def test_demo_writes_picture_and_figures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("specdiff.methods.demo_methods", lambda setting, fewer: stand_ins())
     monkeypatch.setattr("specdiff.methods.embed", lambda requests, device: {})
-    out, figures = tmp_path / "demo.png", tmp_path / "demo.json"
+    out, figures = tmp_path / "new" / "demo.png", tmp_path / "demo.json"
     files = ["--out", str(out), "--json", str(figures)]
     assert run_cli(monkeypatch, "demo", "a red apple", "a cat", "--repeats", "1", *files) == 0
     assert out.stat().st_size > 0
