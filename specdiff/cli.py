@@ -163,5 +163,7 @@ def main() -> None:
         app()
     except SpecdiffError as error:
         # Not markup: messages name extras in square brackets.
-        errors.print("error:", str(error), style="red", markup=False, highlight=False)
+        errors.print(
+            "error:", str(error), style="red", markup=False, highlight=False, soft_wrap=True
+        )
         sys.exit(2)
