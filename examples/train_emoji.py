@@ -1,8 +1,8 @@
 """Train a small text-to-image rectified flow in the FLUX architecture on Fluent emoji.
 
-The model works on pixels: a token is a 4x4 patch. Stages train on ever larger pictures, with the
-positions of the smaller ones spread over the range of the largest, so that one set of weights
-moves from 64 to 1,024 tokens. Run it from anywhere, on a CPU or a GPU:
+The model works on pixels: a token is a 4x4 patch. The first stage learns from small pictures,
+their positions spread over the range of the large ones; the second from large pictures of which
+each step sees a quarter of the tokens; the last from whole ones. Run it on a CPU or a GPU:
 
     python examples/train_emoji.py --minutes 15 50 30 --work /tmp/emoji
 """
@@ -10,39 +10,25 @@ moves from 64 to 1,024 tokens. Run it from anywhere, on a CPU or a GPU:
 import argparse
 import copy
 import json
-import math
 import statistics
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from diffusers import FluxTransformer2DModel
 from emoji.data import EmojiData, prepare
+from emoji.model import MODEL, build_model, build_optimizers
 from emoji.pictures import draw_loss, draw_sheet, position_ids, sample
+from emoji.prompts import HELD_OUT_PROMPTS, TRAINED_PROMPTS
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors.torch import save_file
 from torch import Tensor
 
-from specdiff.demo import PATCH, TEXT_TOKENS, TIME_SHIFT, TOKEN_SIDE, pack
+from specdiff.demo import PATCH, TEXT_TOKENS, TIME_SHIFT, pack
 
-MODEL = {
-    "patch_size": 1,
-    "in_channels": 48,
-    "num_layers": 2,
-    "num_single_layers": 4,
-    "attention_head_dim": 64,
-    "num_attention_heads": 4,
-    "joint_attention_dim": 384,
-    "pooled_projection_dim": 384,
-    "guidance_embeds": False,
-    "axes_dims_rope": (8, 28, 28),
-}
 CAPTION_SHARES = (0.45, 0.35, 0.2)
 CAPTION_DROPOUT = 0.1
-MUON_RATE = 3e-3
-ADAMW_RATE = 1e-3
 WARM_UP_STEPS = 50
 DECAY_SHARE = 0.5
 """Share of the last stage over which the learning rate falls to zero."""
@@ -52,25 +38,35 @@ STALL_FACTOR = 5.0
 
 @dataclass(frozen=True)
 class Stage:
-    """One resolution: picture side in pixels, batch size, learning-rate scale, EMA decay."""
+    """One part of the training.
+
+    Attributes:
+        side: Pixels a side.
+        kept_side: The root of the number of tokens that a step sees.
+        batch: Pictures in a step.
+        rate: Scale of the learning rates.
+        ema_decay: Decay of the averaged weights at each step.
+    """
 
     side: int
+    kept_side: int
     batch: int
     rate: float
     ema_decay: float
 
     @property
-    def tokens(self) -> int:
-        """Image tokens."""
-        return (self.side // PATCH) ** 2
-
-    @property
-    def time_shift(self) -> float:
-        """Shift of the training times towards noise; at full size that of the sampling."""
-        return max(1.0, TIME_SHIFT * math.sqrt(self.tokens) / TOKEN_SIDE)
+    def token_side(self) -> int:
+        """Tokens a side of a whole picture."""
+        return self.side // PATCH
 
 
-STAGES = (Stage(32, 64, 1.0, 0.998), Stage(64, 32, 1.0, 0.998), Stage(128, 8, 0.5, 0.995))
+STAGES = (
+    Stage(32, 8, batch=64, rate=1.0, ema_decay=0.998),
+    Stage(128, 16, batch=32, rate=1.0, ema_decay=0.998),
+    Stage(128, 32, batch=8, rate=0.5, ema_decay=0.995),
+)
+QUICK_PROMPTS, QUICK_STEPS = 16, 14
+"""Size of the sample sheets on the way; the last one is complete."""
 
 
 @dataclass
@@ -83,34 +79,7 @@ class Progressed:
     stage_seconds: float = 0.0
     pictures: int = 0
     losses: list[tuple[int, int, float]] = field(default_factory=list)
-    """(step, image tokens, mean loss since the last entry)."""
-
-
-def build_model() -> FluxTransformer2DModel:
-    """Return the untrained model; every block starts as the identity."""
-    model = FluxTransformer2DModel(**MODEL)
-    for name, module in model.named_modules():
-        if (
-            name.endswith(("norm1.linear", "norm1_context.linear", "norm.linear"))
-            or name == "proj_out"
-        ):
-            torch.nn.init.zeros_(module.weight)
-            torch.nn.init.zeros_(module.bias)
-    torch.nn.init.zeros_(model.norm_out.linear.weight)
-    return model
-
-
-def build_optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon for the inner matrices, AdamW for the input and output layers and all vectors."""
-    outer = ("x_embedder", "proj_out", "norm_out")
-    hidden, rest = [], []
-    for name, parameter in model.named_parameters():
-        inner = parameter.ndim == 2 and not name.startswith(outer)
-        (hidden if inner else rest).append(parameter)
-    return [
-        torch.optim.Muon(hidden, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
+    """(step, stage, mean loss since the last entry)."""
 
 
 class Trainer:
@@ -134,6 +103,21 @@ class Trainer:
         """The stage under way."""
         return STAGES[self.at.stage]
 
+    def kept_tokens(self) -> Tensor:
+        """Draw which tokens a step sees, in turn a window or one token from each small block.
+
+        Windows teach how neighbours fit together, the others how the whole picture looks.
+        """
+        side, kept = self.stage.token_side, self.stage.kept_side
+        grid = torch.arange(side * side).view(side, side)
+        if self.at.step % 2:
+            top, left = torch.randint(side - kept + 1, (2,)).tolist()
+            return grid[top : top + kept, left : left + kept].flatten()
+        block = side // kept
+        inside = torch.randint(block, (2, kept, kept))
+        start = torch.arange(kept) * block
+        return grid[start[:, None] + inside[0], start[None, :] + inside[1]].flatten()
+
     def batch(self) -> tuple[Tensor, Tensor, Tensor]:
         """Draw packed pictures in [-1, 1], token states and pooled states."""
         data, size = self.data, self.stage.batch
@@ -145,7 +129,7 @@ class Trainer:
         pooled = data.pooled[index, caption] * keep[:, None]
         return pack(pictures).to(self.device), tokens.to(self.device), pooled.to(self.device)
 
-    def velocity(self, x: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor) -> Tensor:
+    def velocity(self, x: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor, ids: Tensor) -> Tensor:
         """Run the compiled model in bfloat16 and return the velocity in float32."""
         with torch.autocast(self.device.type, torch.bfloat16):
             return self.compiled(
@@ -154,7 +138,7 @@ class Trainer:
                 encoder_hidden_states=tokens,
                 pooled_projections=pooled,
                 txt_ids=torch.zeros(TEXT_TOKENS, 3, device=self.device),
-                img_ids=position_ids(self.stage.side // PATCH).to(self.device),
+                img_ids=ids,
                 return_dict=False,
             )[0].float()
 
@@ -166,15 +150,18 @@ class Trainer:
         ("model guidance", arXiv 2502.12154).
         """
         data, tokens, pooled = self.batch()
-        t = torch.sigmoid(torch.randn(len(data), device=self.device))
-        shift = self.stage.time_shift
-        t = shift * t / (1 + (shift - 1) * t)
+        kept = self.kept_tokens().to(self.device)
+        data, ids = data[:, kept], position_ids(self.stage.token_side).to(self.device)[kept]
+        # the times that sampling visits: a picture's colours are decided in heavy noise
+        t = torch.rand(len(data), device=self.device)
+        t = TIME_SHIFT * t / (1 + (TIME_SHIFT - 1) * t)
         noise = torch.randn_like(data)
         x = torch.lerp(data, noise, t[:, None, None])
-        velocity, target = self.velocity(x, t, tokens, pooled), noise - data
+        velocity, target = self.velocity(x, t, tokens, pooled, ids), noise - data
         if guidance := self.guidance[self.at.stage]:
             with torch.no_grad():
-                plain = self.velocity(x, t, torch.zeros_like(tokens), torch.zeros_like(pooled))
+                nothing = torch.zeros_like(tokens), torch.zeros_like(pooled)
+                plain = self.velocity(x, t, *nothing, ids)
             target = target + guidance * (velocity.detach() - plain)
         return (velocity - target).square().mean()
 
@@ -191,9 +178,9 @@ class Trainer:
         scale = self.rate_scale()
         loss = self.loss()
         loss.backward()
-        for optimizer, rate in zip(self.optimizers, (MUON_RATE, ADAMW_RATE), strict=True):
+        for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate * scale
+                group["lr"] = optimizer.defaults["lr"] * scale
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         decay = min(self.stage.ema_decay, (1 + self.at.step) / (10 + self.at.step))
@@ -226,10 +213,11 @@ class Trainer:
             optimizer.load_state_dict(stored)
         self.at = Progressed(**state["at"])
 
-    def draw(self) -> None:
-        """Write the sample sheet of the averaged weights at the present resolution."""
-        pictures = sample(self.average, self.data, self.stage.side // PATCH)
-        draw_sheet(pictures, self.work / f"sheet-{self.stage.side}-{self.at.step:06d}.png")
+    def draw(self, prompts: int | None = None, steps: int = 28) -> None:
+        """Write a sample sheet of the averaged weights and the loss curve."""
+        chosen = [*TRAINED_PROMPTS, *HELD_OUT_PROMPTS][:prompts]
+        pictures = sample(self.average, self.data, chosen, self.stage.token_side, steps)
+        draw_sheet(pictures, self.work / f"sheet-{self.at.stage}-{self.at.step:06d}.png")
         draw_loss(self.at.losses, self.work / "loss.png")
 
     def run(self, save_seconds: float, sheet_seconds: float) -> None:
@@ -243,6 +231,8 @@ class Trainer:
                 self.at.stage_step, self.at.stage_seconds = 0, 0.0
                 if self.at.stage < len(STAGES):
                     self.save()
+        self.at.stage -= 1
+        self.draw()
 
     def run_stage(self, progress: Progress, task, save_seconds: float, sheet_seconds: float):
         """Train one stage to the end of its budget of counted seconds."""
@@ -263,20 +253,19 @@ class Trainer:
             self.at.stage_step += 1
             self.at.pictures += self.stage.batch
             done = sum(self.budgets[: self.at.stage]) + self.at.stage_seconds
-            progress.update(task, completed=done, description=f"{self.stage.tokens} tokens")
+            progress.update(task, completed=done, description=f"stage {self.at.stage}")
             if len(recent) == 25:
                 loss = statistics.fmean(recent)
-                self.at.losses.append((self.at.step, self.stage.tokens, loss))
+                self.at.losses.append((self.at.step, self.at.stage, loss))
                 self.console.log(f"step {self.at.step}: loss {loss:.4f}, {typical:.2f} s a step")
                 recent.clear()
             if now - saved > save_seconds:
                 self.save()
                 saved = time.monotonic()
             if now - drawn > sheet_seconds:
-                self.draw()
+                self.draw(QUICK_PROMPTS, QUICK_STEPS)
                 drawn = time.monotonic()
         self.save()
-        self.draw()
 
 
 def main() -> None:

@@ -38,6 +38,8 @@ def main() -> None:
     DATA.mkdir(exist_ok=True)
     shutil.copyfile(arguments.run / "emoji.safetensors", WEIGHTS)
     write_prompts()
+    for file in (WEIGHTS, PROMPTS):
+        file.chmod(0o644)  # safetensors writes for the owner alone
 
 
 if __name__ == "__main__":

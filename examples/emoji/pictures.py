@@ -10,7 +10,7 @@ from torch import Tensor
 from specdiff.demo import TEXT_TOKENS, TIME_SHIFT, TOKEN_SIDE, to_pixels
 
 from .data import EmojiData
-from .prompts import HELD_OUT_PROMPTS, TRAINED_PROMPTS
+from .prompts import HELD_OUT_PROMPTS
 
 
 def position_ids(side: int) -> Tensor:
@@ -23,13 +23,18 @@ def position_ids(side: int) -> Tensor:
 
 @torch.no_grad()
 def sample(
-    model: torch.nn.Module, data: EmojiData, side: int, steps: int = 28, cfg: float = 1.0
+    model: torch.nn.Module,
+    data: EmojiData,
+    prompts: list[str],
+    side: int,
+    steps: int = 28,
+    cfg: float = 1.0,
 ) -> dict[str, Tensor]:
-    """Sample every prompt of the sheet with Euler steps; pictures `[3, 4 side, 4 side]` in [0, 1].
+    """Sample prompts with Euler steps at the times of the pipeline's scheduler.
 
-    The times are those of the pipeline's scheduler.
+    Returns:
+        For each prompt a picture `[3, 4 side, 4 side]` in [0, 1].
     """
-    prompts = [*TRAINED_PROMPTS, *HELD_OUT_PROMPTS]
     device = next(model.parameters()).device
     index = torch.tensor([data.names.index(prompt) for prompt in prompts])
     tokens, pooled = data.tokens[index, 0].to(device), data.pooled[index, 0].to(device)
@@ -75,12 +80,12 @@ def draw_sheet(pictures: dict[str, Tensor], file: Path, columns: int = 8) -> Non
 
 
 def draw_loss(losses: list[tuple[int, int, float]], file: Path) -> None:
-    """Plot the training loss over steps, one line per resolution."""
+    """Plot the training loss over steps, one line per stage."""
     figure = Figure(figsize=(7, 3.5), layout="tight")
     axis = figure.subplots()
-    for tokens in sorted({entry[1] for entry in losses}):
-        points = [(step, loss) for step, count, loss in losses if count == tokens]
-        axis.plot(*zip(*points, strict=True), label=f"{tokens:,} tokens")
+    for stage in sorted({entry[1] for entry in losses}):
+        points = [(step, loss) for step, at, loss in losses if at == stage]
+        axis.plot(*zip(*points, strict=True), label=f"stage {stage + 1}")
     axis.set(xlabel="step", ylabel="flow-matching loss", yscale="log")
     axis.legend()
     figure.savefig(file, dpi=120)
