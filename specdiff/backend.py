@@ -105,18 +105,14 @@ def specdiff_backend(
     return DenseOnly(compiled, reason, tuple(states))
 
 
-def selective_runtime(
-    analysis: Analysis, options: Options, settings: Mapping[str, Any]
-) -> Runtime:
+def selective_runtime(analysis: Analysis, options: Options, settings: Mapping[str, Any]) -> Runtime:
     """The runtime of an analysed graph; its programs are compiled when they are first run."""
 
     def compiler(program: fx.GraphModule, values: Sequence[Any]) -> Any:
         return torch_adapter.compile_program(program, values, options.inner_backend, settings)
 
     sample = options.importance_queries or ALL_QUERIES
-    programs = LoweredPrograms(
-        analysis.module, analysis.plan, analysis.signature, sample, compiler
-    )
+    programs = LoweredPrograms(analysis.module, analysis.plan, analysis.signature, sample, compiler)
     return Runtime(programs, options)
 
 

@@ -34,6 +34,7 @@ def export_functional(module: fx.GraphModule, inputs: Sequence[Any]) -> fx.Graph
         exported, signature = aot_export_module(
             module, list(inputs), trace_joint=False, pre_dispatch=True
         )
+    assert isinstance(exported, fx.GraphModule)
     if signature.buffers_to_mutate or getattr(signature, "user_inputs_to_mutate", None):
         raise Unsupported("the graph writes to one of its inputs")
     _restore_attributes(module, exported, signature)
@@ -111,12 +112,12 @@ def compile_program(
     if backend == "eager":
         return lambda values: module(*values)
     _restore_static_metadata(module)
-    fake_mode = FakeTensorMode(shape_env=ShapeEnv())
+    fake_mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
     with tracing(TracingContext(fake_mode)), torch.no_grad():
         if backend == "aot_eager":
             compiled = aot_eager(module, list(inputs))
         else:
-            compiled = compile_fx(module, list(inputs), config_patches=dict(settings) or None)
+            compiled = _inductor(module, inputs, settings)
     # the GraphModule path of compile_fx takes its inputs one by one, whatever `_boxed_call` says
     return lambda values: compiled(*values)
 
@@ -128,8 +129,17 @@ def compile_untouched(
     if backend == "eager":
         return module.forward
     if backend == "aot_eager":
-        return aot_eager(module, list(inputs))  # type: ignore[no-any-return]
-    return compile_fx(module, list(inputs), config_patches=dict(settings) or None)  # type: ignore[return-value]
+        return aot_eager(module, list(inputs))
+    return _inductor(module, inputs, settings)
+
+
+def _inductor(
+    module: fx.GraphModule, inputs: Sequence[Any], settings: InductorSettings
+) -> Callable[..., Any]:
+    compiled = compile_fx(module, list(inputs), config_patches=dict(settings) or None)
+    # serialised results come only of settings that specdiff never makes
+    assert callable(compiled)
+    return compiled
 
 
 def _restore_static_metadata(module: fx.GraphModule) -> None:

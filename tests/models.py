@@ -35,7 +35,9 @@ def flux(
         axes_dims_rope=(4, 6, 6),
         **config,
     )
-    grid = torch.cartesian_prod(torch.zeros(1), torch.arange(rows) * 1.0, torch.arange(columns) * 1.0)
+    grid = torch.cartesian_prod(
+        torch.zeros(1), torch.arange(rows) * 1.0, torch.arange(columns) * 1.0
+    )
     inputs = {
         "hidden_states": torch.randn(batch, rows * columns, 8),
         "encoder_hidden_states": torch.randn(batch, text, 24),

@@ -1,17 +1,19 @@
 """Axes: which axes of which values index the same tokens.
 
-Every (value, axis) is an element of a union-find. The rules' links unite elements; their parts say
-that an axis is a piece of another. The relation is closed as a congruence: pieces of one axis at the
-same offset with the same length are one axis. A *segment* is an axis that occurs as a sequence of an
-attention, taken apart into its pieces: text tokens, image tokens.
+Every (value, axis) is an element of a union-find. The rules' links unite elements; their parts
+say that an axis is a piece of another. The relation is closed as a congruence: pieces of one axis
+at the same offset with the same length are one axis. A *segment* is an axis that occurs as a
+sequence of an attention, taken apart into its pieces: text tokens, image tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from torch import fx
+from torch.fx.node import Argument
 
 from specdiff.passes.base import Pass, PassError, Unsupported
 from specdiff.passes.rules import Facts, facts_of
@@ -88,8 +90,8 @@ class AxisClasses:
         while changed:
             changed = False
             seen: dict[tuple[ClassId, int, int], ClassId] = {}
-            for whole, offset, length, piece in sorted(self._parts):
-                whole = self.find(whole)
+            for stated, offset, length, piece in sorted(self._parts):
+                whole = self.find(stated)
                 if offset == 0 and length == self.size(whole):
                     first = whole
                 else:
@@ -109,7 +111,7 @@ class AxisClasses:
             return (Piece(item, 0, self.size(item)),)
         cuts = sorted({0, self.size(item)} | {c for o, n in pieces for c in (o, o + n)})
         layout: list[Piece] = []
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in pairwise(cuts):
             part = pieces.get((start, stop - start))
             if part is None:
                 part = self.fresh(stop - start)
@@ -150,14 +152,19 @@ class AxisFacts:
 
     def batch_axis(self, node: fx.Node) -> int | None:
         """The axis that counts samples, if there is exactly one."""
-        found = [
-            a for a in range(rank_of(node)) if self.classes.class_of((node, a)) == self.batch
-        ]
+        found = [a for a in range(rank_of(node)) if self.classes.class_of((node, a)) == self.batch]
         return found[0] if len(found) == 1 else None
 
     def outputs(self) -> Iterator[fx.Node]:
         """The tensors that the graph returns."""
         return (n for n in self.graph.output_node().all_input_nodes if is_tensor(n))
+
+    def results(self) -> tuple[Argument, ...]:
+        """What the graph returns, in order: nodes, and constants such as None."""
+        returned = self.graph.output_node().args[0]
+        if not isinstance(returned, list | tuple):
+            raise PassError("the graph returns no tuple")
+        return tuple(returned)
 
 
 class AxesPass(Pass[fx.GraphModule, AxisFacts]):
@@ -205,9 +212,8 @@ class AxesPass(Pass[fx.GraphModule, AxisFacts]):
         """One line a node: the segments along each of its axes."""
         known = {segment: f"s{i}" for i, segment in enumerate(result.segments)}
         lines = [f"{name}: {result.classes.size(s)} tokens" for s, name in known.items()]
-        for node in result.graph.nodes:
-            if is_tensor(node):
-                lines.append(f"{node.name}: {_axes_text(node, result, known)}")
+        tensors = filter(is_tensor, result.graph.nodes)
+        lines += [f"{node.name}: {_axes_text(node, result, known)}" for node in tensors]
         return "\n".join(lines)
 
 

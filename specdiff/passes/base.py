@@ -1,4 +1,4 @@
-"""What every pass shares: a name, a verifier, a printable result; and the runner that times them."""
+"""What every pass shares: a name, a verifier, a printable result; and their timed runner."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class PassRunner:
 
 
 def check_values(graph: fx.Graph) -> None:
-    """Every computed node of `graph` carries `meta["val"]`. Raises PassError naming the first without."""
+    """Every computed node carries `meta["val"]`. Raises PassError naming the first without."""
     graph.lint()
     for node in graph.nodes:
         if node.op in ("call_function", "placeholder") and "val" not in node.meta:

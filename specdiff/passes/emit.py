@@ -1,8 +1,8 @@
 """Emit: write the programs of a plan as graphs, by re-interpreting the normalized one.
 
 Four programs come from one plan: *probe* (every token, no cache), *dense* (every token, caches
-overwritten), *selective* (K active tokens, cache rows updated in place) and *tail* (the outputs from
-the token-level output). The first three return (token-level output, importance).
+overwritten), *selective* (K active tokens, cache rows updated in place) and *tail* (the outputs
+from the token-level output). The first three return (token-level output, importance).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import fx
 from specdiff.passes.axes import Layout
 from specdiff.passes.importance import ImportanceSum
 from specdiff.passes.rules.attention import ATTENTION, Attention
-from specdiff.passes.rules.registry import rank_of, shape_of
+from specdiff.passes.rules.registry import operand_at, rank_of, shape_of
 from specdiff.passes.selective import SelectivePlan, cache_order, cache_shape
 from specdiff.passes.writer import GraphWriter
 
@@ -80,7 +80,7 @@ def emit_tail(module: fx.GraphModule, plan: SelectivePlan) -> fx.GraphModule:
     emitter.whole[plan.slot] = emitter.permute(unfolded, _inverse(order))
     for node in _needed(*plan.axes.outputs(), known=emitter.whole):
         emitter.emit_whole(node)
-    outputs = plan.axes.graph.output_node().args[0]
+    outputs = plan.axes.results()
     emitter.graph.output(fx.map_arg(outputs, lambda node: emitter.whole[node]))
     return emitter.to_module()
 
@@ -120,7 +120,9 @@ def _inverse(order: list[int]) -> list[int]:
 class RowsEmitter(WholeEmitter):
     """Emits the selective program: rows where the plan says rows."""
 
-    def __init__(self, module: fx.GraphModule, plan: SelectivePlan, sample: int, count: int) -> None:
+    def __init__(
+        self, module: fx.GraphModule, plan: SelectivePlan, sample: int, count: int
+    ) -> None:
         super().__init__(module, plan, sample)
         self.count = count
         self.rows: dict[fx.Node, fx.Node] = {}
@@ -224,11 +226,13 @@ class RowsEmitter(WholeEmitter):
         if node.target is ATTENTION:
             return self._attention(node)
         if any(part.part[0] is node for part in self.plan.axes.facts[node].parts):
-            return self._cut(node, self.rows[node.args[0]])
+            return self._cut(node, self.rows[operand_at(node, 0)])
         if node.target in (aten.view.default, aten._unsafe_view.default, aten.reshape.default):
-            return self.call(aten.reshape.default, self.rows[node.args[0]], self._row_shape(node))
+            source = self.rows[operand_at(node, 0)]
+            return self.call(aten.reshape.default, source, self._row_shape(node))
         if node.target is aten.expand.default:
-            return self.call(aten.expand.default, self._operand(node.args[0], node), self._row_shape(node))
+            source = self._operand(operand_at(node, 0), node)
+            return self.call(aten.expand.default, source, self._row_shape(node))
         args = fx.map_arg(node.args, lambda operand: self._operand(operand, node))
         kwargs = fx.map_arg(node.kwargs, lambda operand: self._operand(operand, node))
         return self.call(node.target, *args, **kwargs)

@@ -31,9 +31,7 @@ class ImportanceSum:
         self._sample = sample
         self._total: fx.Node | None = None
 
-    def observe(
-        self, found: Attention, query: fx.Node, key: fx.Node, mask: fx.Node | None
-    ) -> None:
+    def observe(self, found: Attention, query: fx.Node, key: fx.Node, mask: fx.Node | None) -> None:
         """Add one attention, given its emitted operands (query may be rows)."""
         axis = rank_of(found.key) - 2
         pieces = [
@@ -93,5 +91,5 @@ def _every(writer: GraphWriter, value: fx.Node, stride: int) -> fx.Node:
 
 
 def _supported(found: Attention) -> bool:
-    """Causal and grouped attentions are left out of the sum: their maps need more than one matmul."""
+    """Causal and grouped attentions are left out: their maps need more than one matmul."""
     return not found.causal and not found.grouped and rank_of(found.query) >= 3

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from specdiff.passes.base import Pass, PassError, Unsupported, check_values
+from specdiff.passes.rules.registry import argument, operand_at
 
 aten = torch.ops.aten
 
@@ -64,10 +65,11 @@ def require_static_shapes(graph: fx.Graph) -> None:
     """Raise Unsupported if any size in `graph` is symbolic."""
     for node in graph.nodes:
         value = node.meta.get("val")
-        if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
-            raise Unsupported("symbolic shapes: compile with dynamic=False to make this model selective")
-        if isinstance(value, torch.Tensor) and any(isinstance(s, torch.SymInt) for s in value.shape):
-            raise Unsupported("symbolic shapes: compile with dynamic=False to make this model selective")
+        parts = value.shape if isinstance(value, torch.Tensor) else (value,)
+        if any(isinstance(part, torch.SymInt | torch.SymFloat | torch.SymBool) for part in parts):
+            raise Unsupported(
+                "symbolic shapes: compile with dynamic=False to make this model selective"
+            )
 
 
 def remove_assertions(graph: fx.Graph) -> None:
@@ -92,12 +94,12 @@ def replace_tuples(graph: fx.Graph) -> None:
 
 
 def _single_output(source: fx.Node, position: int) -> tuple[Any, tuple[Any, ...]] | None:
-    value, *rest = source.args
+    value, dim = operand_at(source, 0), argument(source, 2, "dim", 0)
     if source.target is aten.unbind.int:
-        return aten.select.int, (value, rest[0] if rest else 0, position)
+        return aten.select.int, (value, argument(source, 1, "dim", 0), position)
     if source.target not in (aten.split.Tensor, aten.split_with_sizes.default):
         return None
-    sizes, dim = rest[0], rest[1] if len(rest) > 1 else 0
+    sizes: int | list[int] = source.args[1]  # type: ignore[assignment]
     if isinstance(sizes, int):
         start = sizes * position
         length = source.meta["val"][position].shape[dim]

@@ -8,7 +8,6 @@ step, and of a selective step as a formula in K, the number of active tokens.
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ from torch import fx
 
 from specdiff.passes.base import Pass, PassError
 from specdiff.passes.rules.attention import ATTENTION, Attention
-from specdiff.passes.rules.registry import is_tensor, shape_of
+from specdiff.passes.rules.registry import is_tensor, operand_at, shape_of
 from specdiff.passes.selective import SelectivePlan
 from specdiff.passes.signature import module_path
 
@@ -69,7 +68,8 @@ class RegionsPass(Pass[SelectivePlan, tuple[Region, ...]]):
                 both = node in links and operand in links
                 if both and (node in tokens) == (operand in tokens):
                     links.add_edge(operand, node)
-        components = [sorted(c, key=order.__getitem__) for c in networkx.connected_components(links)]
+        connected = networkx.connected_components(links)
+        components = [sorted(nodes, key=order.__getitem__) for nodes in connected]
         components.sort(key=lambda c: order[c[0]])
         return tuple(_region(value, tuple(nodes), tokens) for nodes in components)
 
@@ -145,7 +145,7 @@ def _region(plan: SelectivePlan, nodes: tuple[fx.Node, ...], tokens: set[fx.Node
 def _flops(node: fx.Node):  # type: ignore[no-untyped-def]
     """FLOPs of a node, and a function giving those that one prunable token costs."""
     if node.target is aten.linear.default:
-        columns = shape_of(node.args[1])[1]
+        columns = shape_of(operand_at(node, 1))[1]
         total = 2 * node.meta["val"].numel() * columns
     elif node.target is ATTENTION:
         found = Attention.of(node)
@@ -181,4 +181,4 @@ def _common_path(paths: list[str]) -> str:
         for stop in range(1, len(pieces) + 1):
             counts[".".join(pieces[:stop])] += 1
     wide = [path for path, count in counts.items() if count >= 0.9 * len(paths)]
-    return max(wide, key=len, default=os.path.commonprefix(paths))
+    return max(wide, key=len, default="")

@@ -49,7 +49,9 @@ def build_signature(
     if time is not None:
         roles[time] = "time"
     inputs = tuple(
-        InputSpec(i, str(node.meta["source"]), "parameter" if states[i] else roles.get(i, "condition"))
+        InputSpec(
+            i, str(node.meta["source"]), "parameter" if states[i] else roles.get(i, "condition")
+        )
         for i, node in enumerate(placeholders)
     )
     return Signature(
@@ -68,7 +70,7 @@ def _find_latent(
 ) -> tuple[int, int]:
     candidates = [
         (output, i, node)
-        for output, value in enumerate(plan.axes.graph.output_node().args[0])
+        for output, value in enumerate(plan.axes.results())
         for i, node in enumerate(placeholders)
         if not states[i]
         and is_tensor(value)

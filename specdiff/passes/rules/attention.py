@@ -7,7 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from specdiff.passes.rules.registry import Facts, Link, argument, rank_of, shape_of, transfer
+from specdiff.passes.rules.registry import (
+    Facts,
+    Link,
+    argument,
+    operand_at,
+    rank_of,
+    shape_of,
+    transfer,
+)
 
 aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default
@@ -29,7 +37,7 @@ class Attention:
     @classmethod
     def of(cls, node: fx.Node) -> Attention:
         """Read the operands of an attention node."""
-        query, key, value = node.args[:3]
+        query, key, value = (operand_at(node, position) for position in range(3))
         scale = argument(node, 6, "scale")
         return cls(
             node,

@@ -10,6 +10,7 @@ from specdiff.passes.rules.registry import (
     Link,
     argument,
     axis_index,
+    operand_at,
     rank_of,
     same_axes,
     shape_of,
@@ -22,44 +23,45 @@ aten = torch.ops.aten
 @transfer(aten.linear.default)
 def linear(node: fx.Node) -> Facts:
     """All axes but the last."""
-    return same_axes(node, node.args[0], skip=(-1,))
+    return same_axes(node, operand_at(node, 0), skip=(-1,))
 
 
 @transfer(aten.layer_norm.default, aten.rms_norm.default)
 def norm(node: fx.Node) -> Facts:
     """All axes but the normalized ones."""
-    normalized = len(node.args[1])
-    return same_axes(node, node.args[0], skip=tuple(range(-normalized, 0)))
+    normalized = len(argument(node, 1, "normalized_shape"))
+    return same_axes(node, operand_at(node, 0), skip=tuple(range(-normalized, 0)))
 
 
 @transfer(aten.softmax.int, aten._softmax.default, aten.log_softmax.int)
 def softmax(node: fx.Node) -> Facts:
     """All axes but the one that sums to one."""
-    return same_axes(node, node.args[0], skip=(node.args[1],))
+    return same_axes(node, operand_at(node, 0), skip=(argument(node, 1, "dim"),))
 
 
 @transfer(aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default)
 def reduction(node: fx.Node) -> Facts:
     """All axes but the reduced ones, which stay as size one or vanish."""
-    operand = node.args[0]
+    operand = operand_at(node, 0)
     rank = rank_of(operand)
     dims = argument(node, 1, "dim") or list(range(rank))
     dims = {axis_index(d, rank) for d in ([dims] if isinstance(dims, int) else dims)}
     kept = [axis for axis in range(rank) if axis not in dims]
     keepdim = argument(node, 2, "keepdim", False)
-    return Facts(
-        tuple(Link(axis if keepdim else i, operand, axis) for i, axis in enumerate(kept))
-    )
+    return Facts(tuple(Link(axis if keepdim else i, operand, axis) for i, axis in enumerate(kept)))
 
 
 @transfer(aten.matmul.default, aten.bmm.default)
 def matmul(node: fx.Node) -> Facts:
     """Rows come from the left, columns from the right, batch axes from both by broadcasting."""
-    left, right = node.args
+    left, right = operand_at(node, 0), operand_at(node, 1)
     if rank_of(left) < 2 or rank_of(right) < 2:
         return Facts()
     out = shape_of(node)
-    links = [Link(len(out) - 2, left, rank_of(left) - 2), Link(len(out) - 1, right, rank_of(right) - 1)]
+    links = [
+        Link(len(out) - 2, left, rank_of(left) - 2),
+        Link(len(out) - 1, right, rank_of(right) - 1),
+    ]
     for operand in (left, right):
         shift = len(out) - rank_of(operand)
         links += [

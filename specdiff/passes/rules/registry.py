@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
+
+from specdiff.passes.base import PassError
 
 Axis = tuple[fx.Node, int]
 
@@ -97,7 +99,23 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
     return node.kwargs.get(name, default)
 
 
-def is_tensor(value: Any) -> bool:
+def operand_at(node: fx.Node, position: int) -> fx.Node:
+    """The operand at `position`, which the op's schema says is one tensor."""
+    value = node.args[position]
+    if not isinstance(value, fx.Node):
+        raise PassError(f"{node.name}: argument {position} is no tensor")
+    return value
+
+
+def operands_at(node: fx.Node, position: int) -> list[fx.Node]:
+    """The operands at `position`, which the op's schema says is a list of tensors."""
+    value = node.args[position]
+    if not isinstance(value, list | tuple):
+        raise PassError(f"{node.name}: argument {position} is no list")
+    return [item for item in value if isinstance(item, fx.Node)]
+
+
+def is_tensor(value: Any) -> TypeGuard[fx.Node]:
     """Whether `value` is a node that holds one tensor."""
     return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
 

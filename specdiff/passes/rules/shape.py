@@ -13,7 +13,8 @@ from specdiff.passes.rules.registry import (
     Part,
     argument,
     axis_index,
-    is_tensor,
+    operand_at,
+    operands_at,
     rank_of,
     same_axes,
     shape_of,
@@ -64,7 +65,7 @@ def _skip_mixed(old: Sequence[int], new: Sequence[int], i: int, j: int) -> tuple
 @transfer(*VIEWS)
 def view(node: fx.Node) -> Facts:
     """Axes whose factor is not mixed with another."""
-    operand = node.args[0]
+    operand = operand_at(node, 0)
     if 0 in shape_of(node):
         return Facts()
     pairs = aligned_axes(shape_of(operand), shape_of(node))
@@ -74,7 +75,7 @@ def view(node: fx.Node) -> Facts:
 @transfer(aten.permute.default)
 def permute(node: fx.Node) -> Facts:
     """Axis i comes from axis dims[i]."""
-    operand, dims = node.args
+    operand, dims = operand_at(node, 0), argument(node, 1, "dims")
     rank = rank_of(node)
     return Facts(tuple(Link(i, operand, axis_index(d, rank)) for i, d in enumerate(dims)))
 
@@ -82,10 +83,10 @@ def permute(node: fx.Node) -> Facts:
 @transfer(aten.transpose.int)
 def transpose(node: fx.Node) -> Facts:
     """Two axes change places."""
-    operand, first, second = node.args
+    operand = operand_at(node, 0)
     rank = rank_of(node)
     order = list(range(rank))
-    first, second = axis_index(first, rank), axis_index(second, rank)
+    first, second = (axis_index(argument(node, i, f"dim{i - 1}"), rank) for i in (1, 2))
     order[first], order[second] = second, first
     return Facts(tuple(Link(i, operand, axis) for i, axis in enumerate(order)))
 
@@ -93,25 +94,27 @@ def transpose(node: fx.Node) -> Facts:
 @transfer(aten.unsqueeze.default)
 def unsqueeze(node: fx.Node) -> Facts:
     """A new axis of size one."""
-    operand, dim = node.args
-    dim = axis_index(dim, rank_of(node))
+    operand = operand_at(node, 0)
+    dim = axis_index(argument(node, 1, "dim"), rank_of(node))
     return Facts(tuple(Link(a + (a >= dim), operand, a) for a in range(rank_of(operand))))
 
 
 @transfer(aten.squeeze.dim, aten.select.int)
 def drop_axis(node: fx.Node) -> Facts:
     """One axis vanishes (a squeeze of an axis that is not of size one changes nothing)."""
-    operand, dim = node.args[:2]
+    operand = operand_at(node, 0)
     if rank_of(node) == rank_of(operand):
         return same_axes(node, operand)
-    dim = axis_index(dim, rank_of(operand))
-    return Facts(tuple(Link(a - (a > dim), operand, a) for a in range(rank_of(operand)) if a != dim))
+    dim = axis_index(argument(node, 1, "dim"), rank_of(operand))
+    return Facts(
+        tuple(Link(a - (a > dim), operand, a) for a in range(rank_of(operand)) if a != dim)
+    )
 
 
 @transfer(aten.expand.default)
 def expand(node: fx.Node) -> Facts:
     """Axes aligned from the right that keep their size."""
-    operand, out = node.args[0], shape_of(node)
+    operand, out = operand_at(node, 0), shape_of(node)
     shift = len(out) - rank_of(operand)
     return Facts(
         tuple(
@@ -126,13 +129,13 @@ def expand(node: fx.Node) -> Facts:
 def repeat_interleave(node: fx.Node) -> Facts:
     """All axes but the repeated one."""
     dim = argument(node, 2, "dim")
-    return Facts() if dim is None else same_axes(node, node.args[0], skip=(dim,))
+    return Facts() if dim is None else same_axes(node, operand_at(node, 0), skip=(dim,))
 
 
 @transfer(aten.slice.Tensor)
 def slice_(node: fx.Node) -> Facts:
     """The sliced axis is a part; the others are the same."""
-    operand = node.args[0]
+    operand = operand_at(node, 0)
     dim = axis_index(argument(node, 1, "dim", 0), rank_of(node))
     if shape_of(node) == shape_of(operand):
         return same_axes(node, operand)
@@ -148,7 +151,7 @@ def slice_(node: fx.Node) -> Facts:
 @transfer(aten.cat.default)
 def cat(node: fx.Node) -> Facts:
     """Operands are parts along the joined axis, and the same along the others."""
-    operands = node.args[0]
+    operands = operands_at(node, 0)
     dim = axis_index(argument(node, 1, "dim", 0), rank_of(node))
     links: list[Link] = []
     parts = []
@@ -169,8 +172,7 @@ def stack(node: fx.Node) -> Facts:
     dim = axis_index(argument(node, 1, "dim", 0), rank_of(node))
     links = [
         Link(a + (a >= dim), operand, a)
-        for operand in node.args[0]
-        if is_tensor(operand)
+        for operand in operands_at(node, 0)
         for a in range(rank_of(operand))
     ]
     return Facts(tuple(links))
