@@ -17,7 +17,6 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import CompileId, TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from specdiff.passes.base import Unsupported
 
@@ -112,8 +111,8 @@ def compile_program(
     if backend == "eager":
         return lambda values: module(*values)
     _restore_static_metadata(module)
-    fake_mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
-    with tracing(TracingContext(fake_mode)), torch.no_grad():
+    # A mode without a ShapeEnv: with one, AOTAutograd makes every size symbolic, parameters' too.
+    with tracing(TracingContext(FakeTensorMode())), torch.no_grad():
         if backend == "aot_eager":
             compiled = aot_eager(module, list(inputs))
         else:
