@@ -9,14 +9,14 @@ sequence of an attention, taken apart into its pieces: text tokens, image tokens
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from torch import fx
 from torch.fx.node import Argument
 
 from specdiff.passes.base import Pass, PassError, Unsupported
-from specdiff.passes.rules import Facts, facts_of
+from specdiff.passes.rules import Facts, Part, facts_of
 from specdiff.passes.rules.attention import ATTENTION, Attention
 from specdiff.passes.rules.registry import Axis, is_tensor, rank_of, shape_of
 
@@ -139,6 +139,16 @@ class AxisFacts:
         if item not in self._layouts:
             self._layouts[item] = self.classes.layout(item)
         return self._layouts[item]
+
+    def is_exact(self, part: Part) -> bool:
+        """Whether a part is made of the same segments as its place in the whole.
+
+        It is not where pieces overlap: the whole is then cut more finely than the part.
+        """
+        stop = part.offset + shape_of(part.part[0])[part.part[1]]
+        inside = [p for p in self.layout(*part.whole) if part.offset <= p.offset < stop]
+        moved = [replace(p, offset=p.offset + part.offset) for p in self.layout(*part.part)]
+        return inside == moved
 
     def axes_with(self, node: fx.Node, segment: ClassId) -> list[int]:
         """The axes of `node` along which `segment` lies."""

@@ -17,6 +17,7 @@ from specdiff.passes.axes import Layout
 from specdiff.passes.importance import ImportanceSum
 from specdiff.passes.rules.attention import ATTENTION, Attention
 from specdiff.passes.rules.registry import operand_at, rank_of, shape_of
+from specdiff.passes.rules.shape import VIEWS
 from specdiff.passes.selective import SelectivePlan, cache_order, cache_shape
 from specdiff.passes.writer import GraphWriter
 
@@ -127,6 +128,7 @@ class RowsEmitter(WholeEmitter):
         self.count = count
         self.rows: dict[fx.Node, fx.Node] = {}
         self._positions: dict[Layout, fx.Node] = {}
+        self._causal: dict[tuple[Layout, int], fx.Node] = {}
         self._tables: dict[tuple[fx.Node, int, int | None], fx.Node] = {}
 
     def emit(self) -> fx.GraphModule:
@@ -225,9 +227,10 @@ class RowsEmitter(WholeEmitter):
         self.follow(node)
         if node.target is ATTENTION:
             return self._attention(node)
-        if any(part.part[0] is node for part in self.plan.axes.facts[node].parts):
+        cut = (node, self.plan.token_axis(node))
+        if any(part.part == cut for part in self.plan.axes.facts[node].parts):
             return self._cut(node, self.rows[operand_at(node, 0)])
-        if node.target in (aten.view.default, aten._unsafe_view.default, aten.reshape.default):
+        if node.target in VIEWS:
             source = self.rows[operand_at(node, 0)]
             return self.call(aten.reshape.default, source, self._row_shape(node))
         if node.target is aten.expand.default:
@@ -242,19 +245,22 @@ class RowsEmitter(WholeEmitter):
         query = self.rows.get(found.query)
         if query is None:
             query = self.whole[found.query]
-        values = {**self.whole, found.query: query}
-        if found.mask is not None:
-            values[found.mask] = self._mask_rows(found)
-        mask = values[found.mask] if found.mask is not None else None
-        self.importance.observe(found, query, self.whole[found.key], mask)
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: values[operand])
-        return self.call(node.target, *args, **kwargs)
+        key, value = self.whole[found.key], self.whole[found.value]
+        mask = self._mask_rows(found)
+        self.importance.observe(found, query, key, mask)
+        # an active row's place among the rows is not its place in the sequence, so what is causal
+        # is said by a mask; and one value may be query, key and value at once
+        options = {k: v for k, v in node.kwargs.items() if k in ("scale", "enable_gqa")}
+        return self.call(node.target, query, key, value, mask, **options)
 
-    def _mask_rows(self, found: Attention) -> fx.Node:
+    def _mask_rows(self, found: Attention) -> fx.Node | None:
         """The mask [..., L, S] on the query axis; broadcast masks serve as they are."""
-        assert found.mask is not None
+        if found.causal:
+            return self._causal_rows(found)
+        if found.mask is None:
+            return None
         mask = self.whole[found.mask]
-        if shape_of(mask)[-2] == 1:
+        if rank_of(mask) < 2 or shape_of(mask)[-2] == 1:
             return mask
         missing = rank_of(found.query) - rank_of(mask)
         if missing:
@@ -262,6 +268,19 @@ class RowsEmitter(WholeEmitter):
         batch = self.plan.axes.batch_axis(found.query)
         layout = self.plan.layout(found.query)
         return self.gather(mask, rank_of(mask) - 2, batch, layout)
+
+    def _causal_rows(self, found: Attention) -> fx.Node:
+        """Boolean [B, 1, rows, S]: the keys that do not come after a row's own position."""
+        layout = self.plan.layout(found.query)
+        keys = shape_of(found.key)[-2]
+        if (layout, keys) not in self._causal:
+            positions = self.positions(layout)
+            ones = [1] * (rank_of(found.query) - 3)
+            shape = [shape_of(positions)[0], *ones, shape_of(positions)[1], 1]
+            rows = self.call(aten.reshape.default, positions, shape)
+            span = self.call(aten.arange.default, keys, device=self.device)
+            self._causal[layout, keys] = self.call(aten.ge.Tensor, rows, span)
+        return self._causal[layout, keys]
 
     def _row_shape(self, node: fx.Node) -> list[int]:
         shape = list(shape_of(node))

@@ -64,11 +64,16 @@ class ImportanceSum:
         rows = shape_of(query)[-2]
         stride = -(-rows // self._sample)
         sampled = _every(self._writer, query, stride)
+        if found.grouped:
+            groups = shape_of(query)[-3] // shape_of(key)[-3]
+            key = call(aten.repeat_interleave.self_int, key, groups, rank_of(key) - 3)
         logits = call(aten.matmul.default, sampled, call(aten.transpose.int, key, -2, -1))
         logits = call(aten.mul.Tensor, logits, found.scale)
         if mask is not None:
             logits = self._masked(logits, mask, stride)
-        weights = call(aten.softmax.int, logits, -1, torch.float32)
+        # a query that may attend to nothing gives no importance, rather than nan
+        softmax = aten.softmax.int if mask is None else aten._safe_softmax.default
+        weights = call(softmax, logits, -1, torch.float32)
         heads = list(range(1, rank_of(weights) - 2))
         # averaged, so that steps with many and with few computed queries compare
         mean = call(aten.mean.dim, weights, [rank_of(weights) - 2])
@@ -76,7 +81,7 @@ class ImportanceSum:
 
     def _masked(self, logits: fx.Node, mask: fx.Node, stride: int) -> fx.Node:
         call = self._writer.call
-        if shape_of(mask)[-2] != 1:
+        if rank_of(mask) > 1 and shape_of(mask)[-2] != 1:
             mask = _every(self._writer, mask, stride)
         if mask.meta["val"].dtype is not torch.bool:
             return call(aten.add.Tensor, logits, mask)
@@ -91,5 +96,5 @@ def _every(writer: GraphWriter, value: fx.Node, stride: int) -> fx.Node:
 
 
 def _supported(found: Attention) -> bool:
-    """Causal and grouped attentions are left out: their maps need more than one matmul."""
-    return not found.causal and not found.grouped and rank_of(found.query) >= 3
+    """Causal attentions are left out: what a token receives there tells its position first."""
+    return not found.causal and rank_of(found.query) >= 3

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from specdiff.passes.base import Pass, PassError, Unsupported, check_values
+from specdiff.passes.rules.attention import ATTENTION
 from specdiff.passes.rules.registry import argument, operand_at
 
 aten = torch.ops.aten
@@ -37,9 +38,10 @@ class NormalizePass(Pass[DynamoGraph, fx.GraphModule]):
         self._export = export
 
     def apply(self, value: DynamoGraph) -> fx.GraphModule:
-        """Export, then tidy. Raises Unsupported for symbolic shapes."""
+        """Export, then tidy. Raises Unsupported for what no rewriting could keep."""
         module = self._export(value.module, value.inputs)
         require_static_shapes(module.graph)
+        require_functions_of_values(module.graph)
         remove_assertions(module.graph)
         replace_tuples(module.graph)
         share_equal_nodes(module.graph)
@@ -70,6 +72,21 @@ def require_static_shapes(graph: fx.Graph) -> None:
             raise Unsupported(
                 "symbolic shapes: compile with dynamic=False to make this model selective"
             )
+
+
+def require_functions_of_values(graph: fx.Graph) -> None:
+    """Raise Unsupported if a node draws random numbers or depends on how its input is stored."""
+    for node in graph.find_nodes(op="call_function", target=aten.as_strided.default):
+        raise Unsupported(f"{node.name} reads memory by strides, whatever tokens lie there")
+    for node in graph.nodes:
+        if torch.Tag.nondeterministic_seeded in _tags(node) and not _draws_nothing(node):
+            raise Unsupported(f"{node.name} draws random numbers: is the model in eval mode?")
+
+
+def _draws_nothing(node: fx.Node) -> bool:
+    if node.target is aten.dropout.default:
+        return not argument(node, 1, "p") or not argument(node, 2, "train")
+    return node.target is ATTENTION and not argument(node, 4, "dropout_p", 0.0)
 
 
 def remove_assertions(graph: fx.Graph) -> None:

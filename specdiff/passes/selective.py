@@ -87,15 +87,20 @@ class SelectivePlan:
     def _aligned(self, node: fx.Node, axis: int, operand: fx.Node) -> bool:
         in_axis = self.token_axis(operand)
         facts = self.axes.facts[node]
-        if self.axes.batch_axis(operand) is None and not self._fits_as_table(node, operand):
+        links = {(x.out_axis, x.in_axis) for x in facts.links if x.operand is operand}
+        batch = self.axes.batch_axis(operand)
+        if batch is None:
+            if not self._fits_as_table(node, operand):
+                return False
+        elif (self.axes.batch_axis(node), batch) not in links:
             return False
-        if any(
-            link.operand is operand and (link.out_axis, link.in_axis) == (axis, in_axis)
-            for link in facts.links
-        ):
+        if (axis, in_axis) in links:
             return True
         here, there = (node, axis), (operand, in_axis)
-        return any({part.whole, part.part} == {here, there} for part in facts.parts)
+        return any(
+            {part.whole, part.part} == {here, there} and self.axes.is_exact(part)
+            for part in facts.parts
+        )
 
     def _fits_as_table(self, node: fx.Node, operand: fx.Node) -> bool:
         """Whether `operand`, which has no samples, can gain them by broadcasting."""
@@ -110,7 +115,8 @@ class SelectivePlan:
             return None
         for part in self.axes.facts[node].parts:
             operand = part.whole[0]
-            if part.part[0] is node and self.is_token_wise(operand):
+            cut = part.part[0] is node and self.axes.is_exact(part)
+            if cut and part.whole[1] == self.token_axis(operand) and self.is_token_wise(operand):
                 return operand
         return None
 

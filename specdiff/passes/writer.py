@@ -44,7 +44,9 @@ class GraphWriter:
             new.meta = dict(node.meta)
             return new
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
-        return self.call(node.target, *args, **kwargs)
+        # a value that comes out of a cache has other strides than it had when it was traced
+        viewed = node.target in (aten.view.default, aten._unsafe_view.default)
+        return self.call(aten.reshape.default if viewed else node.target, *args, **kwargs)
 
     def follow(self, node: fx.Node) -> None:
         """Nodes written from now on descend from `node`."""

@@ -62,13 +62,13 @@ def attention(node: fx.Node) -> Facts:
     found = Attention.of(node)
     rank = rank_of(node)
     out = shape_of(node)
-    links = [Link(axis, found.query, axis) for axis in range(rank - 1)]
-    # the heads of a grouped query are more than those of its key
-    for operand in (found.key, found.value):
+    links = []
+    # a query may be broadcast over samples, and the heads of a grouped one outnumber its key's
+    for operand, kept in ((found.query, rank - 1), (found.key, rank - 2), (found.value, rank - 2)):
         if rank_of(operand) == rank:
             links += [
                 Link(axis, operand, axis)
-                for axis in range(rank - 2)
+                for axis in range(kept)
                 if shape_of(operand)[axis] == out[axis]
             ]
     return Facts(tuple(links))
