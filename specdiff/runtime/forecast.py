@@ -14,6 +14,9 @@ from specdiff.runtime.history import ComputedOutput, History
 Forecaster = Callable[[History, float, float], Tensor]
 """(history, time, time unit) -> [B, N, C]; the unit is the time at which sigma is 1."""
 
+REACH = 0.5
+"""How far a line is followed, as a share of the span between the two outputs it goes through."""
+
 FORECASTERS: dict[str, Forecaster] = {}
 
 
@@ -47,11 +50,13 @@ def _reuse(history: History, time: float, unit: float) -> Tensor:
 
 @_register("linear")
 def _linear(history: History, time: float, unit: float) -> Tensor:
-    newest = history.computed[0]
-    if len(history.computed) < 2:
+    newest, *older = history.computed
+    if not older:
         return newest.tokens
-    slope = _slope(newest, history.computed[1])
-    return newest.tokens + slope * (time - newest.times).unsqueeze(-1)
+    # A slope measured over a short span is mostly curvature and noise: follow it no further than a
+    # share of that span (sigmas of a shifted schedule start close together and end far apart).
+    reach = REACH * (newest.times - older[0].times).abs()
+    return _along(newest, older[0], (time - newest.times).clamp(-reach, reach))
 
 
 @_register("quadratic")
@@ -59,13 +64,13 @@ def _quadratic(history: History, time: float, unit: float) -> Tensor:
     if len(history.computed) < 3:
         return _linear(history, time, unit)
     first, second, third = history.computed
-    # Newton's divided differences; a repeated time anywhere leaves the line through the newest two.
+    # Newton's divided differences; where a time is repeated there is no parabola, but a line.
     span = first.times - third.times
     distinct = (first.times != second.times) & (second.times != third.times) & (span != 0)
-    bend = _slope(first, second) - _slope(second, third)
-    bend = torch.where(distinct.unsqueeze(-1), bend / _nonzero(span).unsqueeze(-1), 0.0)
+    bend = (_slope(first, second) - _slope(second, third)) / _nonzero(span).unsqueeze(-1)
     product = (time - first.times) * (time - second.times)
-    return _linear(history, time, unit) + bend * product.unsqueeze(-1)
+    parabola = _along(first, second, time - first.times) + bend * product.unsqueeze(-1)
+    return torch.where(distinct.unsqueeze(-1), parabola, _linear(history, time, unit))
 
 
 @_register("mean")
@@ -91,6 +96,11 @@ def _weighted_mean(history: History, time: float, scale: float) -> Tensor:
         for weight, step in zip(weights, history.steps, strict=True)
     ]
     return torch.stack(terms).sum(0)
+
+
+def _along(newer: ComputedOutput, older: ComputedOutput, ahead: Tensor) -> Tensor:
+    """The line through two outputs, `ahead` (float32 [B, N], in time) of the newer."""
+    return newer.tokens + _slope(newer, older) * ahead.unsqueeze(-1)
 
 
 def _slope(newer: ComputedOutput, older: ComputedOutput) -> Tensor:

@@ -35,6 +35,8 @@ class History:
 
     def __init__(self, batch: int, tokens: int, device: torch.device) -> None:
         self.evaluations = 0
+        self.dense_time = 0.0
+        """When all tokens were last computed together."""
         self.steps: tuple[StepOutput, ...] = ()
         self.computed: tuple[ComputedOutput, ...] = ()
         self.counts = torch.zeros(batch, tokens, dtype=torch.int32, device=device)
@@ -48,6 +50,7 @@ class History:
         self.computed = (ComputedOutput(times, tokens), *self.computed)[:DEPTH]
         self.counts = self.counts + 1
         self.age = torch.zeros_like(self.age)
+        self.dense_time = time
         self._record_step(time, tokens)
 
     def record_selective(self, time: float, merged: Tensor, active: Tensor) -> None:

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 from specdiff.options import Settings
 
+ROUNDING = 1e-6
+"""Times arrive as float32: a distance that is due must not miss by their last bit."""
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -20,7 +23,8 @@ class Schedule:
     active: int
     """K: tokens that a step between dense ones computes; 0: it computes nothing."""
     warmup_steps: int
-    refresh_interval: int
+    refresh_interval: float
+    """Sigma from one dense evaluation to the next."""
 
     @classmethod
     def of(cls, settings: Settings, tokens: int) -> Schedule:
@@ -33,11 +37,12 @@ class Schedule:
         """Whether any step computes some but not all tokens, so that caches are needed."""
         return 0 < self.active < self.tokens
 
-    def count(self, index: int) -> int:
-        """Tokens to compute at evaluation `index` (from 0) of a generation."""
-        after_warmup = index - self.warmup_steps
-        if after_warmup < 0:
-            return self.tokens
-        if self.refresh_interval and (after_warmup + 1) % self.refresh_interval == 0:
-            return self.tokens
-        return self.active
+    def count(self, index: int, travelled: float) -> int:
+        """Tokens to compute at evaluation `index` (from 0) of a generation.
+
+        Args:
+            index: evaluations of this generation so far.
+            travelled: distance in sigma from the last dense evaluation.
+        """
+        due = self.refresh_interval < 1 and travelled >= self.refresh_interval - ROUNDING
+        return self.tokens if index < self.warmup_steps or due else self.active

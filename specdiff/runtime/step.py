@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -88,7 +89,9 @@ class Step:
 
     def _count(self) -> int:
         """Tokens to compute; all of them if a selective step would have no caches."""
-        count = self.schedule.count(self.stream.history.evaluations)
+        history = self.stream.history
+        travelled = abs(self.time - history.dense_time) / self._unit
+        count = self.schedule.count(history.evaluations, travelled)
         return count if count == 0 or self.stream.lease else self.schedule.tokens
 
     def _dense(self) -> Tensor:
@@ -139,8 +142,11 @@ class Step:
 
     def _forecast(self) -> Tensor:
         history = self.stream.history
-        unit = time_unit([*(self.given or self.stream.times), self.time])
-        return forecast(self.settings.forecast, history, self.time, unit)
+        return forecast(self.settings.forecast, history, self.time, self._unit)
+
+    @property
+    def _unit(self) -> Literal[1, 1000]:
+        return time_unit([*(self.given or self.stream.times), self.time])
 
     def _with_invalid_rows(self, tokens: Tensor) -> Tensor:
         """`tokens` [B, N, C], NaN where the model would be: in rows whose latent is not finite."""

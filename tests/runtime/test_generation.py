@@ -20,11 +20,11 @@ from toy import (
 
 import specdiff.runtime as sd
 from specdiff.options import Options
-from specdiff.runtime.forecast import forecast
+from specdiff.runtime.forecast import REACH, forecast
 from specdiff.runtime.history import History
 from specdiff.runtime.importance import log_scores
 
-PLAN = {"cache_ratio": 0.75, "warmup_steps": 3, "refresh_interval": 4}
+PLAN = {"cache_ratio": 0.75, "warmup_steps": 3, "refresh_interval": 0.45}
 
 
 def test_programs_follow_the_schedule():
@@ -32,7 +32,7 @@ def test_programs_follow_the_schedule():
     Euler(model, steps=10).run()
     # The probe in third place is the speculative evaluation, after the second real one.
     assert model.runtime.programs.names() == (
-        ["probe", "dense", "probe", "dense"] + ["selective"] * 3 + ["dense"] + ["selective"] * 3
+        ["probe", "dense", "probe", "dense"] + ["selective"] * 5 + ["dense", "selective"]
     )
     actives = [active for _, active in model.runtime.programs.calls if active is not None]
     assert all(active.shape == (1, 4) and active.dtype == torch.int64 for active in actives)
@@ -41,7 +41,7 @@ def test_programs_follow_the_schedule():
 
 def test_dense_steps_are_exact_and_selective_ones_are_not():
     run = Euler(toy(**PLAN), steps=10).run()
-    dense = [0, 1, 2, 6]
+    dense = [0, 1, 2, 8]
     assert max(run.errors[i] for i in dense) < 1e-6
     assert min(error for i, error in enumerate(run.errors) if i not in dense) > 1e-5
     assert max(run.errors) < 0.3
@@ -66,11 +66,11 @@ def test_computed_tokens_are_exact_where_nothing_is_stale():
         (PLAN, (4, 6, 0, 1)),
         ({**PLAN, "speculative_steps": 1}, (4, 6, 0, 0)),
         ({**PLAN, "speculative_steps": 4}, (4, 6, 0, 3)),
-        ({**PLAN, "refresh_interval": 0}, (3, 7, 0, 1)),
-        ({**PLAN, "refresh_interval": 1}, (10, 0, 0, 1)),
-        ({**PLAN, "warmup_steps": 1}, (4, 6, 0, 1)),
+        ({**PLAN, "refresh_interval": 1}, (3, 7, 0, 1)),
+        ({**PLAN, "refresh_interval": 0}, (10, 0, 0, 1)),
+        ({**PLAN, "warmup_steps": 1}, (3, 7, 0, 1)),
         ({**PLAN, "cache_ratio": 1.0}, (4, 0, 6, 0)),
-        ({**PLAN, "cache_ratio": 1.0, "warmup_steps": 1}, (3, 0, 7, 0)),
+        ({**PLAN, "cache_ratio": 1.0, "warmup_steps": 1}, (2, 0, 8, 0)),
         ({**PLAN, "cache_ratio": 0.0}, (10, 0, 0, 0)),
     ],
 )
@@ -93,11 +93,12 @@ def test_stats_are_exact(options, counts):
 
 
 def test_whole_step_caching_is_linear_extrapolation():
-    model = toy(cache_ratio=1.0, warmup_steps=2, refresh_interval=0, forecast="linear")
+    model = toy(cache_ratio=1.0, warmup_steps=2, refresh_interval=1, forecast="linear")
     run = Euler(model, steps=6).run(3)
     t0, t1, t2 = run.sigmas[:3]
     v0, v1, v2 = run.velocities
-    torch.testing.assert_close(v2, v1 + (v1 - v0) * (t2 - t1) / (t1 - t0))
+    reach = min((t2 - t1) / (t1 - t0), REACH)
+    torch.testing.assert_close(v2, v1 + (v1 - v0) * reach)
     assert model.runtime.programs.names() == ["probe", "probe"]
 
 
@@ -346,7 +347,7 @@ def test_history_of_tokens():
 
 
 def test_forecasts_are_exact_on_polynomials():
-    """Linear on lines, quadratic on parabolas, from whatever times a token was computed at."""
+    """Linear on lines within its reach, quadratic on parabolas, whenever a token was computed."""
     line = torch.tensor([1.0, -2.0, 0.5])
     for bend, name in ((0.0, "linear"), (0.0, "quadratic"), (3.0, "quadratic")):
 
@@ -357,8 +358,10 @@ def test_forecasts_are_exact_on_polynomials():
         for time in (1.0, 0.9, 0.7):
             history.record_dense(time, outputs(time))
         history.record_selective(0.6, outputs(0.6), torch.tensor([[2]]))
+        # tokens 0 and 1 went from 0.9 to 0.7, token 2 from 0.7 to 0.6
+        at = torch.tensor([0.4, 0.4, 0.4]) if name == "quadratic" else torch.tensor([0.6, 0.6, 0.55])
         predicted = forecast(name, history, 0.4, 1)
-        torch.testing.assert_close(predicted, outputs(0.4), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(predicted, outputs(at), rtol=1e-4, atol=1e-4)
 
 
 def test_quadratic_is_linear_for_tokens_computed_only_twice():
@@ -367,7 +370,7 @@ def test_quadratic_is_linear_for_tokens_computed_only_twice():
         history.record_dense(time, torch.full((1, 2, 1), time**2))
     history.record_selective(0.8, torch.full((1, 2, 1), 0.64), torch.tensor([[0]]))
     predicted = forecast("quadratic", history, 0.7, 1)[0, :, 0]
-    torch.testing.assert_close(predicted, torch.tensor([0.49, 0.81 - 0.2 * 1.9]))
+    torch.testing.assert_close(predicted, torch.tensor([0.49, 0.81 - REACH * 0.19]))
 
 
 def test_tokens_waiting_longest_come_first_while_times_collide():
