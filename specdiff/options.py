@@ -20,7 +20,8 @@ INNER_BACKENDS = ("inductor", "aot_eager", "eager")
 METHOD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "history": {
         "cache_ratio": 0.9,
-        "refresh_interval": 0.1,
+        "refresh_interval": 0.16,
+        "stride": 0.08,
         "reuse_share": 0.0,
         "starvation": 0.0,
         "forecast": "linear",
@@ -28,6 +29,7 @@ METHOD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "paper": {
         "cache_ratio": 0.9,
         "refresh_interval": 1.0,
+        "stride": 0.0,
         "reuse_share": 0.1,
         "starvation": 3.0,
         "forecast": "mean",
@@ -68,6 +70,7 @@ class Settings:
     warmup_steps: int
     speculative_steps: int
     refresh_interval: float
+    stride: float
     reuse_share: float
     starvation: float
     forecast: str
@@ -99,6 +102,10 @@ class Options:
     """How far sigma may travel from one dense evaluation to the next; 0: all are dense, 1: none
     after warm-up. Equal distances in sigma, not in steps: shifted schedules take ten times longer
     strides at the end of a run than at its start, and the error grows with the stride."""
+
+    stride: float | None = _option(None, "a number from 0 to 1", _share)
+    """How far sigma must travel from one computed evaluation to the next: what comes sooner is
+    skipped, that is forecast whole; 0: nothing is skipped."""
 
     reuse_share: float | None = _option(None, "a number from 0 to 1", _share)
     """Share of the total score held by the lowest-scoring tokens, whose previous output is reused

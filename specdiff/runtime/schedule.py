@@ -25,24 +25,29 @@ class Schedule:
     warmup_steps: int
     refresh_interval: float
     """Sigma from one dense evaluation to the next."""
+    stride: float
+    """Sigma from one computed evaluation to the next."""
 
     @classmethod
     def of(cls, settings: Settings, tokens: int) -> Schedule:
         """The plan that `settings` ask for."""
         active = round((1 - settings.cache_ratio) * tokens)
-        return cls(tokens, active, settings.warmup_steps, settings.refresh_interval)
+        return cls(tokens, active, settings.warmup_steps, settings.refresh_interval, settings.stride)
 
     @property
     def selects(self) -> bool:
         """Whether any step computes some but not all tokens, so that caches are needed."""
         return 0 < self.active < self.tokens
 
-    def count(self, index: int, travelled: float) -> int:
+    def count(self, index: int, since_dense: float, since_computed: float) -> int:
         """Tokens to compute at evaluation `index` (from 0) of a generation.
 
         Args:
             index: evaluations of this generation so far.
-            travelled: distance in sigma from the last dense evaluation.
+            since_dense: distance in sigma from the last dense evaluation.
+            since_computed: distance in sigma from the last that computed any token.
         """
-        due = self.refresh_interval < 1 and travelled >= self.refresh_interval - ROUNDING
-        return self.tokens if index < self.warmup_steps or due else self.active
+        due = self.refresh_interval < 1 and since_dense >= self.refresh_interval - ROUNDING
+        if index < self.warmup_steps or due or self.active == self.tokens:
+            return self.tokens
+        return self.active if since_computed >= self.stride - ROUNDING else 0

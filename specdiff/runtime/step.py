@@ -90,8 +90,9 @@ class Step:
     def _count(self) -> int:
         """Tokens to compute; all of them if a selective step would have no caches."""
         history = self.stream.history
-        travelled = abs(self.time - history.dense_time) / self._unit
-        count = self.schedule.count(history.evaluations, travelled)
+        since_dense = abs(self.time - history.dense_time) / self._unit
+        since_computed = abs(self.time - history.computed_time) / self._unit
+        count = self.schedule.count(history.evaluations, since_dense, since_computed)
         return count if count == 0 or self.stream.lease else self.schedule.tokens
 
     def _dense(self) -> Tensor:

@@ -13,7 +13,7 @@ from specdiff.options import FORECASTS, METHOD_DEFAULTS, METHODS, RUNTIME_OPTION
 from specdiff.runtime.forecast import FORECASTERS
 from specdiff.runtime.importance import SCORERS
 
-PLAN = {"cache_ratio": 0.75, "warmup_steps": 3, "refresh_interval": 0.45}
+PLAN = {"cache_ratio": 0.75, "warmup_steps": 3, "refresh_interval": 0.45, "stride": 0}
 
 
 def counts(model):

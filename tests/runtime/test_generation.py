@@ -24,7 +24,7 @@ from specdiff.runtime.forecast import REACH, forecast
 from specdiff.runtime.history import History
 from specdiff.runtime.importance import log_scores
 
-PLAN = {"cache_ratio": 0.75, "warmup_steps": 3, "refresh_interval": 0.45}
+PLAN = {"cache_ratio": 0.75, "warmup_steps": 3, "refresh_interval": 0.45, "stride": 0}
 
 
 def test_programs_follow_the_schedule():
@@ -72,6 +72,9 @@ def test_computed_tokens_are_exact_where_nothing_is_stale():
         ({**PLAN, "cache_ratio": 1.0}, (4, 0, 6, 0)),
         ({**PLAN, "cache_ratio": 1.0, "warmup_steps": 1}, (2, 0, 8, 0)),
         ({**PLAN, "cache_ratio": 0.0}, (10, 0, 0, 0)),
+        # from 0.923 on, 0.875 and 0.818 are too near, 0.75 is far enough, and so on
+        ({**PLAN, "stride": 0.15}, (4, 3, 3, 1)),
+        ({**PLAN, "cache_ratio": 0.0, "stride": 0.15}, (10, 0, 0, 0)),
     ],
 )
 def test_stats_are_exact(options, counts):

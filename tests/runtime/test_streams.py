@@ -10,7 +10,7 @@ from toy import Euler, N, Toy, ToyPrograms, dense_velocity, noise, prompt, sigma
 import specdiff.runtime as sd
 from specdiff.options import Options
 
-PLAN = {"cache_ratio": 0.75, "warmup_steps": 3, "refresh_interval": 0.45}
+PLAN = {"cache_ratio": 0.75, "warmup_steps": 3, "refresh_interval": 0.45, "stride": 0}
 ALONE = (4, 6, 0)
 """Dense, selective and skipped evaluations of ten steps."""
 
