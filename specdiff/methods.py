@@ -85,7 +85,7 @@ def embed(requests: Sequence[Request], device: torch.device) -> dict[str, tuple[
     return embeddings
 
 
-def _generator(pipeline: Any, setting: Setting, steps: int) -> Callable[[Request], Tensor]:
+def picture_maker(pipeline: Any, setting: Setting, steps: int) -> Callable[[Request], Tensor]:
     """Bind a pipeline to a number of steps; pictures arrive on the CPU, so their time is whole."""
 
     def generate(request: Request) -> Tensor:
@@ -104,28 +104,31 @@ def _generator(pipeline: Any, setting: Setting, steps: int) -> Callable[[Request
     return generate
 
 
-def _compiled_pipeline(setting: Setting, **compile_arguments: Any) -> Any:
+def compiled_pipeline(setting: Setting, **compile_arguments: Any) -> Any:
+    """The demo pipeline with its transformer compiled, one graph or an error."""
     pipeline: Any = load_pipeline(setting.device)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.transformer = torch.compile(pipeline.transformer, fullgraph=True, **compile_arguments)
     return pipeline
 
 
-def _dense(setting: Setting, fewer_steps: Sequence[int]) -> tuple[Method, list[Method]]:
+def dense_methods(setting: Setting, fewer_steps: Sequence[int]) -> tuple[Method, list[Method]]:
     """The reference, and the same compiled model run for fewer steps."""
-    pipeline = _compiled_pipeline(setting, backend="inductor")
-    reference = Method("dense", setting.steps, _generator(pipeline, setting, setting.steps))
+    pipeline = compiled_pipeline(setting, backend="inductor")
+    reference = Method("dense", setting.steps, picture_maker(pipeline, setting, setting.steps))
     shorter = [
-        Method(f"dense, {steps} steps", steps, _generator(pipeline, setting, steps), compiles=False)
+        Method(
+            f"dense, {steps} steps", steps, picture_maker(pipeline, setting, steps), compiles=False
+        )
         for steps in fewer_steps
     ]
     return reference, shorter
 
 
 def _selective(setting: Setting, name: str, options: Mapping[str, object]) -> Method:
-    pipeline = _compiled_pipeline(setting, backend="specdiff", options=dict(options))
+    pipeline = compiled_pipeline(setting, backend="specdiff", options=dict(options))
     compiled = pipeline.transformer
-    generate = _generator(pipeline, setting, setting.steps)
+    generate = picture_maker(pipeline, setting, setting.steps)
     return Method(name, setting.steps, generate, lambda: specdiff.stats(compiled), options)
 
 
@@ -134,7 +137,7 @@ def demo_methods(setting: Setting, fewer_steps: Sequence[int] = ()) -> list[Meth
 
     Nothing is compiled yet: that happens with the first picture of each.
     """
-    reference, shorter = _dense(setting, fewer_steps)
+    reference, shorter = dense_methods(setting, fewer_steps)
     default = _selective(setting, "specdiff", setting.options)
     paper = _selective(setting, "specdiff, paper", {**setting.options, "method": "paper"})
     return [reference, default, paper, *shorter]

@@ -32,7 +32,9 @@ class Schedule:
     def of(cls, settings: Settings, tokens: int) -> Schedule:
         """The plan that `settings` ask for."""
         active = round((1 - settings.cache_ratio) * tokens)
-        return cls(tokens, active, settings.warmup_steps, settings.refresh_interval, settings.stride)
+        return cls(
+            tokens, active, settings.warmup_steps, settings.refresh_interval, settings.stride
+        )
 
     @property
     def selects(self) -> bool:

@@ -362,7 +362,9 @@ def test_forecasts_are_exact_on_polynomials():
             history.record_dense(time, outputs(time))
         history.record_selective(0.6, outputs(0.6), torch.tensor([[2]]))
         # tokens 0 and 1 went from 0.9 to 0.7, token 2 from 0.7 to 0.6
-        at = torch.tensor([0.4, 0.4, 0.4]) if name == "quadratic" else torch.tensor([0.6, 0.6, 0.55])
+        at = (
+            torch.tensor([0.4, 0.4, 0.4]) if name == "quadratic" else torch.tensor([0.6, 0.6, 0.55])
+        )
         predicted = forecast(name, history, 0.4, 1)
         torch.testing.assert_close(predicted, outputs(at), rtol=1e-4, atol=1e-4)
 
