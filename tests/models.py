@@ -53,7 +53,7 @@ def flux(
 def sd3(
     qk_norm: str | None = None,
     dual: tuple[int, ...] = (),
-    layers: int = 3,
+    layers: int = 2,
     height: int = 12,
     width: int = 16,
     text: int = 5,
@@ -108,9 +108,9 @@ def changed(inputs: Inputs, by: float = 0.3) -> Inputs:
 
 
 MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "flux": (flux, {"layers": 2, "single_layers": 2}),
+    "flux": (flux, {}),
     "flux, one sample": (flux, {"batch": 1}),
-    "flux, three samples": (flux, {"batch": 3}),
+    "flux, two layers each": (flux, {"layers": 2, "single_layers": 2, "batch": 3}),
     "sd3": (sd3, {}),
     "sd3, one sample": (sd3, {"batch": 1}),
     "sd3.5": (sd3, {"qk_norm": "rms_norm", "dual": (0, 1)}),

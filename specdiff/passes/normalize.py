@@ -19,6 +19,13 @@ from specdiff.passes.rules.attention import ATTENTION
 from specdiff.passes.rules.registry import argument, operand_at
 
 aten = torch.ops.aten
+SPLITS = (
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.chunk.default,
+    aten.tensor_split.sections,
+    aten.tensor_split.indices,
+)
 
 
 @dataclass(frozen=True)
@@ -111,18 +118,15 @@ def replace_tuples(graph: fx.Graph) -> None:
 
 
 def _single_output(source: fx.Node, position: int) -> tuple[Any, tuple[Any, ...]] | None:
-    value, dim = operand_at(source, 0), argument(source, 2, "dim", 0)
+    value = operand_at(source, 0)
     if source.target is aten.unbind.int:
         return aten.select.int, (value, argument(source, 1, "dim", 0), position)
-    if source.target not in (aten.split.Tensor, aten.split_with_sizes.default):
+    if source.target not in SPLITS:
         return None
-    sizes: int | list[int] = source.args[1]  # type: ignore[assignment]
-    if isinstance(sizes, int):
-        start = sizes * position
-        length = source.meta["val"][position].shape[dim]
-    else:
-        start, length = sum(sizes[:position]), sizes[position]
-    return aten.slice.Tensor, (value, dim, start, start + length)
+    dim = argument(source, 2, "dim", 0)
+    lengths = [piece.shape[dim] for piece in source.meta["val"]]
+    start = sum(lengths[:position])
+    return aten.slice.Tensor, (value, dim, start, start + lengths[position])
 
 
 def share_equal_nodes(graph: fx.Graph) -> None:

@@ -164,27 +164,39 @@ def find_output(axes: AxisFacts) -> SelectivePlan:
     """Walk back from the outputs to the last value that still has a segment along one axis."""
     slots: dict[fx.Node, ClassId] = {}
     tail: set[fx.Node] = set()
-    pending = list(axes.outputs())
-    seen: set[fx.Node] = set()
+    _walk_back(axes, list(axes.outputs()), slots, tail)
+    attended = {n for n in axes.graph.nodes if n.target is ATTENTION}
+    if tail & attended or not slots:
+        raise Unsupported("no token segment reaches the output of the model token by token")
+    names = ", ".join(sorted(node.name for node in slots))
+    order = {node: i for i, node in enumerate(axes.graph.nodes)}
+    while len(slots) > 1:
+        # several outputs may come from one value: what lies between it and them is tail too
+        last = max(slots, key=order.__getitem__)
+        if last in attended:
+            raise Unsupported(f"the output is made of several token-level values: {names}")
+        del slots[last]
+        tail.add(last)
+        _walk_back(axes, last.all_input_nodes, slots, tail)
+    slot, segment = slots.popitem()
+    return SelectivePlan(axes, segment, slot, tuple(n for n in axes.graph.nodes if n in tail))
+
+
+def _walk_back(
+    axes: AxisFacts, start: list[fx.Node], slots: dict[fx.Node, ClassId], tail: set[fx.Node]
+) -> None:
+    """From `start` to values with a segment (`slots`); what is passed on the way is `tail`."""
+    pending = list(start)
     while pending:
         node = pending.pop()
-        if node in seen:
+        if node in slots or node in tail:
             continue
-        seen.add(node)
         segment = _segment_of(axes, node)
         if segment is not None:
             slots[node] = segment
         elif node.op == "call_function":
             tail.add(node)
             pending += node.all_input_nodes
-    attended = {n for n in axes.graph.nodes if n.target is ATTENTION}
-    if tail & attended or not slots:
-        raise Unsupported("no token segment reaches the output of the model token by token")
-    if len(slots) > 1:
-        names = ", ".join(sorted(node.name for node in slots))
-        raise Unsupported(f"the output is made of several token-level values: {names}")
-    slot, segment = slots.popitem()
-    return SelectivePlan(axes, segment, slot, tuple(n for n in axes.graph.nodes if n in tail))
 
 
 def _segment_of(axes: AxisFacts, node: fx.Node) -> ClassId | None:

@@ -1,0 +1,102 @@
+"""Oracles 1 to 3 as plain functions of one traced model; every one can fail."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tests.models import Inputs
+from tests.oracles import MaskedDense, Traced, pick, random_active
+
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+SHARES = (0.3, 0.9)
+
+
+def active_sets(found: Traced) -> Iterator[Tensor]:
+    """A few ascending active sets, different for each sample."""
+    signature = found.analysis.signature
+    for share in SHARES:
+        count = max(1, round(share * signature.prunable_tokens))
+        yield random_active(signature.batch, signature.prunable_tokens, count)
+
+
+def caches_of(found: Traced) -> list[Tensor]:
+    """Empty caches: a row that is read before it is written shows as nan."""
+    return [torch.full_like(slot.allocate(), torch.nan) for slot in found.analysis.signature.caches]
+
+
+def idempotence(found: Traced, programs: Any, **tolerance: float) -> None:
+    """Oracle 1: after a dense step, a selective step on the same input gives the dense output."""
+    flat, caches = found.flat[0], caches_of(found)
+    dense = programs.dense(flat, caches)
+    before = [cache.clone() for cache in caches]
+    for active in active_sets(found):
+        selective = programs.selective(flat, caches, active)
+        torch.testing.assert_close(selective.tokens, pick(dense.tokens, active), **tolerance)
+        for cache, old in zip(caches, before, strict=True):
+            torch.testing.assert_close(cache, old, **tolerance)
+
+
+def masked_dense(found: Traced, programs: Any, **tolerance: float) -> None:
+    """Oracle 2: on another input, stale rows are exactly those of the caches."""
+    flat, later = found.flat
+    plan = found.analysis.plan
+    probed = programs.probe(later).tokens
+    differs = False
+    for active in active_sets(found):
+        caches = caches_of(found)
+        programs.dense(flat, caches)
+        selective = programs.selective(later, caches, active)
+        first = MaskedDense(found.analysis, {}, active)
+        first.run(*flat)
+        oracle = MaskedDense(found.analysis, first.values, active)
+        oracle.run(*later)
+        expected = as_tokens(found, oracle.values[plan.slot.name])
+        torch.testing.assert_close(selective.tokens, pick(expected, active), **tolerance)
+        differs |= not torch.allclose(pick(probed, active), selective.tokens)
+    # the oracle itself must differ from a dense step, or it would prove nothing
+    assert differs
+
+
+def as_tokens(found: Traced, value: Tensor) -> Tensor:
+    """A token-level output as [B, N, C]."""
+    plan = found.analysis.plan
+    batch, tokens = plan.axes.batch_axis(plan.slot), plan.token_axis(plan.slot)
+    return value.movedim((batch, tokens), (0, 1)).flatten(2)
+
+
+def all_active(
+    model: nn.Module, later: Inputs, found: Traced, programs: Any, **tolerance: float
+) -> None:
+    """Oracle 3: with every token active, the selective program is the model."""
+    caches = caches_of(found)
+    before, flat = found.flat
+    programs.dense(before, caches)
+    signature = found.analysis.signature
+    active = torch.arange(signature.prunable_tokens).expand(signature.batch, -1)
+    outputs = programs.tail(flat, programs.selective(flat, caches, active).tokens)
+    returned = [value for value in model(**later) if value is not None]
+    for output, expected in zip(outputs, returned, strict=True):
+        torch.testing.assert_close(output, expected, **tolerance)
+
+
+def probe_is_the_model(model: nn.Module, inputs: Inputs, found: Traced, programs: Any) -> None:
+    flat = found.flat[0]
+    outputs = programs.tail(flat, programs.probe(flat).tokens)
+    for output, expected in zip(outputs, model(**inputs), strict=True):
+        torch.testing.assert_close(output, expected, **TOLERANCE)
+
+
+def check_oracles(
+    model: nn.Module, calls: Sequence[Inputs], found: Traced, **tolerance: float
+) -> None:
+    """All three on one set of programs."""
+    tolerance = tolerance or TOLERANCE
+    programs = found.programs()
+    with torch.no_grad():
+        idempotence(found, programs, **tolerance)
+        masked_dense(found, programs, **tolerance)
+        all_active(model, calls[1], found, programs, **tolerance)
