@@ -7,7 +7,9 @@ form runs as it came, through the same inner compiler, and the reason is kept an
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,13 +44,15 @@ class Analysis:
     regions: tuple[Region, ...]
     signature: Signature
     records: tuple[PassRecord, ...]
+    dump_folder: Path | None = None
 
 
 def analyse(
     module: fx.GraphModule, inputs: Sequence[Any], options: Options, verify: bool = False
 ) -> Analysis:
     """Run every pass up to the plan. Raises Unsupported with the reason if there is none."""
-    runner = PassRunner(Path(options.dump_dir) if options.dump_dir else None, verify)
+    folder = next_dump_folder(options.dump_dir)
+    runner = PassRunner(folder, verify)
     normalized = runner.run(
         NormalizePass(torch_adapter.export_functional), DynamoGraph(module, inputs)
     )
@@ -56,7 +60,15 @@ def analyse(
     plan = runner.run(SelectivePass(), axes)
     regions = runner.run(RegionsPass(), plan)
     signature = build_signature(plan, module_states(module, inputs), options.timestep_arg)
-    return Analysis(normalized, plan, regions, signature, tuple(runner.records))
+    return Analysis(normalized, plan, regions, signature, tuple(runner.records), folder)
+
+
+def next_dump_folder(dump_dir: str | os.PathLike[str] | None) -> Path | None:
+    """A folder of its own for each graph: graph_0, graph_1 ..."""
+    if dump_dir is None:
+        return None
+    folders = (Path(dump_dir) / f"graph_{number}" for number in itertools.count())
+    return next(folder for folder in folders if not folder.exists())
 
 
 def module_states(module: fx.GraphModule, inputs: Sequence[Any]) -> list[bool]:
@@ -108,7 +120,10 @@ def specdiff_backend(
 def selective_runtime(analysis: Analysis, options: Options, settings: Mapping[str, Any]) -> Runtime:
     """The runtime of an analysed graph; its programs are compiled when they are first run."""
 
-    def compiler(program: fx.GraphModule, values: Sequence[Any]) -> Any:
+    def compiler(name: str, program: fx.GraphModule, values: Sequence[Any]) -> Any:
+        if analysis.dump_folder is not None:
+            code = program.print_readable(print_output=False)
+            (analysis.dump_folder / f"program_{name}.py").write_text(code)
         return torch_adapter.compile_program(program, values, options.inner_backend, settings)
 
     sample = options.importance_queries or ALL_QUERIES

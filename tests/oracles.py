@@ -26,7 +26,7 @@ class Traced:
     def programs(self, inner_backend: str = "eager") -> LoweredPrograms:
         """Fresh programs of the analysis."""
 
-        def compiler(module: fx.GraphModule, values: Sequence[Any]) -> Any:
+        def compiler(name: str, module: fx.GraphModule, values: Sequence[Any]) -> Any:
             return torch_adapter.compile_program(module, values, inner_backend, {})
 
         found = self.analysis

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, fx
 
-from specdiff.passes.emit import RowsEmitter, emit_dense, emit_tail
+from specdiff.passes.emit import emit_dense, emit_tail
+from specdiff.passes.rows import emit_selective
 from specdiff.passes.selective import SelectivePlan
 from specdiff.program import Evaluation, Signature
 
 Executable = Callable[[Sequence[Any]], Sequence[Tensor]]
-Compiler = Callable[[fx.GraphModule, Sequence[Any]], Executable]
+Emit = Callable[[], fx.GraphModule]
+Compiler = Callable[[str, fx.GraphModule, Sequence[Any]], Executable]
+"""(name of the program, its graph, inputs to compile it for) -> what runs it."""
 
 
 class LoweredPrograms:
@@ -47,32 +51,31 @@ class LoweredPrograms:
 
     def probe(self, inputs: Sequence[object]) -> Evaluation:
         """Every token, no cache."""
-        emit = lambda: emit_dense(self._module, self._plan, self._sample, fill=False)  # noqa: E731
-        return Evaluation(*self._run("probe", emit, inputs))
+        return Evaluation(*self._run("probe", self._emit(emit_dense, False), inputs))
 
     def dense(self, inputs: Sequence[object], caches: Sequence[Tensor]) -> Evaluation:
         """Every token, caches overwritten."""
-        emit = lambda: emit_dense(self._module, self._plan, self._sample, fill=True)  # noqa: E731
-        return Evaluation(*self._run("dense", emit, [*inputs, *caches]))
+        return Evaluation(*self._run("dense", self._emit(emit_dense, True), [*inputs, *caches]))
 
     def selective(
         self, inputs: Sequence[object], caches: Sequence[Tensor], active: Tensor
     ) -> Evaluation:
         """K active tokens; one program for each K."""
         count = active.shape[1]
-        emit = RowsEmitter(self._module, self._plan, self._sample, count).emit
+        emit = self._emit(emit_selective, count)
         return Evaluation(*self._run(f"selective_{count}", emit, [*inputs, *caches, active]))
 
     def tail(self, inputs: Sequence[object], tokens: Tensor) -> list[Tensor]:
         """The graph's outputs."""
-        emit = lambda: emit_tail(self._module, self._plan)  # noqa: E731
+        emit = partial(emit_tail, self._module, self._plan)
         return list(self._run("tail", emit, [*inputs, tokens]))
 
-    def _run(
-        self, name: str, emit: Callable[[], fx.GraphModule], values: Sequence[Any]
-    ) -> Sequence[Tensor]:
+    def _emit(self, emitter: Callable[..., fx.GraphModule], *which: int) -> Emit:
+        return partial(emitter, self._module, self._plan, self._sample, *which)
+
+    def _run(self, name: str, emit: Emit, values: Sequence[Any]) -> Sequence[Tensor]:
         if name not in self._executables:
             start = time.perf_counter()
-            self._executables[name] = self._compiler(emit(), values)
+            self._executables[name] = self._compiler(name, emit(), values)
             self._seconds[name] = time.perf_counter() - start
         return self._executables[name](values)
