@@ -15,10 +15,10 @@ TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 SHARES = (0.3, 0.9)
 
 
-def active_sets(found: Traced) -> Iterator[Tensor]:
+def active_sets(found: Traced, shares: Sequence[float]) -> Iterator[Tensor]:
     """A few ascending active sets, different for each sample."""
     signature = found.analysis.signature
-    for share in SHARES:
+    for share in shares:
         count = max(1, round(share * signature.prunable_tokens))
         yield random_active(signature.batch, signature.prunable_tokens, count)
 
@@ -28,25 +28,29 @@ def caches_of(found: Traced) -> list[Tensor]:
     return [torch.full_like(slot.allocate(), torch.nan) for slot in found.analysis.signature.caches]
 
 
-def idempotence(found: Traced, programs: Any, **tolerance: float) -> None:
+def idempotence(
+    found: Traced, programs: Any, shares: Sequence[float] = SHARES, **tolerance: float
+) -> None:
     """Oracle 1: after a dense step, a selective step on the same input gives the dense output."""
     flat, caches = found.flat[0], caches_of(found)
     dense = programs.dense(flat, caches)
     before = [cache.clone() for cache in caches]
-    for active in active_sets(found):
+    for active in active_sets(found, shares):
         selective = programs.selective(flat, caches, active)
         torch.testing.assert_close(selective.tokens, pick(dense.tokens, active), **tolerance)
         for cache, old in zip(caches, before, strict=True):
             torch.testing.assert_close(cache, old, **tolerance)
 
 
-def masked_dense(found: Traced, programs: Any, **tolerance: float) -> None:
+def masked_dense(
+    found: Traced, programs: Any, shares: Sequence[float] = SHARES, **tolerance: float
+) -> None:
     """Oracle 2: on another input, stale rows are exactly those of the caches."""
     flat, later = found.flat
     plan = found.analysis.plan
     probed = programs.probe(later).tokens
     differs = False
-    for active in active_sets(found):
+    for active in active_sets(found, shares):
         caches = caches_of(found)
         programs.dense(flat, caches)
         selective = programs.selective(later, caches, active)
@@ -93,10 +97,10 @@ def probe_is_the_model(model: nn.Module, inputs: Inputs, found: Traced, programs
 def check_oracles(
     model: nn.Module, calls: Sequence[Inputs], found: Traced, **tolerance: float
 ) -> None:
-    """All three on one set of programs."""
+    """All three on one set of programs; one share is enough beside that of all tokens."""
     tolerance = tolerance or TOLERANCE
     programs = found.programs()
     with torch.no_grad():
-        idempotence(found, programs, **tolerance)
-        masked_dense(found, programs, **tolerance)
+        idempotence(found, programs, SHARES[:1], **tolerance)
+        masked_dense(found, programs, SHARES[:1], **tolerance)
         all_active(model, calls[1], found, programs, **tolerance)

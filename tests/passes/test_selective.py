@@ -305,6 +305,15 @@ class Joint(Changed):
         return (t.head(joint),)
 
 
+class Two(Changed):
+    """Returns what two attentions say of the same tokens."""
+
+    def forward(self, hidden_states, encoder_hidden_states, timestep):
+        t = self.toy
+        x = t.embed(hidden_states) + timestep.sin()[:, None, None]
+        return t.head(t.attention(x)), t.head(t.attention(x.sin()))
+
+
 class Both(Changed):
     """Returns text and image tokens apart."""
 
@@ -322,9 +331,17 @@ class Both(Changed):
         (lambda: Changed(lambda y: (y.mean(1),)), "no input has the shape of an output"),
         (lambda: Changed(lambda y: (y,), start=lambda x: x.add_(1)), "writes to one of its inputs"),
         (lambda: Joint(None), "several segments|no input has the shape"),
-        (lambda: Both(None), "several token-level values: "),
+        (lambda: Both(None), "several segments"),
+        (lambda: Two(None), "several token-level values: linear_10, linear_5$"),
     ],
-    ids=["no attention", "mean pooling", "write to input", "joint output", "two segments"],
+    ids=[
+        "no attention",
+        "mean pooling",
+        "write to input",
+        "joint output",
+        "two segments",
+        "two attentions",
+    ],
 )
 def test_models_that_are_refused(build, reason):
     assert re.search(reason, _reason(randomize(build()), toy_inputs()))
