@@ -1,0 +1,182 @@
+"""What reaches the inner compiler: no copies of caches, static inputs; what comes back is the model."""
+
+from __future__ import annotations
+
+import re
+from math import prod
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+from torch._inductor.exc import InductorError
+from torch._inductor.graph import GraphLowering
+
+from specdiff import torch_adapter
+from specdiff.passes.lower import LoweredPrograms
+from tests.models import changed, flux, sd3
+from tests.oracles import Traced, pick, random_active, trace
+
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+ACTIVE = 5
+
+
+class Stop(Exception):
+    """Raised once a test has seen what it wanted, before the C++ compiler starts."""
+
+
+@pytest.fixture(scope="module")
+def wide() -> Traced:
+    """Many tokens, few active: no legitimate buffer of a selective step is as large as a cache."""
+    model, inputs = flux(rows=12, columns=14, batch=1)
+    with torch.no_grad():
+        return trace(model, inputs)
+
+
+def run(found: Traced, programs: LoweredPrograms, name: str) -> Any:
+    """Run one program once on the first call's inputs, with fresh caches."""
+    signature, flat = found.analysis.signature, found.flat[0]
+    caches = [slot.allocate() for slot in signature.caches]
+    active = random_active(signature.batch, signature.prunable_tokens, ACTIVE)
+    with torch.no_grad():
+        if name == "probe":
+            return programs.probe(flat)
+        if name == "dense":
+            return programs.dense(flat, caches)
+        return programs.selective(flat, caches, active)
+
+
+def inductor_code(found: Traced, name: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The wrapper code that Inductor writes for a program."""
+    codes: list[str] = []
+
+    def save(code: str) -> None:
+        codes.append(code)
+        raise Stop
+
+    monkeypatch.setattr(GraphLowering, "save_output_code", staticmethod(save))
+    with torch._inductor.config.patch(force_disable_caches=True), pytest.raises(InductorError):
+        run(found, found.programs("inductor"), name)
+    assert len(codes) == 1
+    return codes[0]
+
+
+def allocations(code: str) -> list[int]:
+    """Elements of every buffer that the code allocates."""
+    shapes = re.findall(r"empty_strided_cpu\(\(([^)]*)\)", code)
+    assert shapes
+    return [prod(int(size) for size in shape.split(",") if size.strip()) for shape in shapes]
+
+
+def test_selective_program_allocates_nothing_of_a_caches_size(wide, monkeypatch):
+    code = inductor_code(wide, "selective", monkeypatch)
+    smallest = min(prod(slot.shape) for slot in wide.analysis.signature.caches)
+    # rotary tables [N, D] are smaller than a cache [B, N, H, D] already with two heads
+    assert max(allocations(code)) < smallest
+    assert "copy_(" not in code
+    assert "scatter" not in code
+    # sizes are numbers: a symbolic program would be slower, and `allocations` could not read it
+    assert not re.search(r"\bs\d+ = ", code)
+
+
+def test_allocations_are_seen(wide, monkeypatch):
+    """The test above can fail: a dense program does hold buffers as large as a cache."""
+    code = inductor_code(wide, "dense", monkeypatch)
+    assert max(allocations(code)) >= min(prod(s.shape) for s in wide.analysis.signature.caches)
+
+
+@pytest.mark.parametrize("name", ["probe", "dense", "selective"])
+def test_parameters_and_caches_are_static_inputs(wide, name, monkeypatch):
+    compile_fx = torch_adapter.compile_fx
+    seen: list[tuple[list[Any], set[int]]] = []
+
+    def inner(module: fx.GraphModule, values: list[Any], **settings: Any) -> Any:
+        seen.append((module.graph.find_nodes(op="placeholder"), set(settings["static_input_idxs"])))
+        raise Stop
+
+    def patched(module: fx.GraphModule, values: list[Any], **settings: Any) -> Any:
+        return compile_fx(module, values, inner_compile=inner, **settings)
+
+    monkeypatch.setattr(torch_adapter, "compile_fx", patched)
+    with torch._inductor.config.patch(force_disable_caches=True), pytest.raises(Stop):
+        run(wide, wide.programs("inductor"), name)
+    signature = wide.analysis.signature
+    expected = set(signature.indices("parameter"))
+    if name != "probe":
+        first = len(signature.inputs)
+        expected |= set(range(first, first + len(signature.caches)))
+    [(placeholders, static)] = seen
+    assert len(signature.indices("parameter")) > 40
+    caches = 0 if name == "probe" else len(signature.caches)
+    assert len(placeholders) == len(signature.inputs) + caches + (name == "selective")
+    assert static == expected
+    for node in placeholders:
+        assert all(isinstance(size, int) for size in node.meta["val"].shape)
+
+
+@pytest.mark.parametrize("build", [flux, sd3])
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_inner_backends_agree(build, inner):
+    model, inputs = build(layers=1)
+    # numbers are what counts here, not speed: the C++ compiler need not optimise
+    unoptimised = torch._inductor.config.patch({"aot_inductor.debug_compile": True})
+    with torch.no_grad(), unoptimised:
+        found = trace(model, inputs, changed(inputs))
+        signature = found.analysis.signature
+        active = random_active(signature.batch, signature.prunable_tokens, ACTIVE)
+        results = []
+        for backend in ("eager", inner):
+            programs = found.programs(backend)
+            caches = [slot.allocate() for slot in signature.caches]
+            before, later = found.flat
+            dense = programs.dense(before, caches)
+            filled = [cache.clone() for cache in caches]
+            tokens = dense.tokens.clone()
+            importance = dense.importance.clone()
+            selective = programs.selective(later, caches, active)
+            outputs = programs.tail(before, tokens)
+            results.append(
+                [tokens, importance, *filled, *selective_parts(selective), *caches, *outputs]
+            )
+        torch.testing.assert_close(results[1], results[0], **TOLERANCE)
+        torch.testing.assert_close(results[1][-1], model(**inputs)[0], **TOLERANCE)
+        assert not torch.allclose(selective.tokens, pick(tokens, active), **TOLERANCE)
+
+
+def selective_parts(evaluation: Any) -> list[torch.Tensor]:
+    return [evaluation.tokens.clone(), evaluation.importance.clone()]
+
+
+def test_programs_compile_when_first_run_and_once(wide):
+    built: list[str] = []
+    programs = wide.programs()
+    compiler = programs._compiler
+
+    def counted(module: fx.GraphModule, values: Any) -> Any:
+        built.append(str(len(values)))
+        return compiler(module, values)
+
+    programs._compiler = counted
+    signature, flat = wide.analysis.signature, wide.flat[0]
+    caches = [slot.allocate() for slot in signature.caches]
+    assert dict(programs.compile_seconds) == {}
+
+    def select(count: int) -> None:
+        programs.selective(flat, caches, random_active(1, signature.prunable_tokens, count))
+
+    expected: list[str] = []
+    with torch.no_grad():
+        for name, action in (
+            ("probe", lambda: programs.probe(flat)),
+            ("dense", lambda: programs.dense(flat, caches)),
+            ("selective_5", lambda: select(5)),
+            ("selective_9", lambda: select(9)),
+            ("tail", lambda: programs.tail(flat, signature.tokens.allocate())),
+        ):
+            action()
+            action()
+            expected.append(name)
+            assert list(programs.compile_seconds) == expected
+            assert len(built) == len(expected)
+        select(5)
+    assert len(built) == 5
