@@ -12,8 +12,10 @@ import copy
 import json
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from emoji.data import EmojiData, prepare
@@ -29,8 +31,8 @@ from specdiff.demo import PATCH, TEXT_TOKENS, TIME_SHIFT, pack
 
 CAPTION_SHARES = (0.45, 0.35, 0.2)
 CAPTION_DROPOUT = 0.1
-WARM_UP_STEPS = 50
-DECAY_SHARE = 0.5
+WARM_UP_STEPS = 10
+DECAY_SHARE = 0.7
 """Share of the last stage over which the learning rate falls to zero."""
 STALL_FACTOR = 5.0
 """A step counts for at most this many median steps, so that a paused process loses no budget."""
@@ -63,7 +65,7 @@ class Stage:
 STAGES = (
     Stage(32, 8, batch=64, rate=1.0, ema_decay=0.998),
     Stage(128, 16, batch=32, rate=1.0, ema_decay=0.998),
-    Stage(128, 32, batch=8, rate=0.5, ema_decay=0.995),
+    Stage(128, 32, batch=8, rate=0.7, ema_decay=0.97),
 )
 QUICK_PROMPTS, QUICK_STEPS = 16, 14
 """Size of the sample sheets on the way; the last one is complete."""
@@ -129,14 +131,21 @@ class Trainer:
         pooled = data.pooled[index, caption] * keep[:, None]
         return pack(pictures).to(self.device), tokens.to(self.device), pooled.to(self.device)
 
-    def velocity(self, x: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor, ids: Tensor) -> Tensor:
-        """Run the compiled model in bfloat16 and return the velocity in float32."""
+    def velocity(
+        self,
+        network: Callable[..., Any],
+        x: Tensor,
+        t: Tensor,
+        text: list[Tensor],
+        ids: Tensor,
+    ) -> Tensor:
+        """Run the network in bfloat16 and return the velocity in float32."""
         with torch.autocast(self.device.type, torch.bfloat16):
-            return self.compiled(
+            return network(
                 hidden_states=x,
                 timestep=t,
-                encoder_hidden_states=tokens,
-                pooled_projections=pooled,
+                encoder_hidden_states=text[0],
+                pooled_projections=text[1],
                 txt_ids=torch.zeros(TEXT_TOKENS, 3, device=self.device),
                 img_ids=ids,
                 return_dict=False,
@@ -149,7 +158,7 @@ class Trainer:
         so that plain sampling behaves like classifier-free guidance of scale 1 / (1 - g)
         ("model guidance", arXiv 2502.12154).
         """
-        data, tokens, pooled = self.batch()
+        data, *text = self.batch()
         kept = self.kept_tokens().to(self.device)
         data, ids = data[:, kept], position_ids(self.stage.token_side).to(self.device)[kept]
         # the times that sampling visits: a picture's colours are decided in heavy noise
@@ -157,11 +166,12 @@ class Trainer:
         t = TIME_SHIFT * t / (1 + (TIME_SHIFT - 1) * t)
         noise = torch.randn_like(data)
         x = torch.lerp(data, noise, t[:, None, None])
-        velocity, target = self.velocity(x, t, tokens, pooled, ids), noise - data
+        velocity, target = self.velocity(self.compiled, x, t, text, ids), noise - data
         if guidance := self.guidance[self.at.stage]:
             with torch.no_grad():
-                nothing = torch.zeros_like(tokens), torch.zeros_like(pooled)
-                plain = self.velocity(x, t, *nothing, ids)
+                nothing = [torch.zeros_like(states) for states in text]
+                # not compiled: that would take longer than it saves in a short stage
+                plain = self.velocity(self.model, x, t, nothing, ids)
             target = target + guidance * (velocity.detach() - plain)
         return (velocity - target).square().mean()
 
