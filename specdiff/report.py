@@ -72,8 +72,8 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
         reports.append(_report(module, inputs))
         return module.forward
 
-    with torch.no_grad(), torch_adapter.fresh_compilation():
-        torch.compile(getattr(model, "_orig_mod", model), backend=collect)(*args, **kwargs)
+    with torch.no_grad():
+        torch_adapter.trace_once(getattr(model, "_orig_mod", model), collect, args, kwargs)
     if not reports:
         return Report(False, "the model was not traced: Dynamo found no tensor operation")
     return next((report for report in reports if report.selective), reports[0])

@@ -5,8 +5,8 @@ Works on torch 2.11 to 2.13; what was tried is in the comments.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -154,9 +154,20 @@ def _restore_static_metadata(module: fx.GraphModule) -> None:
         node.meta["tensor_dict"] = described
 
 
-@contextmanager
-def fresh_compilation() -> Iterator[None]:
-    """Trace anew whatever was compiled before, without using up Dynamo's limit on variants."""
-    limit = torch._dynamo.config.recompile_limit + 64
-    with torch._dynamo.config.patch(recompile_limit=limit):
-        yield
+def _forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return self(*args, **kwargs)
+
+
+def trace_once(
+    model: torch.nn.Module,
+    backend: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> None:
+    """Run `model` once, its graphs given to `backend`, whatever was compiled of it before.
+
+    Dynamo keeps variants, their limit and the sizes it has seen by code object: this takes a new
+    one, so that the model's own are left alone.
+    """
+    forward = FunctionType(_forward.__code__.replace(), globals())
+    torch.compile(forward, backend=backend, dynamic=False)(model, *args, **kwargs)
