@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from specdiff.backend import backend
+    from specdiff.compiler import backend
     from specdiff.errors import NotCompiledError, OptionError, SpecdiffError
     from specdiff.options import Options
     from specdiff.report import Report, explain
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from specdiff.runtime.stats import Stats
 
 _HOMES = {
-    "backend": "specdiff.backend",
+    "backend": "specdiff.compiler",
     "configure": "specdiff.runtime.api",
     "explain": "specdiff.report",
     "reset": "specdiff.runtime.api",

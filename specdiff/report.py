@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from specdiff import torch_adapter
-from specdiff.backend import Analysis, analyse, refusal
+from specdiff.compiler import Analysis, analyse, refusal
 from specdiff.options import Options
 from specdiff.passes.base import Unsupported
 from specdiff.passes.regions import Region, selective_flops

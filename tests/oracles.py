@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from specdiff import torch_adapter
-from specdiff.backend import ALL_QUERIES, Analysis, analyse
+from specdiff.compiler import ALL_QUERIES, Analysis, analyse
 from specdiff.options import Options
 from specdiff.passes.lower import LoweredPrograms
 from specdiff.passes.selective import SelectivePlan

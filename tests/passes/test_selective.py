@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from specdiff.backend import analyse
+from specdiff.compiler import analyse
 from specdiff.options import Options
 from specdiff.passes.base import Unsupported
 from specdiff.passes.rules.attention import ATTENTION
