@@ -1,7 +1,8 @@
 """The prompts of the sample sheet, which ship with the package."""
 
 BUILT_IN_PROMPTS = (
-    "red apple", "pizza", "hamburger", "panda", "butterfly", "rocket", "sailboat", "grinning face",
+    "red apple", "frog", "grinning face", "hamburger",
+    "panda", "cactus", "taxi", "strawberry", "robot",
 )  # fmt: skip
 """What the demo shows: some plain, some busy."""
 TRAINED_PROMPTS = (
