@@ -12,8 +12,8 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,66 +22,22 @@ from emoji.data import EmojiData, prepare
 from emoji.model import MODEL, build_model, build_optimizers
 from emoji.pictures import draw_loss, draw_sheet, position_ids, sample
 from emoji.prompts import HELD_OUT_PROMPTS, TRAINED_PROMPTS
+from emoji.stages import STAGES, Progressed, Stage, Stopwatch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors.torch import save_file
 from torch import Tensor
 
-from specdiff.demo import PATCH, TEXT_TOKENS, TIME_SHIFT, pack
+from specdiff.demo import TEXT_TOKENS, TIME_SHIFT, pack
 
 CAPTION_SHARES = (0.45, 0.35, 0.2)
 CAPTION_DROPOUT = 0.1
 WARM_UP_STEPS = 10
 DECAY_SHARE = 0.7
 """Share of the last stage over which the learning rate falls to zero."""
-STALL_FACTOR = 5.0
-"""A step counts for at most this many median steps, so that a paused process loses no budget."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One part of the training.
-
-    Attributes:
-        side: Pixels a side.
-        kept_side: The root of the number of tokens that a step sees.
-        batch: Pictures in a step.
-        rate: Scale of the learning rates.
-        ema_decay: Decay of the averaged weights at each step.
-    """
-
-    side: int
-    kept_side: int
-    batch: int
-    rate: float
-    ema_decay: float
-
-    @property
-    def token_side(self) -> int:
-        """Tokens a side of a whole picture."""
-        return self.side // PATCH
-
-
-STAGES = (
-    Stage(32, 8, batch=64, rate=1.0, ema_decay=0.998),
-    Stage(128, 16, batch=32, rate=1.0, ema_decay=0.998),
-    Stage(128, 32, batch=8, rate=0.7, ema_decay=0.97),
-)
+STEPS_A_REPORT = 25
 QUICK_PROMPTS, QUICK_STEPS = 16, 14
 """Size of the sample sheets on the way; the last one is complete."""
-
-
-@dataclass
-class Progressed:
-    """Where the training stands; saved with every checkpoint."""
-
-    stage: int = 0
-    step: int = 0
-    stage_step: int = 0
-    stage_seconds: float = 0.0
-    pictures: int = 0
-    losses: list[tuple[int, int, float]] = field(default_factory=list)
-    """(step, stage, mean loss since the last entry)."""
 
 
 class Trainer:
@@ -235,47 +191,41 @@ class Trainer:
         columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
         with Progress(*columns, console=self.console) as progress:
             task = progress.add_task("training", total=sum(self.budgets))
-            while self.at.stage < len(STAGES):
-                self.run_stage(progress, task, save_seconds, sheet_seconds)
+            while True:
+                for _ in self.run_stage(save_seconds, sheet_seconds):
+                    done = sum(self.budgets[: self.at.stage]) + self.at.stage_seconds
+                    progress.update(task, completed=done, description=f"stage {self.at.stage + 1}")
+                if self.at.stage == len(STAGES) - 1:
+                    break
                 self.at.stage += 1
                 self.at.stage_step, self.at.stage_seconds = 0, 0.0
-                if self.at.stage < len(STAGES):
-                    self.save()
-        self.at.stage -= 1
         self.draw()
 
-    def run_stage(self, progress: Progress, task, save_seconds: float, sheet_seconds: float):
-        """Train one stage to the end of its budget of counted seconds."""
-        durations: list[float] = []
-        recent: list[float] = []
+    def run_stage(self, save_seconds: float, sheet_seconds: float) -> Iterator[None]:
+        """Train one stage to the end of its budget of counted seconds; yield at every step."""
+        watch, recent = Stopwatch(), []
         saved = drawn = time.monotonic()
-        budget = self.budgets[self.at.stage]
-        while self.at.stage_seconds < budget:
+        while self.at.stage_seconds < self.budgets[self.at.stage]:
             started = time.monotonic()
             recent.append(self.step())
             now = time.monotonic()
-            durations.append(now - started)
-            typical = statistics.median(durations[-99:])
-            # the first step compiles: it is not training time
-            counted = min(now - started, STALL_FACTOR * typical) if len(durations) > 1 else 0.0
-            self.at.stage_seconds += counted
-            self.at.step += 1
-            self.at.stage_step += 1
-            self.at.pictures += self.stage.batch
-            done = sum(self.budgets[: self.at.stage]) + self.at.stage_seconds
-            progress.update(task, completed=done, description=f"stage {self.at.stage}")
-            if len(recent) == 25:
-                loss = statistics.fmean(recent)
-                self.at.losses.append((self.at.step, self.at.stage, loss))
-                self.console.log(f"step {self.at.step}: loss {loss:.4f}, {typical:.2f} s a step")
+            self.at.advance(watch.count(now - started), self.stage.batch)
+            if len(recent) == STEPS_A_REPORT:
+                self.report(statistics.fmean(recent), watch.typical)
                 recent.clear()
             if now - saved > save_seconds:
                 self.save()
-                saved = time.monotonic()
+                saved = now
             if now - drawn > sheet_seconds:
                 self.draw(QUICK_PROMPTS, QUICK_STEPS)
                 drawn = time.monotonic()
+            yield
         self.save()
+
+    def report(self, loss: float, seconds: float) -> None:
+        """Keep a point of the loss curve and log it."""
+        self.at.losses.append((self.at.step, self.at.stage, loss))
+        self.console.log(f"step {self.at.step}: loss {loss:.4f}, {seconds:.2f} s a step")
 
 
 def main() -> None:
