@@ -19,17 +19,17 @@ INNER_BACKENDS = ("inductor", "aot_eager", "eager")
 # Used where an option is left None. Provisional values: paper.md, first measurements.
 METHOD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "history": {
-        "cache_ratio": 0.9,
-        "refresh_interval": 0.16,
-        "stride": 0.08,
+        "cache_ratio": 1.0,
+        "refresh_interval": 3,
+        "stride": 1,
         "reuse_share": 0.0,
         "starvation": 0.0,
         "forecast": "linear",
     },
     "paper": {
         "cache_ratio": 0.9,
-        "refresh_interval": 1.0,
-        "stride": 0.0,
+        "refresh_interval": 0,
+        "stride": 1,
         "reuse_share": 0.1,
         "starvation": 3.0,
         "forecast": "mean",
@@ -69,8 +69,8 @@ class Settings:
     cache_ratio: float
     warmup_steps: int
     speculative_steps: int
-    refresh_interval: float
-    stride: float
+    refresh_interval: int
+    stride: int
     reuse_share: float
     starvation: float
     forecast: str
@@ -98,14 +98,12 @@ class Options:
     """Evaluations of the paper's self-speculation. The first one is the first real step, so this
     costs `speculative_steps - 1` evaluations a generation; 0 or 1: no look ahead."""
 
-    refresh_interval: float | None = _option(None, "a number from 0 to 1", _share)
-    """How far sigma may travel from one dense evaluation to the next; 0: all are dense, 1: none
-    after warm-up. Equal distances in sigma, not in steps: shifted schedules take ten times longer
-    strides at the end of a run than at its start, and the error grows with the stride."""
+    refresh_interval: int | None = _option(None, "an integer of at least 0", _count(0))
+    """Every so many evaluations after warm-up are dense; 0: never, 1: all of them."""
 
-    stride: float | None = _option(None, "a number from 0 to 1", _share)
-    """How far sigma must travel from one computed evaluation to the next: what comes sooner is
-    skipped, that is forecast whole; 0: nothing is skipped."""
+    stride: int | None = _option(None, "an integer of at least 1", _count(1))
+    """Between dense evaluations only every so many compute any token; the others are skipped, that
+    is forecast whole. 1: nothing is skipped."""
 
     reuse_share: float | None = _option(None, "a number from 0 to 1", _share)
     """Share of the total score held by the lowest-scoring tokens, whose previous output is reused

@@ -10,9 +10,6 @@ from dataclasses import dataclass
 
 from specdiff.options import Settings
 
-ROUNDING = 1e-6
-"""Times arrive as float32: a distance that is due must not miss by their last bit."""
-
 
 @dataclass(frozen=True)
 class Schedule:
@@ -23,10 +20,10 @@ class Schedule:
     active: int
     """K: tokens that a step between dense ones computes; 0: it computes nothing."""
     warmup_steps: int
-    refresh_interval: float
-    """Sigma from one dense evaluation to the next."""
-    stride: float
-    """Sigma from one computed evaluation to the next."""
+    refresh_interval: int
+    """Evaluations from one dense one to the next; 0: none after warm-up."""
+    stride: int
+    """Evaluations from one that computes any token to the next."""
 
     @classmethod
     def of(cls, settings: Settings, tokens: int) -> Schedule:
@@ -41,15 +38,13 @@ class Schedule:
         """Whether any step computes some but not all tokens, so that caches are needed."""
         return 0 < self.active < self.tokens
 
-    def count(self, index: int, since_dense: float, since_computed: float) -> int:
-        """Tokens to compute at evaluation `index` (from 0) of a generation.
-
-        Args:
-            index: evaluations of this generation so far.
-            since_dense: distance in sigma from the last dense evaluation.
-            since_computed: distance in sigma from the last that computed any token.
-        """
-        due = self.refresh_interval < 1 and since_dense >= self.refresh_interval - ROUNDING
-        if index < self.warmup_steps or due or self.active == self.tokens:
+    def count(self, index: int) -> int:
+        """Tokens to compute at evaluation `index` (from 0) of a generation."""
+        after_warmup = index - self.warmup_steps + 1
+        due = self.refresh_interval and after_warmup % self.refresh_interval == 0
+        if after_warmup <= 0 or due or self.active == self.tokens:
             return self.tokens
-        return self.active if since_computed >= self.stride - ROUNDING else 0
+        since_dense = (
+            after_warmup % self.refresh_interval if self.refresh_interval else after_warmup
+        )
+        return self.active if since_dense % self.stride == 0 else 0

@@ -89,10 +89,7 @@ class Step:
 
     def _count(self) -> int:
         """Tokens to compute; all of them if a selective step would have no caches."""
-        history = self.stream.history
-        since_dense = abs(self.time - history.dense_time) / self._unit
-        since_computed = abs(self.time - history.computed_time) / self._unit
-        count = self.schedule.count(history.evaluations, since_dense, since_computed)
+        count = self.schedule.count(self.stream.history.evaluations)
         return count if count == 0 or self.stream.lease else self.schedule.tokens
 
     def _dense(self) -> Tensor:

@@ -13,7 +13,7 @@ from specdiff.options import FORECASTS, METHOD_DEFAULTS, METHODS, RUNTIME_OPTION
 from specdiff.runtime.forecast import FORECASTERS
 from specdiff.runtime.importance import SCORERS
 
-PLAN = {"cache_ratio": 0.75, "warmup_steps": 3, "refresh_interval": 0.45, "stride": 0}
+PLAN = {"cache_ratio": 0.75, "warmup_steps": 3, "refresh_interval": 4}
 
 
 def counts(model):
@@ -189,7 +189,7 @@ def test_twenty_settings_in_one_process():
 
 
 def test_settings_change_in_mid_run():
-    model = toy(cache_ratio=1.0, refresh_interval=1, speculative_steps=0)
+    model = toy(cache_ratio=1.0, refresh_interval=0, speculative_steps=0)
     run = Euler(model).run(5)
     sd.configure(model, cache_ratio=0.5, speculative_steps=2)
     run.run(1)  # dense: no caches were filled yet
@@ -259,7 +259,7 @@ def test_stats_finds_the_wrapped_model():
         ("warmup_steps", 2.0, "an integer of at least 1"),
         ("warmup_steps", None, "an integer of at least 1"),
         ("speculative_steps", -1, "an integer of at least 0"),
-        ("refresh_interval", 4, "a number from 0 to 1"),
+        ("refresh_interval", -1, "an integer of at least 0"),
         ("reuse_share", -0.1, "a number from 0 to 1"),
         ("starvation", -1, "a number of at least 0"),
         ("forecast", "cubic", "one of 'reuse', 'linear', 'quadratic', 'mean', 'mean-1000'"),
