@@ -33,12 +33,12 @@ from specdiff.summary import load_per_core, record, table
 
 SETTINGS: dict[str, Mapping[str, Any]] = {
     "default": {},
-    "default, tighter": {"refresh_interval": 0.08},
-    "default, wider": {"refresh_interval": 0.14},
-    "every step, ratio 0.5": {"cache_ratio": 0.5, "stride": 0.0},
-    "every step, ratio 0.75": {"cache_ratio": 0.75, "stride": 0.0},
-    "every step, ratio 0.9": {"cache_ratio": 0.9, "stride": 0.0},
-    "every step, ratio 0.95": {"cache_ratio": 0.95, "stride": 0.0},
+    "default, dense every 2": {"refresh_interval": 2},
+    "default, dense every 4": {"refresh_interval": 4},
+    "history, ratio 0.5": {"cache_ratio": 0.5},
+    "history, ratio 0.75": {"cache_ratio": 0.75},
+    "history, ratio 0.9": {"cache_ratio": 0.9},
+    "history, ratio 0.95": {"cache_ratio": 0.95},
     "paper, ratio 0.5": {"method": "paper", "cache_ratio": 0.5},
     "paper, ratio 0.75": {"method": "paper", "cache_ratio": 0.75},
     "paper, ratio 0.9": {"method": "paper", "cache_ratio": 0.9},
