@@ -16,7 +16,8 @@ METHODS = ("history", "paper")
 FORECASTS = ("reuse", "linear", "quadratic", "mean", "mean-1000")
 INNER_BACKENDS = ("inductor", "aot_eager", "eager")
 
-# Used where an option is left None. Provisional values: paper.md, first measurements.
+# Used where an option is left None. The schedule of "history" was measured on the demo model alone
+# (README, results); "paper" has the paper's values, and where it is silent those of paper.md.
 METHOD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "history": {
         "cache_ratio": 1.0,

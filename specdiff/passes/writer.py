@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from specdiff.passes.rules.registry import shape_of
-
 aten = torch.ops.aten
 _KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack")
 
@@ -87,6 +85,3 @@ class GraphWriter:
         self.graph.eliminate_dead_code()
         self.graph.lint()
         return fx.GraphModule(self._module, self.graph)
-
-
-__all__ = ["GraphWriter", "shape_of"]

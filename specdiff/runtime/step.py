@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -139,12 +138,8 @@ class Step:
         return predicted
 
     def _forecast(self) -> Tensor:
-        history = self.stream.history
-        return forecast(self.settings.forecast, history, self.time, self._unit)
-
-    @property
-    def _unit(self) -> Literal[1, 1000]:
-        return time_unit([*(self.given or self.stream.times), self.time])
+        unit = time_unit([*(self.given or self.stream.times), self.time])
+        return forecast(self.settings.forecast, self.stream.history, self.time, unit)
 
     def _with_invalid_rows(self, tokens: Tensor) -> Tensor:
         """`tokens` [B, N, C], NaN where the model would be: in rows whose latent is not finite."""
