@@ -1,4 +1,4 @@
-"""Small random diffusion transformers, and inputs for them. Non-square latents throughout."""
+"""FLUX and SD3 in any size, for the tests that vary them. Non-square latents throughout."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from torch import Tensor, nn
 
-Inputs = dict[str, Any]
+from tests.models.case import Inputs, randomize
 
 
 def flux(
@@ -84,16 +84,6 @@ def sd3(
         "return_dict": False,
     }
     return randomize(model), inputs
-
-
-def randomize(model: nn.Module) -> nn.Module:
-    """No weight stays at zero or one: a gate that is closed would hide a fault behind it."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.add_(0.02 * noise if parameter.dim() > 1 else 0.1 * noise)
-    return model.eval()
 
 
 def changed(inputs: Inputs, by: float = 0.3) -> Inputs:
