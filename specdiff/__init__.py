@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from specdiff.runtime.api import configure, reset, session, stats
     from specdiff.runtime.registry import Session
     from specdiff.runtime.stats import Stats
+    from specdiff.verification import Verification, verify
 
 _HOMES = {
     "backend": "specdiff.compiler",
@@ -25,10 +26,12 @@ _HOMES = {
     "reset": "specdiff.runtime.api",
     "session": "specdiff.runtime.api",
     "stats": "specdiff.runtime.api",
+    "verify": "specdiff.verification",
     "Options": "specdiff.options",
     "Report": "specdiff.report",
     "Session": "specdiff.runtime.registry",
     "Stats": "specdiff.runtime.stats",
+    "Verification": "specdiff.verification",
     "NotCompiledError": "specdiff.errors",
     "OptionError": "specdiff.errors",
     "SpecdiffError": "specdiff.errors",
@@ -41,10 +44,12 @@ __all__ = [
     "reset",
     "session",
     "stats",
+    "verify",
     "Options",
     "Report",
     "Session",
     "Stats",
+    "Verification",
     "NotCompiledError",
     "OptionError",
     "SpecdiffError",

@@ -88,6 +88,24 @@ def refusal(inputs: Sequence[Any]) -> str | None:
     return None
 
 
+def attempt(
+    module: fx.GraphModule, inputs: Sequence[Any], options: Options, verify: bool = False
+) -> Analysis | str:
+    """The analysis of one Dynamo graph, or the reason why it runs dense."""
+    reason = refusal(inputs)
+    if reason is not None:
+        return reason
+    try:
+        return analyse(module, inputs, options, verify)
+    except Unsupported as error:
+        return str(error)
+    except Exception as error:
+        if torch_adapter.is_restart(error):
+            raise
+        log.warning("specdiff failed on a graph, which runs dense", exc_info=True)
+        return f"internal error: {type(error).__name__}: {error}"
+
+
 def specdiff_backend(
     module: fx.GraphModule,
     inputs: Sequence[Any],
@@ -101,20 +119,12 @@ def specdiff_backend(
     """
     known, settings = Options.parse(dict(options or {}), torch_adapter.inductor_keys())
     settings = {**torch_adapter.mode_settings(settings.pop("mode", mode)), **settings}
-    reason = refusal(inputs)
-    if reason is None:
-        try:
-            return selective_runtime(analyse(module, inputs, known), known, settings)
-        except Unsupported as error:
-            reason = str(error)
-        except Exception as error:
-            if torch_adapter.is_restart(error):
-                raise
-            log.warning("specdiff failed on a graph, which runs dense", exc_info=True)
-            reason = f"internal error: {type(error).__name__}: {error}"
+    found = attempt(module, inputs, known)
+    if isinstance(found, Analysis):
+        return selective_runtime(found, known, settings)
     states = [i for i, state in enumerate(module_states(module, inputs)) if state]
     compiled = torch_adapter.compile_untouched(module, inputs, known.inner_backend, settings)
-    return DenseOnly(compiled, reason, tuple(states))
+    return DenseOnly(compiled, found, tuple(states))
 
 
 def selective_runtime(analysis: Analysis, options: Options, settings: Mapping[str, Any]) -> Runtime:

@@ -11,9 +11,8 @@ import torch
 from torch import fx, nn
 
 from specdiff import torch_adapter
-from specdiff.compiler import Analysis, analyse, refusal
+from specdiff.compiler import Analysis, attempt
 from specdiff.options import Options
-from specdiff.passes.base import Unsupported
 from specdiff.passes.regions import Region, selective_flops
 from specdiff.program import Segment
 
@@ -69,7 +68,8 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
     reports: list[Report] = []
 
     def collect(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        reports.append(_report(module, inputs))
+        found = attempt(module, inputs, Options())
+        reports.append(report_of(found))
         return module.forward
 
     with torch.no_grad():
@@ -79,14 +79,10 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
     return next((report for report in reports if report.selective), reports[0])
 
 
-def _report(module: fx.GraphModule, inputs: Sequence[Any]) -> Report:
-    reason = refusal(inputs)
-    if reason is not None:
-        return Report(False, reason)
-    try:
-        found = analyse(module, inputs, Options())
-    except Unsupported as error:
-        return Report(False, str(error))
+def report_of(found: Analysis | str) -> Report:
+    """What `explain` says of one graph, given its analysis or why it has none."""
+    if isinstance(found, str):
+        return Report(False, found)
     if found.signature.time is None:
         return Report(False, "no time input was found: name it by the option timestep_arg")
     return Report(

@@ -13,9 +13,10 @@ from torch._inductor.exc import InductorError
 from torch._inductor.graph import GraphLowering
 
 from specdiff import torch_adapter
+from specdiff.oracles import pick, random_active
 from specdiff.passes.lower import LoweredPrograms
 from tests.models import changed, flux, sd3
-from tests.oracles import Traced, pick, random_active, trace
+from tests.oracles import Traced, trace
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 ACTIVE = 5

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from specdiff import oracles
+from specdiff.oracles import Pair, pick, random_active
 from tests.models import Inputs
-from tests.oracles import MaskedDense, Traced, pick, random_active
+from tests.oracles import Traced
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 SHARES = (0.3, 0.9)
@@ -23,6 +25,11 @@ def active_sets(found: Traced, shares: Sequence[float]) -> Iterator[Tensor]:
         yield random_active(signature.batch, signature.prunable_tokens, count)
 
 
+def assert_equal(pairs: Iterator[Pair], **tolerance: float) -> None:
+    for pair in pairs:
+        torch.testing.assert_close(pair.actual, pair.expected, **tolerance)
+
+
 def caches_of(found: Traced) -> list[Tensor]:
     """Empty caches: a row that is read before it is written shows as nan."""
     return [torch.full_like(slot.allocate(), torch.nan) for slot in found.analysis.signature.caches]
@@ -32,14 +39,9 @@ def idempotence(
     found: Traced, programs: Any, shares: Sequence[float] = SHARES, **tolerance: float
 ) -> None:
     """Oracle 1: after a dense step, a selective step on the same input gives the dense output."""
-    flat, caches = found.flat[0], caches_of(found)
-    dense = programs.dense(flat, caches)
-    before = [cache.clone() for cache in caches]
     for active in active_sets(found, shares):
-        selective = programs.selective(flat, caches, active)
-        torch.testing.assert_close(selective.tokens, pick(dense.tokens, active), **tolerance)
-        for cache, old in zip(caches, before, strict=True):
-            torch.testing.assert_close(cache, old, **tolerance)
+        pairs = oracles.idempotence(found.analysis, programs, found.flat[0], active)
+        assert_equal(pairs, **tolerance)
 
 
 def masked_dense(
@@ -47,44 +49,23 @@ def masked_dense(
 ) -> None:
     """Oracle 2: on another input, stale rows are exactly those of the caches."""
     flat, later = found.flat
-    plan = found.analysis.plan
     probed = programs.probe(later).tokens
     differs = False
     for active in active_sets(found, shares):
-        caches = caches_of(found)
-        programs.dense(flat, caches)
-        selective = programs.selective(later, caches, active)
-        first = MaskedDense(found.analysis, {}, active)
-        first.run(*flat)
-        oracle = MaskedDense(found.analysis, first.values, active)
-        oracle.run(*later)
-        expected = as_tokens(found, oracle.values[plan.slot.name])
-        torch.testing.assert_close(selective.tokens, pick(expected, active), **tolerance)
-        differs |= not torch.allclose(pick(probed, active), selective.tokens)
+        for pair in oracles.masked_dense(found.analysis, programs, flat, later, active):
+            torch.testing.assert_close(pair.actual, pair.expected, **tolerance)
+            differs |= not torch.allclose(pick(probed, active), pair.actual)
     # the oracle itself must differ from a dense step, or it would prove nothing
     assert differs
-
-
-def as_tokens(found: Traced, value: Tensor) -> Tensor:
-    """A token-level output as [B, N, C]."""
-    plan = found.analysis.plan
-    batch, tokens = plan.axes.batch_axis(plan.slot), plan.token_axis(plan.slot)
-    return value.movedim((batch, tokens), (0, 1)).flatten(2)
 
 
 def all_active(
     model: nn.Module, later: Inputs, found: Traced, programs: Any, **tolerance: float
 ) -> None:
     """Oracle 3: with every token active, the selective program is the model."""
-    caches = caches_of(found)
-    before, flat = found.flat
-    programs.dense(before, caches)
-    signature = found.analysis.signature
-    active = torch.arange(signature.prunable_tokens).expand(signature.batch, -1)
-    outputs = programs.tail(flat, programs.selective(flat, caches, active).tokens)
-    returned = [value for value in model(**later) if value is not None]
-    for output, expected in zip(outputs, returned, strict=True):
-        torch.testing.assert_close(output, expected, **tolerance)
+    outputs = [value for value in model(**later) if value is not None]
+    pairs = oracles.all_active(found.analysis, programs, *found.flat, outputs)
+    assert_equal(pairs, **tolerance)
 
 
 def probe_is_the_model(model: nn.Module, inputs: Inputs, found: Traced, programs: Any) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from specdiff.oracles import MaskedDense
 from tests.models import MODELS, changed
-from tests.oracles import MaskedDense, trace
+from tests.oracles import trace
 from tests.passes.checks import (
     TOLERANCE,
     all_active,

@@ -1,0 +1,157 @@
+"""The oracles: what the emitted programs must agree with, on any model (design.md, section 3).
+
+Each compares tensors that the mathematics says are equal and yields them in pairs, for a test to
+assert and for `specdiff.verify` to measure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from specdiff.compiler import Analysis
+from specdiff.passes.selective import SelectivePlan
+from specdiff.program import Programs
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two values that must be equal, and which oracle says so."""
+
+    oracle: str
+    actual: Tensor
+    expected: Tensor
+
+    @property
+    def error(self) -> float:
+        """Largest difference over the largest magnitude expected; infinite where not finite."""
+        if self.actual.shape != self.expected.shape:
+            return float("inf")
+        actual, expected = self.actual.double(), self.expected.double()
+        if not (torch.isfinite(actual).all() and torch.isfinite(expected).all()):
+            return float("inf")
+        if not actual.numel():
+            return 0.0
+        scale = expected.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+        return float((actual - expected).abs().max() / scale)
+
+
+def idempotence(
+    analysis: Analysis, programs: Programs, inputs: Sequence[Any], active: Tensor
+) -> Iterator[Pair]:
+    """Oracle 1: after a dense step, a selective step on the same input changes nothing."""
+    caches = _caches(analysis)
+    dense = programs.dense(inputs, caches)
+    before = [cache.clone() for cache in caches]
+    selective = programs.selective(inputs, caches, active)
+    yield Pair("idempotence", selective.tokens, pick(dense.tokens, active))
+    for cache, old in zip(caches, before, strict=True):
+        yield Pair("idempotence", cache, old)
+
+
+def masked_dense(
+    analysis: Analysis,
+    programs: Programs,
+    inputs: Sequence[Any],
+    later: Sequence[Any],
+    active: Tensor,
+) -> Iterator[Pair]:
+    """Oracle 2: on another input, stale rows are exactly those of the caches."""
+    caches = _caches(analysis)
+    programs.dense(inputs, caches)
+    selective = programs.selective(later, caches, active)
+    first = MaskedDense(analysis, {}, active)
+    first.run(*inputs)
+    second = MaskedDense(analysis, first.values, active)
+    second.run(*later)
+    slot = analysis.plan.slot
+    expected = as_tokens(analysis.plan, second.values[slot.name])
+    yield Pair("masked dense", selective.tokens, pick(expected, active))
+
+
+def all_active(
+    analysis: Analysis,
+    programs: Programs,
+    inputs: Sequence[Any],
+    later: Sequence[Any],
+    outputs: Sequence[Any],
+) -> Iterator[Pair]:
+    """Oracle 3: with every token active the selective program is the model.
+
+    `outputs` are the model's own for `later`; the dense program's are held to them too.
+    """
+    caches = _caches(analysis)
+    programs.dense(inputs, caches)
+    signature = analysis.signature
+    every = torch.arange(signature.prunable_tokens, device=signature.tokens.device)
+    active = every.expand(signature.batch, -1)
+    selective = programs.selective(later, caches, active)
+    dense = programs.dense(later, caches)
+    for name, found in (("all active", selective), ("dense", dense)):
+        for value, expected in zip(programs.tail(later, found.tokens), outputs, strict=True):
+            if isinstance(value, Tensor):
+                yield Pair(name, value, expected)
+
+
+def random_active(batch: int, tokens: int, count: int, device: Any = "cpu") -> Tensor:
+    """A different ascending active set for each sample, int64 [batch, count]."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randperm(tokens, generator=generator)[:count].sort().values for _ in range(batch)]
+    return torch.stack(rows).to(device)
+
+
+def pick(tokens: Tensor, active: Tensor) -> Tensor:
+    """Rows `active` [B, K] of `tokens` [B, N, C]."""
+    return tokens.gather(1, active.unsqueeze(-1).expand(-1, -1, tokens.shape[2]))
+
+
+def as_tokens(plan: SelectivePlan, value: Tensor) -> Tensor:
+    """A token-level output as [B, N, C]."""
+    batch, tokens = plan.axes.batch_axis(plan.slot), plan.token_axis(plan.slot)
+    assert batch is not None and tokens is not None
+    return value.movedim((batch, tokens), (0, 1)).flatten(2)
+
+
+class MaskedDense(fx.Interpreter):
+    """Computes every row of every op, then keeps the cached row where a token is not active."""
+
+    def __init__(self, analysis: Analysis, cached: dict[str, Tensor], active: Tensor) -> None:
+        super().__init__(analysis.module)
+        self._plan = analysis.plan
+        self._cached = cached
+        self._active = active
+        self.values: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """The node's value, mixed with the cache where the plan keeps it in one."""
+        value = super().run_node(n)
+        if n in self._plan.cached and self._cached:
+            fresh = fresh_rows(self._plan, n, self._active)
+            value = torch.where(fresh, value, self._cached[n.name])
+        self.values[n.name] = value
+        return value
+
+
+def fresh_rows(plan: SelectivePlan, node: fx.Node, active: Tensor) -> Tensor:
+    """Boolean, broadcastable to `node`: which of its rows a selective step computes."""
+    axis, batch = plan.token_axis(node), plan.axes.batch_axis(node)
+    assert axis is not None and batch is not None
+    shape = node.meta["val"].shape
+    mask = torch.ones(active.shape[0], shape[axis], dtype=torch.bool, device=active.device)
+    for piece in plan.layout(node):
+        if piece.segment == plan.prunable:
+            mask[:, piece.offset : piece.offset + piece.length] = False
+            mask.scatter_(1, active + piece.offset, True)
+    view = [1] * len(shape)
+    view[batch], view[axis] = mask.shape
+    return (mask if batch < axis else mask.T).reshape(view)
+
+
+def _caches(analysis: Analysis) -> list[Tensor]:
+    """Empty caches: a row that is read before it is written shows as nan."""
+    caches = [slot.allocate() for slot in analysis.signature.caches]
+    return [c.fill_(torch.nan) if c.is_floating_point() else c for c in caches]

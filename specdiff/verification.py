@@ -1,0 +1,151 @@
+"""`specdiff.verify`: the oracles on a user's own model and inputs.
+
+The gate before a compiled plan goes live: every graph of the model is traced, rewritten and held
+to oracles 1 to 3, in the model's own dtype and on its own device, with the programs run eagerly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from specdiff import torch_adapter
+from specdiff.compiler import ALL_QUERIES, Analysis, attempt
+from specdiff.options import Options
+from specdiff.oracles import Pair, all_active, idempotence, masked_dense, random_active
+from specdiff.passes.lower import LoweredPrograms
+from specdiff.report import Report, report_of
+
+TOLERANCES: Mapping[torch.dtype, float] = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-4,
+    torch.float16: 2e-2,
+    torch.bfloat16: 1e-1,
+}
+"""Largest error accepted, relative to the largest magnitude, by dtype of the model's output: that
+of sums taken in another order, some layers deep."""
+ACTIVE_SHARE = 0.3
+
+
+@dataclass(frozen=True)
+class GraphVerdict:
+    """One graph of the model: what was found, and the largest relative error by oracle."""
+
+    report: Report
+    errors: Mapping[str, float]
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """A graph that runs dense is the model itself."""
+        return all(error <= self.tolerance for error in self.errors.values())
+
+    def __str__(self) -> str:
+        """A few lines for a person."""
+        lines = [str(self.report)]
+        for oracle, error in self.errors.items():
+            verdict = "ok" if error <= self.tolerance else f"FAILED (at most {self.tolerance:.0e})"
+            lines.append(f"{oracle}: error {error:.1e} {verdict}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The verdict on a model: all of its graphs, in the order in which they ran."""
+
+    graphs: tuple[GraphVerdict, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether no graph disagrees with an oracle."""
+        return all(graph.passed for graph in self.graphs)
+
+    @property
+    def selective(self) -> bool:
+        """Whether any graph of the model was rewritten."""
+        return any(graph.report.selective for graph in self.graphs)
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why graphs run dense, each reason once."""
+        return tuple(dict.fromkeys(g.report.reason for g in self.graphs if g.report.reason))
+
+    @property
+    def max_error(self) -> float:
+        """Largest relative error of any oracle on any graph."""
+        return max((e for g in self.graphs for e in g.errors.values()), default=0.0)
+
+    def __str__(self) -> str:
+        """A page for a person."""
+        head = "passed" if self.passed else "FAILED"
+        texts = [str(graph) for graph in self.graphs]
+        if len(texts) > 1:
+            texts = [f"graph {i}: {text}" for i, text in enumerate(texts)]
+        return "\n".join([head, *texts])
+
+
+def verify(
+    model: nn.Module, *args: Any, tolerance: float | None = None, **kwargs: Any
+) -> Verification:
+    """Run `model` once on these inputs, and oracles 1 to 3 on every graph of it.
+
+    Oracles 2 and 3 need the inputs of a later step: the latent moved by a third of its standard
+    deviation. `tolerance` is relative to the largest magnitude of a value; by default it follows
+    the dtype of the output (`TOLERANCES`). Needs memory for two sets of caches.
+    """
+    verdicts: list[GraphVerdict] = []
+
+    def backend(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        found = attempt(module, inputs, Options(), verify=True)
+
+        def run(*values: Any) -> Any:
+            verdicts.append(_verdict(module, found, values, tolerance))
+            return module(*values)
+
+        return run
+
+    with torch.no_grad():
+        torch_adapter.trace_once(getattr(model, "_orig_mod", model), backend, args, kwargs)
+    return Verification(tuple(verdicts))
+
+
+def _verdict(
+    module: fx.GraphModule, found: Analysis | str, inputs: Sequence[Any], tolerance: float | None
+) -> GraphVerdict:
+    if isinstance(found, str):
+        return GraphVerdict(report_of(found), {}, 0.0)
+    if tolerance is None:
+        tolerance = TOLERANCES.get(found.signature.tokens.dtype, TOLERANCES[torch.float32])
+    errors: dict[str, float] = {}
+    for pair in _pairs(module, found, inputs):
+        errors[pair.oracle] = max(errors.get(pair.oracle, 0.0), pair.error)
+    return GraphVerdict(report_of(found), errors, tolerance)
+
+
+def _pairs(module: fx.GraphModule, found: Analysis, inputs: Sequence[Any]) -> Iterator[Pair]:
+    def compiler(name: str, program: fx.GraphModule, values: Sequence[Any]) -> Any:
+        return torch_adapter.compile_program(program, values, "eager", {})
+
+    programs = LoweredPrograms(found.module, found.plan, found.signature, ALL_QUERIES, compiler)
+    signature = found.signature
+    count = max(1, round(ACTIVE_SHARE * signature.prunable_tokens))
+    device = signature.tokens.device
+    active = random_active(signature.batch, signature.prunable_tokens, count, device)
+    later = _later(inputs, signature.latent)
+    outputs = module(*later)
+    yield from idempotence(found, programs, inputs, active)
+    yield from masked_dense(found, programs, inputs, later, active)
+    yield from all_active(found, programs, inputs, later, outputs)
+
+
+def _later(inputs: Sequence[Any], latent: int) -> list[Any]:
+    moved = list(inputs)
+    value: Tensor = inputs[latent]
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(value.shape, generator=generator).to(value)
+    moved[latent] = value + noise * value.float().std().to(value.dtype) / 3
+    return moved
