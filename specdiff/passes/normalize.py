@@ -118,11 +118,11 @@ def replace_tuples(graph: fx.Graph) -> None:
 
 
 def _single_output(source: fx.Node, position: int) -> tuple[Any, tuple[Any, ...]] | None:
-    value = operand_at(source, 0)
     if source.target is aten.unbind.int:
-        return aten.select.int, (value, argument(source, 1, "dim", 0), position)
+        return aten.select.int, (operand_at(source, 0), argument(source, 1, "dim", 0), position)
     if source.target not in SPLITS:
         return None
+    value = operand_at(source, 0)
     dim = argument(source, 2, "dim", 0)
     lengths = [piece.shape[dim] for piece in source.meta["val"]]
     start = sum(lengths[:position])

@@ -250,7 +250,7 @@ def chrono_edit_transformer() -> Case:
 
 
 def cosmos_transformer() -> Case:
-    """Text to world: learned positions besides the rotary ones."""
+    """Text to world, with learned positions. A concatenated padding mask would need torchvision."""
     torch.manual_seed(0)
     model = CosmosTransformer3DModel(
         in_channels=4,
@@ -262,6 +262,7 @@ def cosmos_transformer() -> Case:
         text_embed_dim=20,
         adaln_lora_dim=14,
         max_size=(8, 16, 16),
+        concat_padding_mask=False,
     )
     inputs = {
         "hidden_states": torch.randn(2, 4, 3, 6, 8),
@@ -288,6 +289,7 @@ def cosmos_video_to_world() -> Case:
         adaln_lora_dim=14,
         max_size=(8, 16, 16),
         rope_scale=(1.0, 3.0, 3.0),
+        concat_padding_mask=False,
         extra_pos_embed_type=None,
         use_crossattn_projection=True,
         crossattn_proj_in_channels=26,

@@ -1,6 +1,18 @@
 """Transfer rules by op family. Importing this package registers all of them."""
 
-from specdiff.passes.rules import attention, elementwise, linear, shape
+from specdiff.passes.rules import attention, elementwise, linear, products, shape, spatial, writes
 from specdiff.passes.rules.registry import Facts, Link, Part, facts_of
 
-__all__ = ["Facts", "Link", "Part", "attention", "elementwise", "facts_of", "linear", "shape"]
+__all__ = [
+    "Facts",
+    "Link",
+    "Part",
+    "attention",
+    "elementwise",
+    "facts_of",
+    "linear",
+    "products",
+    "shape",
+    "spatial",
+    "writes",
+]

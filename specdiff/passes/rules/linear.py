@@ -13,7 +13,6 @@ from specdiff.passes.rules.registry import (
     operand_at,
     rank_of,
     same_axes,
-    shape_of,
     transfer,
 )
 
@@ -51,22 +50,14 @@ def reduction(node: fx.Node) -> Facts:
     return Facts(tuple(Link(axis if keepdim else i, operand, axis) for i, axis in enumerate(kept)))
 
 
-@transfer(aten.matmul.default, aten.bmm.default)
-def matmul(node: fx.Node) -> Facts:
-    """Rows come from the left, columns from the right, batch axes from both by broadcasting."""
-    left, right = operand_at(node, 0), operand_at(node, 1)
-    if rank_of(left) < 2 or rank_of(right) < 2:
-        return Facts()
-    out = shape_of(node)
-    links = [
-        Link(len(out) - 2, left, rank_of(left) - 2),
-        Link(len(out) - 1, right, rank_of(right) - 1),
-    ]
-    for operand in (left, right):
-        shift = len(out) - rank_of(operand)
-        links += [
-            Link(axis + shift, operand, axis)
-            for axis, size in enumerate(shape_of(operand)[:-2])
-            if size == out[axis + shift]
-        ]
-    return Facts(tuple(links))
+@transfer(aten.embedding.default)
+def embedding(node: fx.Node) -> Facts:
+    """A row of the table for each index: the axes of the indices."""
+    indices = operand_at(node, 1)
+    return Facts(tuple(Link(axis, indices, axis) for axis in range(rank_of(indices))))
+
+
+@transfer(aten.index_select.default, aten.argsort.default, aten.glu.default)
+def along_one_axis(node: fx.Node) -> Facts:
+    """All axes but the one that is looked along."""
+    return same_axes(node, operand_at(node, 0), skip=(argument(node, 1, "dim", -1),))

@@ -176,3 +176,11 @@ def stack(node: fx.Node) -> Facts:
         for a in range(rank_of(operand))
     ]
     return Facts(tuple(links))
+
+
+@transfer(aten.view_as_complex.default, aten.view_as_real.default)
+def complex_pair(node: fx.Node) -> Facts:
+    """All axes but the pair of real and imaginary part."""
+    operand = operand_at(node, 0)
+    kept = min(rank_of(node), rank_of(operand))
+    return Facts(tuple(Link(axis, operand, axis) for axis in range(kept)))

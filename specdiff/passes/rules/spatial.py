@@ -1,0 +1,120 @@
+"""Ops over neighbourhoods: convolution, pooling, padding, shifts. They mix what they move over."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from specdiff.passes.rules.registry import (
+    Facts,
+    Link,
+    Part,
+    argument,
+    operand_at,
+    rank_of,
+    same_axes,
+    shape_of,
+    transfer,
+)
+
+aten = torch.ops.aten
+
+
+@transfer(
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv3d.default,
+    aten.conv1d.padding,
+    aten.conv2d.padding,
+    aten.conv3d.padding,
+    aten.convolution.default,
+    aten.conv_transpose1d.default,
+    aten.conv_transpose2d.input,
+    aten.conv_transpose3d.input,
+)
+def convolution(node: fx.Node) -> Facts:
+    """Only the samples, where there are any: an unbatched input has no axis for them."""
+    operand, weight = operand_at(node, 0), operand_at(node, 1)
+    if rank_of(operand) != rank_of(weight):
+        return Facts()
+    return Facts((Link(0, operand, 0),))
+
+
+@transfer(
+    aten.group_norm.default,
+    aten.native_group_norm.default,
+    aten.pixel_shuffle.default,
+    aten.pixel_unshuffle.default,
+)
+def channels_mixed(node: fx.Node) -> Facts:
+    """Only the samples."""
+    return Facts((Link(0, operand_at(node, 0), 0),))
+
+
+@transfer(
+    aten.upsample_nearest1d.default,
+    aten.upsample_nearest2d.default,
+    aten.upsample_nearest3d.default,
+    aten.upsample_nearest1d.vec,
+    aten.upsample_nearest2d.vec,
+    aten.upsample_nearest3d.vec,
+    aten.upsample_bilinear2d.vec,
+    aten.adaptive_avg_pool1d.default,
+    aten.adaptive_avg_pool2d.default,
+    aten.avg_pool1d.default,
+    aten.avg_pool2d.default,
+    aten.avg_pool3d.default,
+)
+def resampled(node: fx.Node) -> Facts:
+    """Samples and channels."""
+    operand = operand_at(node, 0)
+    return Facts((Link(0, operand, 0), Link(1, operand, 1)))
+
+
+@transfer(aten.roll.default, aten.flip.default, aten.cumsum.default, aten.cumprod.default)
+def moved(node: fx.Node) -> Facts:
+    """All axes but those along which positions change or accumulate."""
+    operand = operand_at(node, 0)
+    position, name = (2, "dims") if node.target is aten.roll.default else (1, "dims")
+    dims = argument(node, position, name, ())
+    if node.target in (aten.cumsum.default, aten.cumprod.default):
+        dims = argument(node, 1, "dim")
+    dims = (dims,) if isinstance(dims, int) else tuple(dims)
+    if not dims:
+        return Facts()  # a roll without axes runs over all of them
+    return same_axes(node, operand, skip=dims)
+
+
+@transfer(aten.constant_pad_nd.default, aten.pad.default)
+def pad(node: fx.Node) -> Facts:
+    """Axes that are not padded; one that only grows has the operand as a part."""
+    operand, amounts = operand_at(node, 0), argument(node, 1, "pad")
+    rank = rank_of(node)
+    padded = {rank - 1 - i // 2: amounts[i] for i in range(0, len(amounts), 2)}
+    changed = {axis for axis in padded if shape_of(node)[axis] != shape_of(operand)[axis]}
+    changed |= {axis for axis, before in padded.items() if before}
+    grown = node.target is aten.constant_pad_nd.default or argument(node, 2, "mode") == "constant"
+    parts = [
+        Part((node, axis), (operand, axis), padded[axis])
+        for axis in sorted(changed)
+        if grown and padded[axis] >= 0 and _room(node, operand, axis, padded[axis])
+    ]
+    return Facts(same_axes(node, operand, skip=tuple(changed)).links, tuple(parts))
+
+
+def _room(node: fx.Node, operand: fx.Node, axis: int, before: int) -> bool:
+    return before + shape_of(operand)[axis] <= shape_of(node)[axis]
+
+
+@transfer(aten.repeat.default)
+def repeat(node: fx.Node) -> Facts:
+    """Axes that are taken once."""
+    operand, times = operand_at(node, 0), argument(node, 1, "repeats")
+    shift = len(times) - rank_of(operand)
+    return Facts(
+        tuple(
+            Link(axis + shift, operand, axis)
+            for axis in range(rank_of(operand))
+            if times[axis + shift] == 1
+        )
+    )
