@@ -14,7 +14,7 @@ from diffusers import (
 )
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from diffusers.models.transformers.transformer_rfd4_proteina import CONDITION_KEYS
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.models.case import Case, builders
 
@@ -118,7 +118,7 @@ def stable_audio3_inpaint() -> Case:
 
 
 def longcat_audio_dit() -> Case:
-    """Samples of two lengths."""
+    """Samples of two lengths. The weights that diffusers starts at zero are opened wider."""
     torch.manual_seed(0)
     model = LongCatAudioDiTTransformer(
         dit_dim=48,
@@ -127,6 +127,8 @@ def longcat_audio_dit() -> Case:
         dit_text_dim=20,
         latent_dim=8,
     )
+    for linear in (model.adaln_global_mlp.mlp[-1], model.norm_out.linear, model.proj_out):
+        nn.init.normal_(linear.weight, std=0.1)
     inputs = {
         "hidden_states": torch.randn(2, 41, 8),
         "encoder_hidden_states": torch.randn(2, TEXT, 20),
@@ -161,7 +163,7 @@ def minimax_music3_transformer() -> Case:
 
 
 def t5_film_decoder() -> Case:
-    """Conditions in a list of (encoding, mask): notes, then audio so far. Returns a tensor, not a tuple."""
+    """Conditions are a list of (encoding, mask): notes, then audio so far. Returns a tensor."""
     torch.manual_seed(0)
     model = T5FilmDecoder(
         input_dims=8,
@@ -184,7 +186,7 @@ def t5_film_decoder() -> Case:
 
 
 def rfd4_proteina_transformer() -> Case:
-    """The backbone of a protein of 26 tokens, and of one of 24; three passes of the trunk in one call."""
+    """Backbones of proteins of 26 and 24 tokens; a call runs the trunk's layers three times."""
     torch.manual_seed(0)
     model = RFD4ProteinaTransformer(
         nlayers=4,

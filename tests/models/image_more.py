@@ -1,4 +1,4 @@
-"""The newer text-to-image transformers, small: what the pipelines of each give them, with random weights."""
+"""The newer image transformers, small, with what the pipeline of each gives it."""
 
 from __future__ import annotations
 
@@ -241,7 +241,7 @@ def hunyuan_image_refiner() -> Case:
 
 
 def ideogram4_transformer() -> Case:
-    """One packed sequence, text first and padded on the left. The pipeline drops the text's outputs."""
+    """One packed sequence: text, padded on the left, then image. The pipeline drops the text."""
     torch.manual_seed(0)
     model = Ideogram4Transformer2DModel(
         in_channels=8,
@@ -511,7 +511,7 @@ def qwen_image_transformer() -> Case:
 
 
 def qwen_image21_transformer() -> Case:
-    """Without the pipeline's cache of keys. The output is of the text too; the pipeline takes its last tokens."""
+    """Without the cache of keys. The output has the text in front; the pipeline drops it."""
     torch.manual_seed(0)
     model = QwenImage21Transformer2DModel(
         in_channels=8,
@@ -537,7 +537,7 @@ def qwen_image21_transformer() -> Case:
 
 
 def z_image_transformer() -> Case:
-    """Lists of samples, with prompts of different lengths; image and prompt are padded to 64 and 32."""
+    """Lists of samples, prompts of two lengths. The model pads the image to 64, prompts to 32."""
     torch.manual_seed(0)
     model = ZImageTransformer2DModel(
         in_channels=4,
