@@ -6,16 +6,17 @@ assert and for `specdiff.verify` to measure.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from specdiff.compiler import Analysis
 from specdiff.passes.selective import SelectivePlan
-from specdiff.program import Programs
+from specdiff.program import Programs, share_out
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,7 @@ def masked_dense(
     first.run(*inputs)
     second = MaskedDense(analysis, first.values, active)
     second.run(*later)
-    slot = analysis.plan.slot
-    expected = as_tokens(analysis.plan, second.values[slot.name])
+    expected = as_tokens(analysis.plan, second.values)
     yield Pair("masked dense", selective.tokens, pick(expected, active))
 
 
@@ -97,11 +97,15 @@ def all_active(
                 yield Pair(name, value, expected)
 
 
-def random_active(batch: int, tokens: int, count: int, device: Any = "cpu") -> Tensor:
+def random_active(batch: int, lengths: Sequence[int], count: int, device: Any = "cpu") -> Tensor:
     """A different ascending active set for each sample, int64 [batch, count]."""
     generator = torch.Generator().manual_seed(0)
-    rows = [torch.randperm(tokens, generator=generator)[:count].sort().values for _ in range(batch)]
-    return torch.stack(rows).to(device)
+    first, columns = 0, []
+    for length, share in zip(lengths, share_out(lengths, count), strict=True):
+        rows = [torch.randperm(length, generator=generator)[:share] for _ in range(batch)]
+        columns.append(first + torch.stack(rows).sort(1).values)
+        first += length
+    return torch.cat(columns, 1).to(device)
 
 
 def pick(tokens: Tensor, active: Tensor) -> Tensor:
@@ -109,11 +113,15 @@ def pick(tokens: Tensor, active: Tensor) -> Tensor:
     return tokens.gather(1, active.unsqueeze(-1).expand(-1, -1, tokens.shape[2]))
 
 
-def as_tokens(plan: SelectivePlan, value: Tensor) -> Tensor:
-    """A token-level output as [B, N, C]."""
-    batch, tokens = plan.axes.batch_axis(plan.slot), plan.token_axis(plan.slot)
-    assert batch is not None and tokens is not None
-    return value.movedim((batch, tokens), (0, 1)).flatten(2)
+def as_tokens(plan: SelectivePlan, values: Mapping[str, Tensor]) -> Tensor:
+    """The token-level outputs, found by their names among `values`, as one [B, N, C]."""
+    parts = []
+    for slot in plan.slots:
+        batch, tokens = plan.axes.batch_axis(slot), plan.token_axis(slot)
+        assert batch is not None and tokens is not None
+        part = values[slot.name].movedim((batch, tokens), (0, 1)).flatten(2)
+        parts.append(F.pad(part, (0, plan.channels - part.shape[2])))
+    return torch.cat(parts, 1)
 
 
 class MaskedDense(fx.Interpreter):
@@ -142,10 +150,14 @@ def fresh_rows(plan: SelectivePlan, node: fx.Node, active: Tensor) -> Tensor:
     assert axis is not None and batch is not None
     shape = node.meta["val"].shape
     mask = torch.ones(active.shape[0], shape[axis], dtype=torch.bool, device=active.device)
+    fresh = torch.zeros(active.shape[0], plan.tokens, dtype=torch.bool, device=active.device)
+    fresh.scatter_(1, active, True)
     for piece in plan.layout(node):
-        if piece.segment == plan.prunable:
-            mask[:, piece.offset : piece.offset + piece.length] = False
-            mask.scatter_(1, active + piece.offset, True)
+        if piece.segment in plan.prunable:
+            first = plan.first_token(piece.segment)
+            mask[:, piece.offset : piece.offset + piece.length] = fresh[
+                :, first : first + piece.length
+            ]
     view = [1] * len(shape)
     view[batch], view[axis] = mask.shape
     return (mask if batch < axis else mask.T).reshape(view)

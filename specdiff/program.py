@@ -6,6 +6,7 @@ an attention's key (text and image together), K active tokens, C channels of the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -13,7 +14,9 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-InputRole = Literal["parameter", "latent", "time", "condition"]
+InputRole = Literal["parameter", "latent", "time", "condition", "scalar"]
+"""A scalar is a float input of at most one number a sample, such as a second time or a guidance
+scale: a pipeline may make it anew for each step, so it tells no two generations apart."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,21 @@ class InputSpec:
     index: int
     name: str
     role: InputRole
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """An input and the output that predicts its noise or velocity, by their positions."""
+
+    latent: int
+    velocity: int
+    shared: tuple[int, int] | None = None
+    """(axis, size) where they differ in channels: a latent with a condition concatenated to it has
+    more, a prediction with a learned variance has more; the first `size` belong together."""
+
+    def part(self, tensor: Tensor) -> Tensor:
+        """What latent and velocity have in common, as a view of either."""
+        return tensor if self.shared is None else tensor.narrow(self.shared[0], 0, self.shared[1])
 
 
 @dataclass(frozen=True)
@@ -56,6 +74,24 @@ class CacheSlot:
         return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
 
 
+def share_out(lengths: Sequence[int], count: int) -> tuple[int, ...]:
+    """`count` active tokens among segments of these lengths, by their size, at least one each.
+
+    Every sample has as many active tokens in a segment as every other, so that rows stay
+    rectangular. Raises ValueError unless len(lengths) <= count <= sum(lengths).
+    """
+    total = sum(lengths)
+    if not len(lengths) <= count <= total:
+        raise ValueError(f"{count} active tokens for segments of {list(lengths)}")
+    spare = count - len(lengths)
+    exact = [spare * (n - 1) / max(total - len(lengths), 1) for n in lengths]
+    shares = [1 + math.floor(x) for x in exact]
+    by_remainder = sorted(range(len(lengths)), key=lambda i: math.floor(exact[i]) - exact[i])
+    for i in by_remainder[: count - sum(shares)]:
+        shares[i] += 1
+    return tuple(shares)
+
+
 @dataclass(frozen=True)
 class Signature:
     """Everything the runtime may know of a graph: inputs, segments, caches, token-level output."""
@@ -64,13 +100,14 @@ class Signature:
     segments: tuple[Segment, ...]
     caches: tuple[CacheSlot, ...]
     tokens: CacheSlot
-    """Shape [B, N, C] of the token-level output, where forecasts live."""
-    latent: int
-    """Index of the input that is denoised; same shape as the output numbered `velocity`."""
+    """Shape [B, N, C] of the token-level output, where forecasts live: all prunable segments one
+    after another, C the widest."""
+    lengths: tuple[int, ...]
+    """Tokens of each prunable segment, in the order in which tokens are numbered."""
+    denoised: tuple[Denoised, ...]
+    """What is denoised, the main one (image, video) first."""
     time: int | None
     """Index of the time input, or None if none was found."""
-    velocity: int
-    """Index of the output that predicts noise or velocity for the latent."""
 
     @property
     def batch(self) -> int:
@@ -91,6 +128,11 @@ class Signature:
     def cache_bytes(self) -> int:
         """Bytes of one stream's caches."""
         return sum(slot.nbytes for slot in self.caches)
+
+    @property
+    def latent(self) -> int:
+        """Index of the main input that is denoised."""
+        return self.denoised[0].latent
 
     def indices(self, role: InputRole) -> tuple[int, ...]:
         """Positions of the inputs with this role."""

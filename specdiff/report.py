@@ -49,7 +49,7 @@ class Report:
         lines.append("regions: " + ", ".join(f"{n} {kind}" for kind, n in kinds.items()))
         lines.append(f"caches: {self.cache_bytes / 2**20:.1f} MiB a generation")
         lines.append(f"dense step: {self.step_flops() / 1e9:.2f} GFLOP")
-        tokens = next(s.length for s in self.segments if s.prunable)
+        tokens = sum(s.length for s in self.segments if s.prunable)
         for ratio in (0.5, 0.75, 0.9, 0.95):
             active = round((1 - ratio) * tokens)
             gain = self.step_flops() / self.step_flops(active)

@@ -132,9 +132,9 @@ def _pairs(module: fx.GraphModule, found: Analysis, inputs: Sequence[Any]) -> It
 
     programs = LoweredPrograms(found.module, found.plan, found.signature, ALL_QUERIES, compiler)
     signature = found.signature
-    count = max(1, round(ACTIVE_SHARE * signature.prunable_tokens))
+    count = max(len(signature.lengths), round(ACTIVE_SHARE * signature.prunable_tokens))
     device = signature.tokens.device
-    active = random_active(signature.batch, signature.prunable_tokens, count, device)
+    active = random_active(signature.batch, signature.lengths, count, device)
     later = _later(inputs, signature.latent)
     outputs = module(*later)
     yield from idempotence(found, programs, inputs, active)

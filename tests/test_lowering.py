@@ -38,7 +38,7 @@ def run(found: Traced, programs: LoweredPrograms, name: str) -> Any:
     """Run one program once on the first call's inputs, with fresh caches."""
     signature, flat = found.analysis.signature, found.flat[0]
     caches = [slot.allocate() for slot in signature.caches]
-    active = random_active(signature.batch, signature.prunable_tokens, ACTIVE)
+    active = random_active(signature.batch, signature.lengths, ACTIVE)
     with torch.no_grad():
         if name == "probe":
             return programs.probe(flat)
@@ -147,7 +147,7 @@ def generation(found: Traced, inner: str, handed_over: tuple[str, ...]) -> dict[
         return found.programs(inner if name in handed_over else "eager")
 
     signature = found.analysis.signature
-    active = random_active(signature.batch, signature.prunable_tokens, ACTIVE)
+    active = random_active(signature.batch, signature.lengths, ACTIVE)
     caches = [slot.allocate() for slot in signature.caches]
     before, later = found.flat
     dense = programs("dense").dense(before, caches)
@@ -178,7 +178,7 @@ def test_programs_compile_when_first_run_and_once(wide):
     assert dict(programs.compile_seconds) == {}
 
     def select(count: int) -> None:
-        programs.selective(flat, caches, random_active(1, signature.prunable_tokens, count))
+        programs.selective(flat, caches, random_active(1, signature.lengths, count))
 
     expected: list[str] = []
     with torch.no_grad():

@@ -8,6 +8,7 @@ sequence of an attention, taken apart into its pieces: text tokens, image tokens
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -130,7 +131,7 @@ class AxisFacts:
     segments: tuple[ClassId, ...]
     """Every segment of every attention, longest first."""
     batch: ClassId
-    """The axis that the attentions' queries have in front."""
+    """The axis that counts samples: in front of the queries, and of the output if it is there."""
     _layouts: dict[ClassId, Layout] = field(default_factory=dict)
 
     def layout(self, node: fx.Node, axis: int) -> Layout:
@@ -150,14 +151,14 @@ class AxisFacts:
         moved = [replace(p, offset=p.offset + part.offset) for p in self.layout(*part.part)]
         return inside == moved
 
-    def axes_with(self, node: fx.Node, segment: ClassId) -> list[int]:
-        """The axes of `node` along which `segment` lies."""
+    def axes_with(self, node: fx.Node, *segments: ClassId) -> list[int]:
+        """The axes of `node` along which any of `segments` lies."""
         if not is_tensor(node):
             return []
         return [
             axis
             for axis in range(rank_of(node))
-            if any(piece.segment == segment for piece in self.layout(node, axis))
+            if any(piece.segment in segments for piece in self.layout(node, axis))
         ]
 
     def batch_axis(self, node: fx.Node) -> int | None:
@@ -192,17 +193,16 @@ class AxesPass(Pass[fx.GraphModule, AxisFacts]):
         attentions = [Attention.of(n) for n in value.graph.nodes if n.target is ATTENTION]
         if not attentions:
             raise Unsupported("the graph has no attention, so no tokens were found")
-        batches = {classes.class_of((a.query, 0)) for a in attentions}
-        if len(batches) > 1:
-            raise Unsupported("the attentions of this graph do not share one batch axis")
+        batch = _batch_of(classes, value.graph, attentions)
         segments = {
             piece.segment
             for attention in attentions
+            if classes.class_of((attention.query, 0)) == batch
             for sequence in attention.sequences
             for piece in classes.layout(classes.class_of(sequence))
         }
         ordered = tuple(sorted(segments, key=lambda s: (-classes.size(s), s)))
-        return AxisFacts(value.graph, classes, facts, ordered, batches.pop())
+        return AxisFacts(value.graph, classes, facts, ordered, batch)
 
     def verify(self, value: fx.GraphModule, result: AxisFacts) -> None:
         """Every layout tiles its axis."""
@@ -225,6 +225,22 @@ class AxesPass(Pass[fx.GraphModule, AxisFacts]):
         tensors = filter(is_tensor, result.graph.nodes)
         lines += [f"{node.name}: {_axes_text(node, result, known)}" for node in tensors]
         return "\n".join(lines)
+
+
+def _batch_of(classes: AxisClasses, graph: fx.Graph, attentions: list[Attention]) -> ClassId:
+    """The axis in front of the queries.
+
+    Some attentions may have another, such as samples times frames: that of the graph's outputs is
+    preferred, then that of most work.
+    """
+    work: Counter[ClassId] = Counter()
+    for found in attentions:
+        work[classes.class_of((found.query, 0))] += (
+            found.query.meta["val"].numel() * shape_of(found.key)[-2]
+        )
+    outputs = [n for n in graph.output_node().all_input_nodes if is_tensor(n) and rank_of(n)]
+    returned = {classes.class_of((node, 0)) for node in outputs}
+    return max(work, key=lambda batch: (batch in returned, work[batch]))
 
 
 def _axes_text(node: fx.Node, result: AxisFacts, known: dict[ClassId, str]) -> str:

@@ -7,7 +7,8 @@ from the token-level output). The first three return (token-level output, import
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -59,24 +60,22 @@ def emit_dense(
     caches = {}
     if fill:
         caches = {node: emitter.add_cache(cache_shape(plan, node), node) for node in plan.cached}
-    for node in _needed(plan.slot):
+    for node in _needed(*plan.slots):
         if node.op != "placeholder":
             emitter.emit_whole(node)
         if node in caches:
             ordered = emitter.permute(emitter.whole[node], cache_order(plan, node))
             emitter.call(aten.copy_.default, caches[node], ordered)
-    return emitter.finish(channels_last(emitter, plan, emitter.whole[plan.slot]))
+    return emitter.finish(to_tokens(emitter, plan, emitter.whole))
 
 
 def emit_tail(module: fx.GraphModule, plan: SelectivePlan) -> fx.GraphModule:
     """Inputs and token-level output [B, N, C] to the graph's outputs."""
     emitter = WholeEmitter(module, plan, 1)
     emitter.add_inputs()
-    order = cache_order(plan, plan.slot)
-    shape = cache_shape(plan, plan.slot)
-    tokens = emitter.add_tensor("tokens", (*shape[:2], _product(shape[2:])), plan.slot)
-    unfolded = emitter.call(aten.reshape.default, tokens, list(shape)) if len(shape) > 3 else tokens
-    emitter.whole[plan.slot] = emitter.permute(unfolded, inverse(order))
+    batch = cache_shape(plan, plan.slots[0])[0]
+    tokens = emitter.add_tensor("tokens", (batch, plan.tokens, plan.channels), plan.slots[0])
+    emitter.whole.update(from_tokens(emitter, plan, tokens))
     for node in _needed(*plan.axes.outputs(), known=emitter.whole):
         emitter.emit_whole(node)
     outputs = plan.axes.results()
@@ -96,20 +95,50 @@ def _needed(*targets: fx.Node, known: Any = ()) -> list[fx.Node]:
     return [node for node in targets[0].graph.nodes if node in found]
 
 
-def channels_last(writer: GraphWriter, plan: SelectivePlan, value: fx.Node) -> fx.Node:
-    """The token-level output as [B, tokens, C]."""
-    ordered = writer.permute(value, cache_order(plan, plan.slot))
-    shape = shape_of(ordered)
-    if len(shape) == 3:
-        return ordered
-    return writer.call(aten.reshape.default, ordered, [*shape[:2], _product(shape[2:])])
+def to_tokens(
+    writer: GraphWriter, plan: SelectivePlan, values: Mapping[fx.Node, fx.Node]
+) -> fx.Node:
+    """The slots' values as one [B, tokens, C], one after another, channels padded to the widest."""
+    parts = []
+    for slot in plan.slots:
+        part = writer.permute(values[slot], cache_order(plan, slot))
+        shape = shape_of(part)
+        channels = prod(shape[2:])
+        if len(shape) != 3:
+            part = writer.call(aten.reshape.default, part, [*shape[:2], channels])
+        if channels < plan.channels:
+            part = writer.call(aten.constant_pad_nd.default, part, [0, plan.channels - channels])
+        parts.append(part)
+    if len(parts) == 1:
+        return parts[0]
+    dtype = plan.slots[0].meta["val"].dtype
+    return writer.call(
+        aten.cat.default, [writer.call(aten._to_copy.default, p, dtype=dtype) for p in parts], 1
+    )
 
 
-def _product(sizes: Sequence[int]) -> int:
-    result = 1
-    for size in sizes:
-        result *= size
-    return result
+def from_tokens(
+    writer: GraphWriter, plan: SelectivePlan, tokens: fx.Node
+) -> dict[fx.Node, fx.Node]:
+    """The slots' values out of [B, N, C]."""
+    if len(plan.slots) == 1:
+        return {plan.slots[0]: _unfolded(writer, plan, plan.slots[0], tokens)}
+    values, start = {}, 0
+    for slot in plan.slots:
+        _, length, *rest = cache_shape(plan, slot)
+        part = writer.call(aten.slice.Tensor, tokens, 1, start, start + length)
+        part = writer.call(aten.slice.Tensor, part, 2, 0, prod(rest))
+        part = writer.call(aten._to_copy.default, part, dtype=slot.meta["val"].dtype)
+        values[slot] = _unfolded(writer, plan, slot, part)
+        start += length
+    return values
+
+
+def _unfolded(writer: GraphWriter, plan: SelectivePlan, slot: fx.Node, part: fx.Node) -> fx.Node:
+    shape = cache_shape(plan, slot)
+    if len(shape) != 3:
+        part = writer.call(aten.reshape.default, part, list(shape))
+    return writer.permute(part, inverse(cache_order(plan, slot)))
 
 
 def inverse(order: list[int]) -> list[int]:

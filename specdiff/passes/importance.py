@@ -7,17 +7,14 @@ layers (paper, equation 1: his; exact when the sample is all queries).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import fx
 
+from specdiff.passes.axes import ClassId
 from specdiff.passes.rules.attention import Attention
 from specdiff.passes.rules.registry import rank_of, shape_of
-
-if TYPE_CHECKING:
-    from specdiff.passes.selective import SelectivePlan
-    from specdiff.passes.writer import GraphWriter
+from specdiff.passes.selective import SelectivePlan, cache_shape
+from specdiff.passes.writer import GraphWriter
 
 aten = torch.ops.aten
 
@@ -29,33 +26,39 @@ class ImportanceSum:
         self._writer = writer
         self._plan = plan
         self._sample = sample
-        self._total: fx.Node | None = None
+        self._totals: dict[ClassId, fx.Node] = {}
 
     def observe(self, found: Attention, query: fx.Node, key: fx.Node, mask: fx.Node | None) -> None:
         """Add one attention, given its emitted operands (query may be rows)."""
-        axis = rank_of(found.key) - 2
-        pieces = [
-            p for p in self._plan.axes.layout(found.key, axis) if p.segment == self._plan.prunable
-        ]
-        if len(pieces) != 1 or not _supported(found):
+        layout = self._plan.axes.layout(found.key, rank_of(found.key) - 2)
+        pieces = [piece for piece in layout if piece.segment in self._plan.prunable]
+        if not pieces or not self._supported(found):
             return
         call = self._writer.call
         received = self._received(found, query, key, mask)
-        piece = pieces[0]
-        share = call(aten.slice.Tensor, received, 1, piece.offset, piece.offset + piece.length)
-        self._total = share if self._total is None else call(aten.add.Tensor, self._total, share)
+        for piece in pieces:
+            share = call(aten.slice.Tensor, received, 1, piece.offset, piece.offset + piece.length)
+            total = self._totals.get(piece.segment)
+            if total is not None:
+                share = call(aten.add.Tensor, total, share)
+            self._totals[piece.segment] = share
 
     def result(self) -> fx.Node:
-        """float32 [B, N]; all ones where no attention reads the prunable tokens as keys."""
-        if self._total is not None:
-            return self._total
-        slot = self._plan.slot
-        batch = self._plan.axes.batch_axis(slot)
-        assert batch is not None
-        shape = [shape_of(slot)[batch], self._plan.tokens]
-        return self._writer.call(
-            aten.ones.default, shape, dtype=torch.float32, device=self._writer.device
-        )
+        """float32 [B, N]; ones for segments that no attention reads as keys."""
+        batch = cache_shape(self._plan, self._plan.slots[0])[0]
+        call, device = self._writer.call, self._writer.device
+        shares = [
+            self._totals[segment]
+            if segment in self._totals
+            else call(aten.ones.default, [batch, length], dtype=torch.float32, device=device)
+            for segment, length in zip(self._plan.prunable, self._plan.lengths, strict=True)
+        ]
+        return shares[0] if len(shares) == 1 else call(aten.cat.default, shares, 1)
+
+    def _supported(self, found: Attention) -> bool:
+        """Causal attentions are left out: what a token receives there tells its position first."""
+        rank, axes = rank_of(found.query), self._plan.axes
+        return not found.causal and rank >= 3 and axes.batch_axis(found.query) == 0
 
     def _received(
         self, found: Attention, query: fx.Node, key: fx.Node, mask: fx.Node | None
@@ -93,8 +96,3 @@ def _every(writer: GraphWriter, value: fx.Node, stride: int) -> fx.Node:
     if stride == 1:
         return value
     return writer.call(aten.slice.Tensor, value, rank_of(value) - 2, 0, 2**63 - 1, stride)
-
-
-def _supported(found: Attention) -> bool:
-    """Causal attentions are left out: what a token receives there tells its position first."""
-    return not found.causal and rank_of(found.query) >= 3

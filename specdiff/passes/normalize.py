@@ -26,6 +26,12 @@ SPLITS = (
     aten.tensor_split.sections,
     aten.tensor_split.indices,
 )
+LIKENESS = {
+    aten.type_as.default: aten.to.dtype,
+    aten.view_as.default: aten.view.default,
+    aten.reshape_as.default: aten.reshape.default,
+    aten.expand_as.default: aten.expand.default,
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class NormalizePass(Pass[DynamoGraph, fx.GraphModule]):
         require_functions_of_values(module.graph)
         remove_assertions(module.graph)
         replace_tuples(module.graph)
+        replace_likeness(module.graph)
         share_equal_nodes(module.graph)
         module.graph.eliminate_dead_code()
         module.recompile()
@@ -127,6 +134,20 @@ def _single_output(source: fx.Node, position: int) -> tuple[Any, tuple[Any, ...]
     lengths = [piece.shape[dim] for piece in source.meta["val"]]
     start = sum(lengths[:position])
     return aten.slice.Tensor, (value, dim, start, start + lengths[position])
+
+
+def replace_likeness(graph: fx.Graph) -> None:
+    """Say by itself what an op takes from another value: a dtype or a shape, never its entries."""
+    for node in list(graph.nodes):
+        if node.target not in LIKENESS:
+            continue
+        value, shape = operand_at(node, 0), list(node.meta["val"].shape)
+        with graph.inserting_before(node):
+            like = node.meta["val"].dtype if node.target is aten.type_as.default else shape
+            new = graph.call_function(LIKENESS[node.target], (value, like))
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
 
 
 def share_equal_nodes(graph: fx.Graph) -> None:

@@ -132,37 +132,39 @@ def _is_branch_end(node: fx.Node) -> bool:
 def _region(plan: SelectivePlan, nodes: tuple[fx.Node, ...], tokens: set[fx.Node]) -> Region:
     dense, selective = 0, sympy.Integer(0)
     for node in nodes:
-        full, per_row = _flops(node)
+        full = _flops(node)
         dense += full
-        reduced = node in plan.rows and plan.is_token_wise(node)
-        idle = node not in plan.rows and node not in plan.whole
-        rows = plan.tokens - ACTIVE if reduced else 0
-        selective += 0 if idle else full - rows * per_row(plan)
+        if node in plan.rows and plan.is_token_wise(node):
+            selective += full * _row_share(plan, node)
+        elif node in plan.rows or node in plan.whole:
+            selective += full
     paths = [path for node in nodes if (path := module_path(node))]
     return Region(_kind(plan, nodes, tokens), _common_path(paths), nodes, dense, selective)
 
 
-def _flops(node: fx.Node):  # type: ignore[no-untyped-def]
-    """FLOPs of a node, and a function giving those that one prunable token costs."""
+def _row_share(plan: SelectivePlan, node: fx.Node) -> sympy.Expr:
+    """Share of the rows of `node` that a selective step computes, in K."""
+    layout = plan.layout(node)
+    prunable = sum(piece.length for piece in layout if piece.segment in plan.prunable)
+    others = sum(piece.length for piece in layout) - prunable
+    active = ACTIVE * sympy.Rational(prunable, plan.tokens)
+    return (active + others) / (prunable + others)
+
+
+def _flops(node: fx.Node) -> int:
+    """FLOPs of all rows of a node."""
     if node.target is aten.linear.default:
         columns = shape_of(operand_at(node, 1))[1]
-        total = 2 * node.meta["val"].numel() * columns
-    elif node.target is ATTENTION:
+        return int(2 * node.meta["val"].numel() * columns)
+    if node.target is ATTENTION:
         found = Attention.of(node)
         keys = shape_of(found.key)[-2]
-        total = 2 * keys * (found.query.meta["val"].numel() + node.meta["val"].numel())
-    else:
-        total = 0
-
-    def per_row(plan: SelectivePlan) -> int:
-        axis = plan.token_axis(node)
-        return 0 if axis is None or not total else total // shape_of(node)[axis]
-
-    return total, per_row
+        return int(2 * keys * (found.query.meta["val"].numel() + node.meta["val"].numel()))
+    return 0
 
 
 def _kind(plan: SelectivePlan, nodes: tuple[fx.Node, ...], tokens: set[fx.Node]) -> str:
-    if plan.slot in nodes:
+    if set(plan.slots) & set(nodes):
         return "head"
     if not set(nodes) & tokens:
         return "modulation"

@@ -1,6 +1,7 @@
 """Rows: write the token-selective program, rows where the plan says rows.
 
-Its inputs are those of the traced graph, then the caches, then `active`, int64 [B, K], ascending.
+Its inputs are those of the traced graph, then the caches, then `active`, int64 [B, K], ascending;
+of K, each prunable segment has its share (`specdiff.program.share_out`).
 """
 
 from __future__ import annotations
@@ -8,12 +9,13 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from specdiff.passes.axes import Layout
-from specdiff.passes.emit import WholeEmitter, channels_last, inverse
+from specdiff.passes.axes import ClassId, Layout, Piece
+from specdiff.passes.emit import WholeEmitter, inverse, to_tokens
 from specdiff.passes.rules.attention import ATTENTION, Attention
 from specdiff.passes.rules.registry import operand_at, rank_of, shape_of
 from specdiff.passes.rules.shape import VIEWS
 from specdiff.passes.selective import SelectivePlan, cache_order, cache_shape
+from specdiff.program import share_out
 
 aten = torch.ops.aten
 
@@ -33,6 +35,9 @@ class RowsEmitter(WholeEmitter):
     ) -> None:
         super().__init__(module, plan, sample)
         self.count = count
+        shares = share_out(plan.lengths, count)
+        self.counts: dict[ClassId, int] = dict(zip(plan.prunable, shares, strict=True))
+        """Active tokens of each prunable segment."""
         self.rows: dict[fx.Node, fx.Node] = {}
         self._positions: dict[Layout, fx.Node] = {}
         self._causal: dict[tuple[Layout, int], fx.Node] = {}
@@ -43,13 +48,13 @@ class RowsEmitter(WholeEmitter):
         self.add_inputs()
         plan = self.plan
         caches = {node: self.add_cache(cache_shape(plan, node), node) for node in plan.cached}
-        batch = cache_shape(plan, plan.slot)[0]
-        self.active = self.add_tensor("active", (batch, self.count), plan.slot, torch.int64)
+        batch = cache_shape(plan, plan.slots[0])[0]
+        self.active = self.add_tensor("active", (batch, self.count), plan.slots[0], torch.int64)
         batch_rows = self.call(aten.arange.default, batch, device=self.device)
         self.batch_rows = self.call(aten.unsqueeze.default, batch_rows, 1)
         for node in plan.axes.graph.nodes:
             self._emit_node(node, caches.get(node))
-        return self.finish(channels_last(self, plan, self.rows[plan.slot]))
+        return self.finish(to_tokens(self, plan, self.rows))
 
     def _emit_node(self, node: fx.Node, cache: fx.Node | None) -> None:
         plan = self.plan
@@ -68,8 +73,8 @@ class RowsEmitter(WholeEmitter):
             self.rows[node] = self._gather_whole(node)
 
     def row_count(self, layout: Layout) -> int:
-        """Rows of a layout: all tokens of the other segments, K of the prunable one."""
-        return sum(self.count if p.segment == self.plan.prunable else p.length for p in layout)
+        """Rows of a layout: all tokens of the other segments, the active ones of the prunable."""
+        return sum(self.counts.get(piece.segment, piece.length) for piece in layout)
 
     def positions(self, layout: Layout) -> fx.Node:
         """int64 [B, rows]: where each row of a layout stands in the whole axis."""
@@ -80,16 +85,25 @@ class RowsEmitter(WholeEmitter):
     def _build_positions(self, layout: Layout) -> fx.Node:
         pieces = []
         for piece in layout:
-            if piece.segment == self.plan.prunable:
-                offset = piece.offset
-                shifted = self.call(aten.add.Tensor, self.active, offset) if offset else self.active
-                pieces.append(shifted)
+            if piece.segment in self.counts:
+                pieces.append(self._active_positions(piece))
                 continue
             stop = piece.offset + piece.length
             span = self.call(aten.arange.start, piece.offset, stop, device=self.device)
             shape = [shape_of(self.active)[0], piece.length]
             pieces.append(self.call(aten.expand.default, span, shape))
         return pieces[0] if len(pieces) == 1 else self.call(aten.cat.default, pieces, 1)
+
+    def _active_positions(self, piece: Piece) -> fx.Node:
+        """Where the active tokens of a segment stand in an axis that has it at `piece.offset`."""
+        earlier = self.plan.prunable[: self.plan.prunable.index(piece.segment)]
+        start = sum(self.counts[segment] for segment in earlier)
+        active = self.active
+        if len(self.counts) > 1:
+            stop = start + self.counts[piece.segment]
+            active = self.call(aten.slice.Tensor, active, 1, start, stop)
+        shift = piece.offset - self.plan.first_token(piece.segment)
+        return self.call(aten.add.Tensor, active, shift) if shift else active
 
     def gather(self, value: fx.Node, axis: int, batch: int | None, layout: Layout) -> fx.Node:
         """The rows of `layout` along `axis`; without a batch axis the result gains one in front."""

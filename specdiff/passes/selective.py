@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 
 import torch
 from torch import fx
@@ -28,20 +29,35 @@ class SelectivePlan:
     """Which values the selective program needs in which form."""
 
     axes: AxisFacts
-    prunable: ClassId
-    slot: fx.Node
-    """The token-level output: what the model computes per token before the tail."""
+    slots: tuple[fx.Node, ...]
+    """The token-level outputs: what the model computes per token before the tail."""
+    prunable: tuple[ClassId, ...]
+    """The segments of the slots, in their order; tokens are numbered through all of them."""
     tail: tuple[fx.Node, ...]
-    """Nodes from the slot to the outputs, in order."""
+    """Nodes from the slots to the outputs, in order."""
     rows: set[fx.Node] = field(default_factory=set)
     whole: set[fx.Node] = field(default_factory=set)
     cached: list[fx.Node] = field(default_factory=list)
     """Values that live in caches, in graph order."""
 
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each prunable segment."""
+        return tuple(self.axes.classes.size(segment) for segment in self.prunable)
+
     @property
     def tokens(self) -> int:
         """N."""
-        return self.axes.classes.size(self.prunable)
+        return sum(self.lengths)
+
+    @property
+    def channels(self) -> int:
+        """C of the widest slot, all axes but samples and tokens taken together."""
+        return max(prod(cache_shape(self, slot)[2:]) for slot in self.slots)
+
+    def first_token(self, segment: ClassId) -> int:
+        """The number of a prunable segment's first token."""
+        return sum(self.lengths[: self.prunable.index(segment)])
 
     @cached_property
     def attention_dependent(self) -> set[fx.Node]:
@@ -54,11 +70,11 @@ class SelectivePlan:
 
     def carries(self, node: fx.Node) -> bool:
         """Whether prunable tokens lie along some axis of `node`."""
-        return bool(self.axes.axes_with(node, self.prunable))
+        return bool(self.axes.axes_with(node, *self.prunable))
 
     def token_axis(self, node: fx.Node) -> int | None:
         """The one axis with prunable tokens, or None if there is none or several."""
-        found = self.axes.axes_with(node, self.prunable)
+        found = self.axes.axes_with(node, *self.prunable)
         return found[0] if len(found) == 1 else None
 
     def layout(self, node: fx.Node) -> Layout:
@@ -79,6 +95,9 @@ class SelectivePlan:
             return False
         if self.axes.batch_axis(node) in (None, axis):
             return False
+        joined = [p for p in self.axes.facts[node].parts if p.whole == (node, axis)]
+        if not all(self.axes.is_exact(part) for part in joined):
+            return False  # some operand has its tokens at other places than the joined value
         operands = self.token_operands(node)
         if not operands:
             return node.target is aten.expand.default
@@ -130,7 +149,7 @@ class SelectivePass(Pass[AxisFacts, SelectivePlan]):
         """Raises Unsupported where no segment reaches the output token by token."""
         plan = find_output(value)
         _require_self_contained_tail(plan)
-        plan.rows.add(plan.slot)
+        plan.rows.update(plan.slots)
         for node in reversed(list(value.graph.nodes)):
             _propagate(plan, node)
         plan.cached.reverse()
@@ -151,7 +170,8 @@ class SelectivePass(Pass[AxisFacts, SelectivePlan]):
 
     def render(self, result: SelectivePlan) -> str:
         """One line a node: the forms it is needed in."""
-        lines = [f"prunable: {result.tokens} tokens, token-level output: {result.slot.name}"]
+        names = ", ".join(slot.name for slot in result.slots)
+        lines = [f"prunable: {result.tokens} tokens, token-level output: {names}"]
         for node in result.axes.graph.nodes:
             forms = [n for n, s in (("rows", result.rows), ("whole", result.whole)) if node in s]
             forms += ["cached"] if node in result.cached else []
@@ -161,8 +181,8 @@ class SelectivePass(Pass[AxisFacts, SelectivePlan]):
 
 
 def find_output(axes: AxisFacts) -> SelectivePlan:
-    """Walk back from the outputs to the last value that still has a segment along one axis."""
-    slots: dict[fx.Node, ClassId] = {}
+    """Walk back from the outputs to the last values that still have segments along one axis."""
+    slots: dict[fx.Node, frozenset[ClassId]] = {}
     tail: set[fx.Node] = set()
     _walk_back(axes, list(axes.outputs()), slots, tail)
     attended = {n for n in axes.graph.nodes if n.target is ATTENTION}
@@ -170,53 +190,68 @@ def find_output(axes: AxisFacts) -> SelectivePlan:
         raise Unsupported("no token segment reaches the output of the model token by token")
     names = ", ".join(sorted(node.name for node in slots))
     order = {node: i for i, node in enumerate(axes.graph.nodes)}
-    while len(slots) > 1:
+    while shared := _sharing(slots):
         # several outputs may come from one value: what lies between it and them is tail too
-        last = max(slots, key=order.__getitem__)
+        last = max(shared, key=order.__getitem__)
         if last in attended:
             raise Unsupported(f"the output is made of several token-level values: {names}")
         del slots[last]
         tail.add(last)
         _walk_back(axes, last.all_input_nodes, slots, tail)
-    slot, segment = slots.popitem()
-    return SelectivePlan(axes, segment, slot, tuple(n for n in axes.graph.nodes if n in tail))
+    ordered = tuple(sorted(slots, key=order.__getitem__))
+    pieces = [piece.segment for slot in ordered for piece in _token_layout(axes, slot)]
+    if len(set(pieces)) < len(pieces):
+        raise Unsupported(f"{names} hold some of their tokens twice")
+    return SelectivePlan(axes, ordered, tuple(pieces), tuple(n for n in order if n in tail))
 
 
 def _walk_back(
-    axes: AxisFacts, start: list[fx.Node], slots: dict[fx.Node, ClassId], tail: set[fx.Node]
+    axes: AxisFacts,
+    start: list[fx.Node],
+    slots: dict[fx.Node, frozenset[ClassId]],
+    tail: set[fx.Node],
 ) -> None:
-    """From `start` to values with a segment (`slots`); what is passed on the way is `tail`."""
+    """From `start` to values with segments (`slots`); what is passed on the way is `tail`."""
     pending = list(start)
     while pending:
         node = pending.pop()
         if node in slots or node in tail:
             continue
-        segment = _segment_of(axes, node)
-        if segment is not None:
-            slots[node] = segment
+        layout = _token_layout(axes, node)
+        if layout:
+            slots[node] = frozenset(piece.segment for piece in layout)
         elif node.op == "call_function":
             tail.add(node)
             pending += node.all_input_nodes
 
 
-def _segment_of(axes: AxisFacts, node: fx.Node) -> ClassId | None:
-    """The longest segment along an axis of a value that also counts samples."""
+def _sharing(slots: dict[fx.Node, frozenset[ClassId]]) -> set[fx.Node]:
+    """Slots that have a segment in common with another."""
+    return {
+        one
+        for one, here in slots.items()
+        for other, there in slots.items()
+        if one is not other and here & there
+    }
+
+
+def _token_layout(axes: AxisFacts, node: fx.Node) -> Layout:
+    """The pieces of the one axis with segments, of a value that also counts samples."""
     if not is_tensor(node) or node.op != "call_function" or axes.batch_axis(node) is None:
-        return None
-    found = [s for s in axes.segments if len(axes.axes_with(node, s)) == 1]
-    return found[0] if found else None
+        return ()
+    found = axes.axes_with(node, *axes.segments)
+    return axes.layout(node, found[0]) if len(found) == 1 else ()
 
 
 def _require_self_contained_tail(plan: SelectivePlan) -> None:
-    if plan.slot not in plan.attention_dependent:
+    if not plan.attention_dependent.intersection(plan.slots):
         raise Unsupported("the output does not depend on an attention")
-    if not plan.is_token_wise(plan.slot):
-        raise Unsupported(f"the token-level output {plan.slot.name} is not computed token by token")
-    if len(plan.layout(plan.slot)) > 1:
-        raise Unsupported(f"the token-level output {plan.slot.name} has several segments")
+    for slot in plan.slots:
+        if not plan.is_token_wise(slot):
+            raise Unsupported(f"the token-level output {slot.name} is not computed token by token")
     for node in plan.tail:
         for operand in node.all_input_nodes:
-            if operand in plan.attention_dependent and operand not in (*plan.tail, plan.slot):
+            if operand in plan.attention_dependent and operand not in (*plan.tail, *plan.slots):
                 raise Unsupported(f"{node.name} after the token-level output needs {operand.name}")
 
 

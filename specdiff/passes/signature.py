@@ -9,19 +9,10 @@ import torch
 from torch import fx
 
 from specdiff.passes.axes import ClassId
-from specdiff.passes.base import Unsupported
+from specdiff.passes.roles import find_denoised, find_time, is_scalar, short_name
 from specdiff.passes.rules.attention import ATTENTION, Attention
-from specdiff.passes.rules.registry import is_tensor, shape_of
 from specdiff.passes.selective import SelectivePlan, cache_shape
 from specdiff.program import CacheSlot, InputRole, InputSpec, Segment, Signature
-
-TIME_NAMES = ("timestep", "timesteps", "t")
-
-
-def short_name(source: str) -> str:
-    """The last identifier of a Dynamo source: `L['kwargs']['timestep']` is `timestep`."""
-    words = re.findall(r"[A-Za-z_]\w*", source)
-    return words[-1] if words else source
 
 
 def module_path(node: fx.Node) -> str:
@@ -43,9 +34,12 @@ def build_signature(
     """
     graph = plan.axes.graph
     placeholders = graph.find_nodes(op="placeholder")
-    velocity, latent = _find_latent(plan, placeholders, states)
-    time = _find_time(placeholders, states, timestep_arg)
-    roles: dict[int, InputRole] = {latent: "latent"}
+    denoised = find_denoised(plan, placeholders, states)
+    time = find_time(placeholders, states, timestep_arg)
+    roles: dict[int, InputRole] = {
+        i: "scalar" for i, node in enumerate(placeholders) if is_scalar(plan, node)
+    }
+    roles.update((pair.latent, "latent") for pair in denoised)
     if time is not None:
         roles[time] = "time"
     inputs = tuple(
@@ -59,40 +53,10 @@ def build_signature(
         segments=tuple(_segment(plan, s, placeholders, states) for s in plan.axes.segments),
         caches=tuple(_cache(plan, node) for node in plan.cached),
         tokens=_tokens(plan),
-        latent=latent,
+        lengths=plan.lengths,
+        denoised=denoised,
         time=time,
-        velocity=velocity,
     )
-
-
-def _find_latent(
-    plan: SelectivePlan, placeholders: Sequence[fx.Node], states: Sequence[bool]
-) -> tuple[int, int]:
-    candidates = [
-        (output, i, node)
-        for output, value in enumerate(plan.axes.results())
-        for i, node in enumerate(placeholders)
-        if not states[i]
-        and is_tensor(value)
-        and is_tensor(node)
-        and node.meta["val"].is_floating_point()
-        and shape_of(node) == shape_of(value)
-    ]
-    if not candidates:
-        raise Unsupported("no input has the shape of an output, so none is known to be denoised")
-    # a condition may have the latent's shape too: prefer what carries the prunable tokens
-    output, index, _ = max(candidates, key=lambda c: plan.carries(c[2]))
-    return output, index
-
-
-def _find_time(
-    placeholders: Sequence[fx.Node], states: Sequence[bool], timestep_arg: str | None
-) -> int | None:
-    wanted = TIME_NAMES if timestep_arg is None else (timestep_arg,)
-    for i, node in enumerate(placeholders):
-        if not states[i] and is_tensor(node) and short_name(str(node.meta["source"])) in wanted:
-            return i
-    return None
 
 
 def _segment(
@@ -112,7 +76,7 @@ def _segment(
     else:
         first = next(n for n in axes.graph.nodes if axes.axes_with(n, segment))
         name = module_path(first) or first.name
-    return Segment(name, axes.classes.size(segment), segment == plan.prunable)
+    return Segment(name, axes.classes.size(segment), segment in plan.prunable)
 
 
 def _cache(plan: SelectivePlan, node: fx.Node) -> CacheSlot:
@@ -130,9 +94,6 @@ def cache_name(node: fx.Node) -> str:
 
 
 def _tokens(plan: SelectivePlan) -> CacheSlot:
-    value: torch.Tensor = plan.slot.meta["val"]
-    batch, tokens, *rest = cache_shape(plan, plan.slot)
-    channels = 1
-    for size in rest:
-        channels *= size
-    return CacheSlot("tokens", (batch, tokens, channels), value.dtype, value.device)
+    value: torch.Tensor = plan.slots[0].meta["val"]
+    batch = cache_shape(plan, plan.slots[0])[0]
+    return CacheSlot("tokens", (batch, plan.tokens, plan.channels), value.dtype, value.device)

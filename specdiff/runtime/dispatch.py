@@ -23,7 +23,7 @@ from specdiff.runtime.registry import (
     state_of_call,
 )
 from specdiff.runtime.schedule import Schedule
-from specdiff.runtime.step import BUDGET, Step
+from specdiff.runtime.step import BUDGET, Step, moving_parts
 from specdiff.runtime.streams import Stream, StreamTable
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,7 @@ FEW_TOKENS = "too few tokens"
 ROWS_DIFFER = "time differs between batch rows"
 NOT_FINITE = "latent is not finite"
 AMBIGUOUS = "ambiguous stream"
+STILL = "latent does not move with time"
 
 
 class Runtime:
@@ -57,7 +58,7 @@ class Runtime:
         state = state_of_call(self, inputs, self._parameters, self._nameless)
         session = active_session(state)
         settings = self._settings(state, session)
-        schedule = Schedule.of(settings, self.programs.signature.prunable_tokens)
+        schedule = Schedule.of(settings, self.programs.signature.lengths)
         given = session.times if session is not None else None
         refusal = self._refusal(settings, schedule, given)
         if refusal is not None:
@@ -110,8 +111,8 @@ class Runtime:
         signature = self.programs.signature
         latent, time = inputs[signature.latent], signature.time
         assert isinstance(latent, Tensor) and time is not None
-        previous = (stream.latent, stream.velocity) if stream is not None else (None, None)
-        return read(inputs[time], latent, *previous)
+        previous = (stream.latents, stream.velocities) if stream is not None else ((), ())
+        return read(inputs[time], latent, moving_parts(signature, inputs), *previous)
 
     def _history(self) -> History:
         tokens = self.programs.signature.tokens
@@ -167,6 +168,8 @@ def _suspicion(reading: Reading | None, stream: Stream | None) -> str | None:
         return ROWS_DIFFER
     if stream is not None and stream.relation(reading) == "foreign":
         return AMBIGUOUS
+    if stream is not None and reading.change == 0 and reading.time != stream.times[-1]:
+        return STILL  # a part of a broken model, whose conditions were taken for a latent
     return None
 
 

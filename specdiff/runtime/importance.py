@@ -6,12 +6,13 @@ importances leaves float32, their sum of logarithms does not, and the order is t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from specdiff.options import Settings
+from specdiff.program import share_out
 from specdiff.runtime.history import History
 
 Scorer = Callable[[Tensor, Tensor, History, float, float], Tensor]
@@ -64,19 +65,25 @@ def log_scores(
     return scorer(log_his, log_fut, history, time, settings.starvation)
 
 
-def most_important(scores: Tensor, count: int, shared: bool) -> Tensor:
-    """Class C1: the `count` highest scores of each batch row.
+def most_important(scores: Tensor, count: int, shared: bool, lengths: Sequence[int]) -> Tensor:
+    """Class C1: the highest scores of each batch row and segment.
 
     Args:
         scores: float32 [B, N].
-        count: K, from 1 to N.
+        count: K, at most N; each segment has its share of it.
         shared: both halves of the batch take the set of the first.
+        lengths: of the segments, N together.
 
     Returns:
         int64 [B, K], ascending.
     """
     rows = scores.chunk(2)[0] if shared else scores
-    active = rows.topk(count, dim=1, sorted=False).indices.sort(dim=1).values
+    columns, first = [], 0
+    for length, share in zip(lengths, share_out(lengths, count), strict=True):
+        best = rows[:, first : first + length].topk(share, dim=1, sorted=False).indices
+        columns.append(best.sort(dim=1).values + first)
+        first += length
+    active = torch.cat(columns, 1)
     return active.repeat(2, 1) if shared else active
 
 

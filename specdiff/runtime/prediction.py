@@ -7,7 +7,7 @@ number whose sign and size tell what time means: sigma or 1 - sigma, in units of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,22 +42,30 @@ def guided(velocity: Tensor, scale: float | None) -> Tensor:
     return torch.cat([torch.lerp(unconditional, conditional, scale)] * 2)
 
 
-def euler_fit(latent: Tensor, previous: Tensor, velocity: Tensor) -> Tensor:
-    """Least squares of the latent's step on the previous velocity.
+def euler_fit(
+    latents: Sequence[Tensor], previous: Sequence[Tensor], velocities: Sequence[Tensor]
+) -> Tensor:
+    """Least squares of the latents' step on the previous velocities.
 
     Returns:
         float32 [3], on the device: |step| / |previous latent|, the factor a of step = a v, and the
         relative residual |step - a v| / |step|.
     """
-    step = latent.float() - previous.float()
-    velocity = velocity.float()
+    before, velocity = _flat(previous), _flat(velocities)
+    step = _flat(latents) - before
     tiny = torch.finfo(torch.float32).tiny
     factor = (step * velocity).sum() / velocity.square().sum().clamp_min(tiny)
     length = torch.linalg.vector_norm(step).clamp_min(tiny)
     residual = torch.linalg.vector_norm(step - factor * velocity) / length
-    change = length / torch.linalg.vector_norm(previous.float()).clamp_min(tiny)
+    change = length / torch.linalg.vector_norm(before).clamp_min(tiny)
     # A latent that did not move at all reads as exactly 0, not as the smallest float.
     return torch.stack([torch.where(length > tiny, change, 0.0), factor, residual])
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    """All entries as one float32 vector; a view where there is one contiguous tensor."""
+    flat = [tensor.float().flatten() for tensor in tensors]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
 
 
 @dataclass(frozen=True)
@@ -74,12 +82,21 @@ class Reading:
     residual: float = 0.0
 
 
-def read(time: object, latent: Tensor, previous: Tensor | None, velocity: Tensor | None) -> Reading:
-    """Read time and latent of an evaluation, with the Euler fit if there is a previous one."""
+def read(
+    time: object,
+    latent: Tensor,
+    moved: Sequence[Tensor],
+    previous: Sequence[Tensor],
+    velocities: Sequence[Tensor],
+) -> Reading:
+    """Read time and latent of an evaluation, with the Euler fit if there is a previous one.
+
+    `moved` are the parts of the latents that the velocities move.
+    """
     times = torch.as_tensor(time, device=latent.device).float().flatten()
     parts = [times.min(), times.max(), torch.linalg.vector_norm(latent.float())]
-    if previous is not None and velocity is not None:
-        parts.extend(euler_fit(latent, previous, velocity))
+    if previous:
+        parts.extend(euler_fit(moved, previous, velocities))
     low, high, norm, *fit = torch.stack(parts).tolist()
     return Reading(low, low == high, math.isfinite(norm), *fit)
 

@@ -6,6 +6,7 @@ mixture of the two are points of one space.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from specdiff.options import Settings
@@ -26,9 +27,12 @@ class Schedule:
     """Evaluations from one that computes any token to the next."""
 
     @classmethod
-    def of(cls, settings: Settings, tokens: int) -> Schedule:
-        """The plan that `settings` ask for."""
+    def of(cls, settings: Settings, lengths: Sequence[int]) -> Schedule:
+        """The plan that `settings` ask for, over prunable segments of these lengths."""
+        tokens = sum(lengths)
         active = round((1 - settings.cache_ratio) * tokens)
+        if active:
+            active = max(active, len(lengths))  # every segment has its share
         return cls(
             tokens, active, settings.warmup_steps, settings.refresh_interval, settings.stride
         )

@@ -72,18 +72,20 @@ def speculate(
     Args:
         programs: of the graph.
         inputs: the flat inputs of the evaluation just made.
-        stream: holds that evaluation's latent and velocity.
+        stream: holds that evaluation's latents and velocities.
         prediction: how a velocity moves the latent.
         places: landings, each in the stream's own time and as the model's input takes it.
         shared: the batch is the two halves of classifier-free guidance.
     """
     signature = programs.signature
-    assert stream.latent is not None and stream.velocity is not None
     found = []
     for landing, value in places:
         duration = landing - stream.times[-1]
-        latent = prediction.jump(stream.latent, stream.velocity, duration)
-        evaluation = programs.probe(_moved(signature, inputs, latent, value))
+        latents = [
+            prediction.jump(latent, velocity, duration)
+            for latent, velocity in zip(stream.latents, stream.velocities, strict=True)
+        ]
+        evaluation = programs.probe(_moved(signature, inputs, latents, value))
         importance = per_sample(evaluation.importance, shared)
         trusted = torch.as_tensor(prediction.trusted, device=importance.device)
         found.append((landing, torch.where(trusted, importance, 1.0)))
@@ -91,14 +93,20 @@ def speculate(
 
 
 def _moved(
-    signature: Signature, inputs: Sequence[object], latent: Tensor, time: float | Tensor
+    signature: Signature, inputs: Sequence[object], latents: Sequence[Tensor], time: float | Tensor
 ) -> list[object]:
-    """The inputs with latent and time replaced, in the memory layout the graph expects."""
+    """The inputs with time and the moving parts of the latents replaced, strides kept."""
     assert signature.time is not None
     moved = list(inputs)
-    old_latent, old_time = inputs[signature.latent], inputs[signature.time]
-    assert isinstance(old_latent, Tensor)
-    moved[signature.latent] = _strided_as(old_latent, latent)
+    for pair, latent in zip(signature.denoised, latents, strict=True):
+        old = inputs[pair.latent]
+        assert isinstance(old, Tensor)
+        new = latent
+        if pair.shared is not None:
+            new = old.clone()
+            pair.part(new).copy_(latent)
+        moved[pair.latent] = _strided_as(old, new)
+    old_time = inputs[signature.time]
     if isinstance(old_time, Tensor):
         value = torch.as_tensor(time, device=old_time.device).to(old_time.dtype).reshape(())
         # Pipelines expand one scalar over the batch: an axis of stride 0 stays one.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from specdiff.options import Settings
-from specdiff.program import Programs
+from specdiff.program import Programs, Signature
 from specdiff.runtime.caches import CachePool
 from specdiff.runtime.forecast import forecast
 from specdiff.runtime.importance import (
@@ -73,7 +73,7 @@ class Step:
         counters.token_counts = stream.history.counts
         # Tail may return a view of the history, or a buffer that its next run overwrites.
         outputs = [output.clone() for output in self.programs.tail(self.inputs, tokens)]
-        self._look_ahead(outputs[self.programs.signature.velocity])
+        self._look_ahead(outputs)
         return outputs
 
     @property
@@ -118,7 +118,8 @@ class Step:
         assert stream.lease is not None and stream.importance is not None
         future = stream.future(self.time)
         scores = log_scores(settings, stream.importance, future, stream.history, self.time)
-        active = most_important(scores, count, self._shared)
+        lengths = self.programs.signature.lengths
+        active = most_important(scores, count, self._shared, lengths)
         predicted = self._forecast()
         if settings.reuse_share > 0:
             reused = least_important(scores, settings.reuse_share, active)
@@ -149,19 +150,24 @@ class Step:
         rows = latent.reshape(batch if len(latent) == batch else 1, -1).sum(1) * 0
         return tokens + rows.to(tokens.dtype)[:, None, None]
 
-    def _look_ahead(self, velocity: Tensor) -> None:
+    def _look_ahead(self, outputs: Sequence[Tensor]) -> None:
         """Keep what the next evaluation's fit needs, and speculate once time has moved."""
         stream, times = self.stream, self.stream.times
         pending = self._wants_future() and not stream.looked_ahead
-        before = stream.latent, stream.velocity, stream.model_time
+        before = stream.latents, stream.velocities, stream.model_time
         if pending or self.reading is not None:
-            stream.latent = self._latent.clone()
-            stream.velocity = guided(velocity, self.settings.guidance_scale)
+            signature = self.programs.signature
+            stream.latents = tuple(p.clone() for p in moving_parts(signature, self.inputs))
+            stream.velocities = tuple(
+                guided(pair.part(outputs[pair.velocity]), self.settings.guidance_scale)
+                for pair in signature.denoised
+            )
             stream.model_time = self._model_time()
         if pending and len(times) > 1 and times[-1] != times[-2]:
             self._speculate(*before)
         if stream.looked_ahead and self.reading is None:
-            stream.latent = stream.velocity = stream.model_time = None
+            stream.latents = stream.velocities = ()
+            stream.model_time = None
 
     def _wants_future(self) -> bool:
         return (
@@ -176,11 +182,11 @@ class Step:
         return torch.as_tensor(time, device=self._latent.device).float().flatten()[0].clone()
 
     def _speculate(
-        self, latent: Tensor | None, velocity: Tensor | None, time: Tensor | None
+        self, latents: tuple[Tensor, ...], velocities: tuple[Tensor, ...], time: Tensor | None
     ) -> None:
         """Infer the sampler from the previous evaluation, given by its parts; look ahead."""
         stream, times = self.stream, self.stream.times
-        if latent is None or velocity is None or time is None or stream.model_time is None:
+        if not latents or time is None or stream.model_time is None:
             return
         stream.looked_ahead = True
         step = times[-1] - times[-2]
@@ -190,7 +196,8 @@ class Step:
             prediction = Prediction.infer(self.reading, step, time_unit(times))
             places = [(landing, landing) for landing in landed]
         else:
-            prediction = Prediction.measure(euler_fit(self._latent, latent, velocity), step)
+            fit = euler_fit(stream.latents, latents, velocities)
+            prediction = Prediction.measure(fit, step)
             seen = (times[-2], times[-1]), (time, stream.model_time)
             places = [(landing, model_time(landing, *seen)) for landing in landed]
         if prediction.trusted is False:
@@ -200,3 +207,9 @@ class Step:
         self.state.counters.speculative += len(places)
         tokens = self.programs.signature.batch * self.schedule.tokens
         self.state.counters.tokens_computed += len(places) * tokens
+
+
+def moving_parts(signature: Signature, inputs: Sequence[object]) -> tuple[Tensor, ...]:
+    """Of every input that is denoised, what its prediction moves: views."""
+    latents = [(pair, inputs[pair.latent]) for pair in signature.denoised]
+    return tuple(pair.part(latent) for pair, latent in latents if isinstance(latent, Tensor))

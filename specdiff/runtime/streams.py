@@ -64,9 +64,10 @@ class Stream:
         self.speculative: list[tuple[float, Tensor]] = []
         """Times looked ahead to, soonest first, with their importance, float32 [B, N] (fut)."""
         self.looked_ahead = False
-        self.latent: Tensor | None = None
-        self.velocity: Tensor | None = None
-        """Latent and (guided) velocity of the previous evaluation, where something needs them."""
+        self.latents: tuple[Tensor, ...] = ()
+        self.velocities: tuple[Tensor, ...] = ()
+        """Latents and (guided) velocities of the previous evaluation, where something needs them:
+        the parts that they have in common."""
         self.model_time: Tensor | None = None
         """float32 scalar: the time input of the previous evaluation, with a session's times."""
         self.ambiguous = False
@@ -98,7 +99,8 @@ class Stream:
     def become_ambiguous(self) -> None:
         """Give the caches back: calls of this key cannot be told apart and run dense."""
         self.ambiguous = True
-        self.lease = self.importance = self.latent = self.velocity = None
+        self.lease = self.importance = None
+        self.latents = self.velocities = ()
         self.speculative.clear()
 
     def future(self, time: float) -> Tensor | None:

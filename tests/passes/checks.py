@@ -22,7 +22,7 @@ def active_sets(found: Traced, shares: Sequence[float]) -> Iterator[Tensor]:
     signature = found.analysis.signature
     for share in shares:
         count = max(1, round(share * signature.prunable_tokens))
-        yield random_active(signature.batch, signature.prunable_tokens, count)
+        yield random_active(signature.batch, signature.lengths, count)
 
 
 def assert_equal(pairs: Iterator[Pair], **tolerance: float) -> None:

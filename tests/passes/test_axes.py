@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from specdiff.passes.axes import AxesPass, AxisClasses, AxisFacts
-from specdiff.passes.base import PassError, Unsupported
+from specdiff.passes.base import PassError
 from specdiff.passes.normalize import replace_tuples
 from tests.passes.toys import attend
 
@@ -102,12 +102,13 @@ def test_pieces_that_overlap_are_not_exact():
     assert sorted(exact.values()) == [False, False, True, True]
 
 
-def test_the_batch_axis_must_be_one():
+def test_of_several_batch_axes_that_of_the_output_is_taken():
     def model(x):
-        return attend(x), attend(x.reshape(-1, N // 2, C))
+        return attend(x.reshape(-1, N // 2, C)), attend(x).mean(1)
 
-    with pytest.raises(Unsupported, match="one batch axis"):
-        analyse(model, *tensors(N))
+    found = analyse(model, *tensors(N))
+    assert [found.classes.size(s) for s in found.segments] == [N]
+    assert all(found.batch_axis(n) == 0 for n in found.outputs() if n.name.startswith("mean"))
 
 
 def test_axes_of_different_sizes_cannot_be_one():

@@ -93,10 +93,54 @@ LINKS = {
     ),
     "slice with a step": (lambda x: x[:, ::2], (X,), same(0, 2)),
     "slice of everything": (lambda x: torch.ops.aten.slice(x, 1, 0, N), (X,), same(0, 1, 2)),
-    "roll": (lambda x: x.roll(1, 1), (X,), set()),
-    "flip": (lambda x: x.flip(1), (X,), set()),
-    "cumsum": (lambda x: x.cumsum(1), (X,), set()),
-    "repeat": (lambda x: x.repeat(1, 2, 1), (X,), set()),
+    "roll": (lambda x: x.roll(1, 1), (X,), same(0, 2)),
+    "roll of everything": (lambda x: torch.ops.aten.roll(x, [1]), (X,), set()),
+    "flip": (lambda x: x.flip(1), (X,), same(0, 2)),
+    "cumsum": (lambda x: x.cumsum(1), (X,), same(0, 2)),
+    "repeat": (lambda x: x.repeat(1, 2, 1), (X,), same(0, 2)),
+    "repeat with a new axis": (
+        lambda x: x.repeat(3, 1, 1, 2), (X,), {(1, 0, 0), (2, 0, 1)},
+    ),
+    "pad of channels": (lambda x: F.pad(x, (1, 0)), (X,), same(0, 1)),
+    "empty_like": (torch.ops.aten.empty_like, (X,), same(0, 1, 2)),
+    "copy": (
+        torch.ops.aten.copy, (X, (N, 1)), same(0, 1, 2) | {(1, 1, 0)},
+    ),
+    "slice_scatter of channels": (
+        lambda x, y: torch.slice_scatter(x, y, 2, 0, None, 2), (X, (B, N, 4)),
+        same(0, 1) | {(0, 1, 0), (1, 1, 1)},
+    ),
+    "slice_scatter of everything": (
+        lambda x, y: torch.slice_scatter(x, y, 1), (X, X), {(a, 1, a) for a in range(3)},
+    ),
+    "select_scatter": (
+        lambda x, y: torch.select_scatter(x, y, 0, 1), (X, (N, C)),
+        same(1, 2) | {(1, 1, 0), (2, 1, 1)},
+    ),
+    "conv1d": (
+        lambda x, w: F.conv1d(x, w, padding=1), ((B, C, N), (C, C, 3)), {(0, 0, 0)},
+    ),
+    "conv1d of one sample": (
+        lambda x, w: F.conv1d(x, w, padding=1), ((C, N), (C, C, 3)), set(),
+    ),
+    "group_norm": (lambda x: F.group_norm(x, 2), ((B, C, N),), {(0, 0, 0)}),
+    "average pooling": (lambda x: F.avg_pool1d(x, 2), ((B, C, N),), same(0, 1)),
+    "einsum": (
+        lambda x, y: torch.einsum("bnc,bmc->bnm", x, y), (X, (B, 5, C)),
+        {(0, 0, 0), (0, 1, 0), (1, 0, 1), (2, 1, 1)},
+    ),
+    "einsum with a sum of tokens": (
+        lambda x, y: torch.einsum("bnc,bnd->bcd", x, y), (X, (B, N, 5)),
+        {(0, 0, 0), (0, 1, 0), (1, 0, 2), (2, 1, 2)},
+    ),
+    "index_select": (
+        lambda x: x.index_select(1, torch.arange(3)), (X,), same(0, 2),
+    ),
+    "view_as_complex": (torch.view_as_complex, ((B, N, 2),), same(0, 1)),
+    "baddbmm": (
+        torch.baddbmm, ((N, 5), X, (B, C, 5)),
+        {(0, 1, 0), (0, 2, 0), (1, 1, 1), (2, 2, 2), (1, 0, 0), (2, 0, 1)},
+    ),
     "gather": (lambda x: x.gather(1, x.argsort(1)), (X,), set()),
 }  # fmt: skip
 

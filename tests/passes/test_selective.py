@@ -104,6 +104,8 @@ MIDDLES = {
     "constant": _constant,
     "token constant": _token_constant,
     "own mask": _own_mask,
+    "token shift": _shift,
+    "windows": _windows,
     "even rows": lambda t, x: x + F.interpolate(x[:, ::2].mT, N).mT,
 }
 
@@ -249,8 +251,6 @@ def _write_to_input(t, x):
 
 
 REFUSED = {
-    "token shift": (_shift, "is not computed token by token|several segments"),
-    "windows": (_windows, "do not share one batch axis"),
     "random": (lambda t, x: x + torch.rand_like(x), "draws random numbers"),
     "dropout in training": (lambda t, x: F.dropout(x, 0.5, True), "draws random numbers"),
     "attention dropout": (lambda t, x: attend(x, dropout_p=0.5), "draws random numbers"),
@@ -324,6 +324,22 @@ class Both(Changed):
         return t.head(joint[:, TEXT:]), t.head(joint[:, :TEXT])
 
 
+class Wider(Both):
+    """Returns text and image tokens apart, with other channels."""
+
+    def forward(self, hidden_states, encoder_hidden_states, timestep):
+        image, text = super().forward(hidden_states, encoder_hidden_states, timestep)
+        return image, text.repeat_interleave(2, -1).unflatten(-1, (2, -1))
+
+
+@pytest.mark.parametrize("build", [Both, Wider])
+def test_two_segments_that_reach_the_output_are_both_prunable(build):
+    model, inputs = randomize(build(None)), toy_inputs()
+    found = trace(model, inputs, changed(inputs))
+    check_oracles(model, (inputs, changed(inputs)), found)
+    assert sorted(found.analysis.signature.lengths) == sorted([N, TEXT])
+
+
 @pytest.mark.parametrize(
     ("build", "reason"),
     [
@@ -331,7 +347,6 @@ class Both(Changed):
         (lambda: Changed(lambda y: (y.mean(1),)), "no input has the shape of an output"),
         (lambda: Changed(lambda y: (y,), start=lambda x: x.add_(1)), "writes to one of its inputs"),
         (lambda: Joint(None), "several segments|no input has the shape"),
-        (lambda: Both(None), "several segments"),
         (lambda: Two(None), "several token-level values: linear_10, linear_5$"),
     ],
     ids=[
@@ -339,7 +354,6 @@ class Both(Changed):
         "mean pooling",
         "write to input",
         "joint output",
-        "two segments",
         "two attentions",
     ],
 )

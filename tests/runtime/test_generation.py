@@ -53,7 +53,7 @@ def test_computed_tokens_are_exact_where_nothing_is_stale():
     run = Euler(model).run(3)
     stream = streams_of(model)[0]
     previous, time = run.velocities[-1], run.time(2)
-    latent = stream.latent
+    (latent,) = stream.latents
     assert model.runtime.programs.names()[-1] == "dense"
     again = model(latent, time, run.prompt)
     assert model.runtime.programs.names()[-1] == "selective"
@@ -108,8 +108,8 @@ def test_whole_step_caching_is_linear_extrapolation():
 def state_of_stream(stream):
     history = stream.history
     lease = stream.lease.caches if stream.lease else ()
-    tensors = [*lease, history.counts, history.age, stream.importance, stream.latent]
-    tensors += [stream.velocity, stream.model_time]
+    tensors = [*lease, history.counts, history.age, stream.importance, *stream.latents]
+    tensors += [*stream.velocities, stream.model_time]
     tensors += [part for step in history.steps for part in step]
     tensors += [part for output in history.computed for part in output]
     return copy.deepcopy((tensors, stream.times, history.evaluations, stream.direction))
@@ -196,14 +196,24 @@ def test_no_speculation_when_the_sampler_is_no_flow(caplog):
     model = toy(**PLAN)
     run = Euler(model, text=prompt())
     model(run.latent, run.time(), run.prompt)
-    moved = run.latent + 0.3 * noise(9)
     with caplog.at_level("WARNING"):
         for index in (1, 2, 3):
-            model(moved, run.time(index), run.prompt)
+            model(run.latent + 0.3 * noise(9 + index), run.time(index), run.prompt)
     stats = sd.stats(model)
     assert (stats.speculative, stats.selective, stats.fallbacks) == (0, 1, {})
     (message,) = caplog.messages
     assert message.startswith("no speculation: the sampler's steps do not fit an Euler flow")
+
+
+def test_a_latent_that_stays_where_it_is_while_time_moves_is_none():
+    """Conditions of one graph of a broken model may have the shape of its output."""
+    model = toy(**PLAN)
+    run = Euler(model, text=prompt())
+    for index in range(6):
+        output = model(run.latent, run.time(index), run.prompt)
+        exact = dense_velocity(model, run.latent, run.time(index), run.prompt)
+        torch.testing.assert_close(output, exact)
+    assert sd.stats(model).fallbacks == {"latent does not move with time": 3}
 
 
 def test_outputs_survive_later_evaluations_and_callers():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from specdiff.options import Options
-from specdiff.program import CacheSlot, Evaluation, InputSpec, Segment, Signature
+from specdiff.program import CacheSlot, Denoised, Evaluation, InputSpec, Segment, Signature
 from specdiff.runtime import Runtime
 
 SIDE, CHANNELS, WIDTH, LAYERS, TEXT = 4, 3, 8, 2, 3
@@ -56,9 +56,9 @@ class ToyPrograms:
             segments=(Segment("image", N, True), Segment("text", TEXT, False)),
             caches=(slot,) * LAYERS,
             tokens=tokens,
-            latent=5,
+            lengths=(N,),
+            denoised=(Denoised(5, 0),),
             time=6 if time else None,
-            velocity=0,
         )
 
     def probe(self, inputs: Sequence[object]) -> Evaluation:

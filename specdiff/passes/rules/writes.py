@@ -32,12 +32,6 @@ def allocation_like(node: fx.Node) -> Facts:
     return same_axes(node, operand_at(node, 0))
 
 
-@transfer(aten.type_as.default)
-def type_as(node: fx.Node) -> Facts:
-    """The operand's axes; of the other only the dtype is read."""
-    return same_axes(node, operand_at(node, 0))
-
-
 @transfer(aten.copy.default)
 def copy(node: fx.Node) -> Facts:
     """The destination's axes; those of the source by broadcasting."""
