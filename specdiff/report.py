@@ -24,6 +24,8 @@ class Report:
     selective: bool
     reason: str
     """Why the model runs dense; empty if it does not."""
+    latents: tuple[str, ...] = ()
+    """Inputs that are denoised, by their names in the caller's frame."""
     segments: tuple[Segment, ...] = ()
     regions: tuple[Region, ...] = ()
     cache_bytes: int = 0
@@ -41,7 +43,7 @@ class Report:
         """A page for a person."""
         if not self.selective:
             return f"dense: {self.reason}"
-        lines = ["selective", "segments:"]
+        lines = ["selective", f"denoises: {', '.join(self.latents)}", "segments:"]
         for segment in self.segments:
             kind = "prunable" if segment.prunable else "always computed"
             lines.append(f"  {segment.name}: {segment.length} tokens, {kind}")
@@ -88,6 +90,9 @@ def report_of(found: Analysis | str) -> Report:
     return Report(
         selective=True,
         reason="",
+        latents=tuple(
+            found.signature.inputs[pair.latent].name for pair in found.signature.denoised
+        ),
         segments=found.signature.segments,
         regions=found.regions,
         cache_bytes=found.signature.cache_bytes,

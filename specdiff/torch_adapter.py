@@ -27,8 +27,11 @@ def export_functional(module: fx.GraphModule, inputs: Sequence[Any]) -> fx.Graph
     """Functional pre-dispatch ATen of a Dynamo graph; placeholders are the graph's own inputs.
 
     Attributes of the Dynamo graph (constants it lifted) stay attributes. Raises Unsupported if
-    the graph writes to an input.
+    the graph writes to an input or holds a vmap: an export that fails inside one leaves functorch
+    nested, and Dynamo's own guards then fail.
     """
+    if any("vmap_increment_nesting" in str(node.target) for node in module.graph.nodes):
+        raise Unsupported("the graph holds a torch.func.vmap, as masks of flex attention do")
     with fx.traceback.preserve_node_meta():
         exported, signature = aot_export_module(
             module, list(inputs), trace_joint=False, pre_dispatch=True

@@ -18,27 +18,26 @@ TIME_NAMES = ("timestep", "timesteps", "t")
 def find_denoised(
     plan: SelectivePlan, placeholders: Sequence[fx.Node], states: Sequence[bool]
 ) -> tuple[Denoised, ...]:
-    """Inputs and the outputs shaped like them, best match first; none has two partners.
+    """Outputs and the inputs shaped like them, in the order of the outputs.
 
     `states[i]` says whether input i is a parameter or buffer of the model. Raises Unsupported if
     there is no match.
     """
-    candidates = [
-        (found.shared is None, plan.carries(node), found)
-        for output, value in enumerate(plan.axes.results())
-        for i, node in enumerate(placeholders)
-        if is_tensor(value) and is_tensor(node) and not states[i]
-        for found in _match(plan, (i, node), (output, value))
-    ]
-    if not candidates:
-        raise Unsupported("no input has the shape of an output, so none is known to be denoised")
-    # a condition may have the latent's shape too: prefer what carries the prunable tokens
     pairs: list[Denoised] = []
-    for _, _, found in sorted(candidates, key=lambda c: c[:2], reverse=True):
-        if all(found.latent != p.latent and found.velocity != p.velocity for p in pairs):
-            pairs.append(found)
-    main = pairs[0]
-    return (main, *(p for p in pairs[1:] if p.shared is None))
+    for output, value in enumerate(plan.axes.results()):
+        taken = {pair.latent for pair in pairs}
+        matches = [
+            (plan.carries(node), -i, found)
+            for i, node in enumerate(placeholders)
+            if is_tensor(value) and is_tensor(node) and not states[i] and i not in taken
+            for found in _match(plan, (i, node), (output, value))
+        ]
+        if matches:
+            # a condition may have such a shape too, but is used later; or carries no tokens
+            pairs.append(max(matches, key=lambda match: match[:2])[2])
+    if not pairs:
+        raise Unsupported("no input has the shape of an output, so none is known to be denoised")
+    return tuple(pairs)
 
 
 def is_scalar(plan: SelectivePlan, node: fx.Node) -> bool:
@@ -66,8 +65,11 @@ def _match(
         for node in (latent[1], velocity[1])
         for segment in plan.axes.segments
     )
-    if len(differing) == 1 and differing[0] > 0 and len(here) > 2 and not tokens:
-        axis = differing[0]
+    if len(differing) != 1 or differing[0] == 0 or len(here) < 3 or tokens:
+        return
+    axis = differing[0]
+    # a latent with conditions is wider than its prediction, one with learned variance half as wide
+    if here[axis] > there[axis] or 2 * here[axis] == there[axis]:
         yield Denoised(latent[0], velocity[0], (axis, min(here[axis], there[axis])))
 
 

@@ -1,0 +1,118 @@
+"""Which transformers of diffusers are rewritten, and are the rewritten ones right?
+
+    python -m tests.coverage [--markdown FILE] [NAME ...]
+
+Every small configuration of `tests/models` goes through `specdiff.verify`; one line each.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import specdiff
+from tests.models import ZOO, Builder, Case
+
+Verdict = Literal["rewritten", "partly", "dense", "WRONG"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one configuration."""
+
+    name: str
+    model: str
+    verdict: Verdict
+    graphs: int
+    error: float
+    segments: str
+    reason: str
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The row as text."""
+        error = f"{self.error:.0e}" if self.verdict in ("rewritten", "WRONG") else ""
+        return self.model, self.verdict, str(self.graphs), error, self.segments or self.reason
+
+
+def measure(name: str, builder: Builder) -> Row:
+    """Verify one configuration, as it is after a first call (which may build tables)."""
+    torch.compiler.reset()
+    case = builder()
+    with torch.no_grad():
+        case.model(**case.inputs)
+    found = specdiff.verify(case.model, **case.inputs)
+    main = next((g for g in found.graphs if _denoises(g.report, case)), None)
+    verdict: Verdict = "rewritten" if main else "partly" if found.selective else "dense"
+    segments = main.report.segments if main else ()
+    return Row(
+        name,
+        type(case.model).__name__,
+        verdict if found.passed else "WRONG",
+        len(found.graphs),
+        found.max_error,
+        ", ".join(f"{s.length}{'' if s.prunable else ' kept'}" for s in segments),
+        "; ".join(found.reasons),
+    )
+
+
+def _denoises(report: specdiff.Report, case: Case) -> bool:
+    """Whether a graph is the model's own: a part of a broken one denoises something else."""
+    return report.selective and any(f"['{case.latent}']" in name for name in report.latents)
+
+
+def rows(names: Iterable[str]) -> Iterator[Row]:
+    """The verdict on each of these configurations."""
+    for name in names:
+        yield measure(name, ZOO[name])
+
+
+def summary(found: list[Row]) -> str:
+    """How many classes have a configuration that is rewritten."""
+    classes = {row.model for row in found}
+    rewritten = {row.model for row in found if row.verdict == "rewritten"}
+    wrong = [row.name for row in found if row.verdict == "WRONG"]
+    return f"{len(rewritten)} of {len(classes)} classes rewritten, {len(wrong)} wrong"
+
+
+HEAD = ("class", "verdict", "graphs", "error", "segments, or why it runs dense")
+
+
+def markdown(found: list[Row]) -> str:
+    """The table for a file."""
+    lines = [HEAD, ("---",) * len(HEAD), *(row.cells for row in found)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main(
+    names: Annotated[list[str] | None, typer.Argument(help="Configurations; all of them.")] = None,
+    file: Annotated[Path | None, typer.Option("--markdown", help="Where the table goes.")] = None,
+) -> None:
+    """Print the table; exit with 1 if any configuration is wrong."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    console = Console()
+    found = []
+    for row in rows(names or ZOO):
+        console.log(row.name, row.verdict)
+        found.append(row)
+    table = Table(*HEAD)
+    for row in found:
+        table.add_row(*row.cells)
+    console.print(table, summary(found))
+    if file is not None:
+        file.write_text(f"{markdown(found)}\n\n{summary(found)}\n")
+    raise typer.Exit(any(row.verdict == "WRONG" for row in found))
+
+
+if __name__ == "__main__":
+    typer.run(main)
