@@ -6,12 +6,12 @@ form runs as it came, through the same inner compiler, and the reason is kept an
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,10 @@ from specdiff.passes.normalize import DynamoGraph, NormalizePass
 from specdiff.passes.regions import Region, RegionsPass
 from specdiff.passes.selective import SelectivePass, SelectivePlan
 from specdiff.passes.signature import build_signature
+from specdiff.passes.specialise import floats_of, specialise
 from specdiff.program import Signature
 from specdiff.runtime.dispatch import DenseOnly, Runtime
+from specdiff.runtime.shapes import PerShape
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +50,16 @@ class Analysis:
 
 
 def analyse(
-    module: fx.GraphModule, inputs: Sequence[Any], options: Options, verify: bool = False
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    states: Sequence[bool],
+    options: Options,
+    verify: bool = False,
 ) -> Analysis:
-    """Run every pass up to the plan. Raises Unsupported with the reason if there is none."""
+    """Run every pass up to the plan. Raises Unsupported with the reason if there is none.
+
+    `states[i]` says whether input i is a parameter or buffer of the model.
+    """
     folder = next_dump_folder(options.dump_dir)
     runner = PassRunner(folder, verify)
     normalized = runner.run(
@@ -59,7 +68,7 @@ def analyse(
     axes = runner.run(AxesPass(), normalized)
     plan = runner.run(SelectivePass(), axes)
     regions = runner.run(RegionsPass(), plan)
-    signature = build_signature(plan, module_states(module, inputs), options.timestep_arg)
+    signature = build_signature(plan, states, options.timestep_arg)
     return Analysis(normalized, plan, regions, signature, tuple(runner.records), folder)
 
 
@@ -91,12 +100,12 @@ def refusal(inputs: Sequence[Any]) -> str | None:
 def attempt(
     module: fx.GraphModule, inputs: Sequence[Any], options: Options, verify: bool = False
 ) -> Analysis | str:
-    """The analysis of one Dynamo graph, or the reason why it runs dense."""
+    """The analysis of one Dynamo graph of static shapes, or the reason why it runs dense."""
     reason = refusal(inputs)
     if reason is not None:
         return reason
     try:
-        return analyse(module, inputs, options, verify)
+        return analyse(module, inputs, module_states(module, inputs), options, verify)
     except Unsupported as error:
         return str(error)
     except Exception as error:
@@ -119,12 +128,38 @@ def specdiff_backend(
     """
     known, settings = Options.parse(dict(options or {}), torch_adapter.inductor_keys())
     settings = {**torch_adapter.mode_settings(settings.pop("mode", mode)), **settings}
+    states = module_states(module, inputs)
+    symbolic = torch_adapter.symbolic_inputs(inputs)
+    if symbolic and refusal(inputs) is None:
+        specialised = partial(at_shape, module, states, known, settings)
+        return PerShape(symbolic, floats_of(module), specialised)
     found = attempt(module, inputs, known)
     if isinstance(found, Analysis):
         return selective_runtime(found, known, settings)
-    states = [i for i, state in enumerate(module_states(module, inputs)) if state]
     compiled = torch_adapter.compile_untouched(module, inputs, known.inner_backend, settings)
-    return DenseOnly(compiled, found, tuple(states))
+    return DenseOnly(compiled, found, parameters_among(states))
+
+
+def at_shape(
+    module: fx.GraphModule,
+    states: Sequence[bool],
+    options: Options,
+    settings: Mapping[str, Any],
+    inputs: Sequence[Any],
+) -> Callable[..., Any]:
+    """What answers a graph with symbolic sizes where its inputs have those of `inputs`."""
+    static = specialise(module, inputs, torch_adapter.copy_graph)
+    try:
+        found = analyse(static, torch_adapter.static_fakes(inputs), states, options)
+        return selective_runtime(found, options, settings)
+    except Unsupported as error:
+        compiled = torch_adapter.compile_program(static, inputs, options.inner_backend, settings)
+        return DenseOnly(lambda *values: compiled(values), str(error), parameters_among(states))
+
+
+def parameters_among(states: Sequence[bool]) -> tuple[int, ...]:
+    """Positions of parameters and buffers among the inputs."""
+    return tuple(i for i, state in enumerate(states) if state)
 
 
 def selective_runtime(analysis: Analysis, options: Options, settings: Mapping[str, Any]) -> Runtime:
@@ -147,4 +182,4 @@ def backend(**options: Any) -> Callable[..., Any]:
     Unlike `options=`, this goes together with `mode=`. Raises OptionError at once.
     """
     Options.parse(options, torch_adapter.inductor_keys())
-    return functools.partial(specdiff_backend, options=options)
+    return partial(specdiff_backend, options=options)

@@ -5,6 +5,7 @@ Works on torch 2.11 to 2.13; what was tried is in the comments.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType
 from typing import Any
@@ -40,7 +41,7 @@ def export_functional(module: fx.GraphModule, inputs: Sequence[Any]) -> fx.Graph
     if signature.buffers_to_mutate or getattr(signature, "user_inputs_to_mutate", None):
         raise Unsupported("the graph writes to one of its inputs")
     _restore_attributes(module, exported, signature)
-    _restore_placeholders(module, exported)
+    _restore_placeholders(module, exported, inputs)
     return exported
 
 
@@ -60,10 +61,13 @@ def _restore_attributes(source: fx.GraphModule, exported: fx.GraphModule, signat
         exported.graph.erase_node(node)
 
 
-def _restore_placeholders(source: fx.GraphModule, exported: fx.GraphModule) -> None:
+def _restore_placeholders(
+    source: fx.GraphModule, exported: fx.GraphModule, inputs: Sequence[Any]
+) -> None:
     old = source.graph.find_nodes(op="placeholder")
     new = exported.graph.find_nodes(op="placeholder")
-    for before, after in zip(old, new, strict=True):
+    for before, after, value in zip(old, new, inputs, strict=True):
+        after.meta.setdefault("val", value)  # tracing gives none to a plain number
         after.meta["source"] = source_name(before)
         after.meta["dynamo_placeholder"] = before
 
@@ -84,6 +88,41 @@ def is_module_state(placeholder: fx.Node, value: Any) -> bool:
         return True
     name = source_name(placeholder)
     return "_parameters'" in name or "_buffers'" in name
+
+
+def symbolic_inputs(inputs: Sequence[Any]) -> tuple[int, ...]:
+    """Positions of inputs that are symbolic sizes, or have some."""
+
+    def symbolic(value: Any) -> bool:
+        parts = (*value.shape, *value.stride()) if isinstance(value, Tensor) else (value,)
+        return any(isinstance(part, torch.SymInt) for part in parts)
+
+    return tuple(i for i, value in enumerate(inputs) if symbolic(value))
+
+
+def static_fakes(inputs: Sequence[Any]) -> list[Any]:
+    """Fakes of real inputs, their shapes static; what is no tensor stays as it is."""
+    mode = FakeTensorMode()
+
+    def fake(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        with mode:
+            return torch.empty_strided(
+                value.shape, value.stride(), dtype=value.dtype, device=value.device
+            )
+
+    return [fake(value) for value in inputs]
+
+
+def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
+    """A Dynamo graph with nodes of its own; placeholders keep their sources."""
+    copied = fx.GraphModule(module, copy.deepcopy(module.graph))
+    old = module.graph.find_nodes(op="placeholder")
+    for before, after in zip(old, copied.graph.find_nodes(op="placeholder"), strict=True):
+        after._dynamo_source = getattr(before, "_dynamo_source", None)
+        after.meta = dict(before.meta)
+    return copied
 
 
 def mode_settings(mode: str | None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from specdiff import torch_adapter
-from specdiff.compiler import ALL_QUERIES, Analysis, analyse
+from specdiff.compiler import ALL_QUERIES, Analysis, analyse, module_states
 from specdiff.options import Options
 from specdiff.passes.lower import LoweredPrograms
 
@@ -38,7 +38,9 @@ def trace(model: nn.Module, *calls: dict[str, Any]) -> Traced:
     flat: list[Sequence[Any]] = []
 
     def backend(module: fx.GraphModule, values: Sequence[Any]) -> Callable[..., Any]:
-        analyses.append(analyse(module, values, Options(), verify=True))
+        analyses.append(
+            analyse(module, values, module_states(module, values), Options(), verify=True)
+        )
 
         def run(*arguments: Any) -> Any:
             flat.append(arguments)

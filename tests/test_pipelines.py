@@ -436,9 +436,6 @@ def test_nan_latent(model):
     again.finish().assert_same(alone(model))
 
 
-SYMBOLIC = "symbolic shapes: compile with dynamic=False to make this model selective"
-
-
 def test_other_resolution_in_mid_run(model):
     """With dynamic=False another shape is another graph with streams of its own."""
     selective = compiled(model)
@@ -458,19 +455,39 @@ def test_other_resolution_in_mid_run_under_automatic_dynamic_shapes(model):
     selective = compiled(model, dynamic=None)
     prompt = embeddings(0, text=4)
     first = Run(selective, 0, prompt=prompt).step(5)
-    assert counts(selective) == (3, 2, 0, 1)
     other = Run(selective, 1, prompt=prompt, rows=3, columns=5).finish()
-    other.assert_dense(model)
-    assert specdiff.stats(selective).fallbacks == {SYMBOLIC: STEPS}
+    assert counts(selective) == (6, 9, 0, 2)
+    other.assert_same(alone(model, 1, prompt=prompt, rows=3, columns=5))
+    # the stream of the first graph is not that of the second: the generation starts anew
     first.finish()
-    assert specdiff.stats(selective).fallbacks == {SYMBOLIC: STEPS + 5}
-    assert counts(selective) == (3 + STEPS + 5, 2, 0, 1)
+    assert specdiff.stats(selective).fallbacks == {}
+    third = Run(selective, 2, prompt=embeddings(2, text=4)).finish()
+    third.assert_same(alone(model, 2, prompt=embeddings(2, text=4)))
+
+
+def test_one_symbolic_graph_answers_every_resolution(model):
+    """dynamic=True: Dynamo stops compiling, every shape has a runtime, all of them are right."""
+    selective = compiled(model, dynamic=True)
+    for seed, (rows, columns) in enumerate([(4, 5), (3, 5), (5, 4), (4, 6)]):
+        prompt = embeddings(seed, text=4)
+        run = Run(selective, seed, prompt=prompt, rows=rows, columns=columns).finish()
+        run.assert_same(alone(model, seed, prompt=prompt, rows=rows, columns=columns))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        Run(selective, 9, prompt=embeddings(9, text=4), rows=6, columns=3).finish()
+    found = specdiff.stats(selective)
+    assert (found.selective, found.fallbacks) == (35, {})
+
+
+def test_symbolic_batch():
+    model, inputs = flux(batch=2)
+    _, more = flux(batch=3)
+    selective = torch.compile(
+        model, backend=specdiff.backend(inner_backend="eager"), fullgraph=True, dynamic=True
+    )
     with torch.no_grad():
-        exact = [model(**inputs)[0] for inputs in first.inputs[5:]]
-    torch.testing.assert_close(first.velocities[5:], exact, **EXACT)
-    torch._dynamo.reset()
-    expected = alone(model, 0, prompt=prompt)
-    torch.testing.assert_close(first.velocities[:5], expected.velocities[:5], **EXACT)
+        for call in (inputs, more, inputs):
+            torch.testing.assert_close(selective(**call), model(**call), **EXACT)
+    assert specdiff.stats(selective).graphs == 2
 
 
 def test_pipeline_at_a_second_resolution(model):

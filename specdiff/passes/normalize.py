@@ -83,9 +83,7 @@ def require_static_shapes(graph: fx.Graph) -> None:
         value = node.meta.get("val")
         parts = value.shape if isinstance(value, torch.Tensor) else (value,)
         if any(isinstance(part, torch.SymInt | torch.SymFloat | torch.SymBool) for part in parts):
-            raise Unsupported(
-                "symbolic shapes: compile with dynamic=False to make this model selective"
-            )
+            raise Unsupported("a size in the graph depends on the values of a tensor")
 
 
 def require_functions_of_values(graph: fx.Graph) -> None:

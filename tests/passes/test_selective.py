@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from specdiff.compiler import analyse
+from specdiff.compiler import analyse, module_states
 from specdiff.options import Options
 from specdiff.passes.base import Unsupported
 from specdiff.passes.rules.attention import ATTENTION
@@ -236,7 +236,7 @@ def _reason(model, inputs, **compile_options) -> str:
 
     def backend(module, values):
         with pytest.raises(Unsupported) as caught:
-            analyse(module, values, Options(), verify=True)
+            analyse(module, values, module_states(module, values), Options(), verify=True)
         reasons.append(str(caught.value))
         return module.forward
 
