@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from specdiff.errors import NotCompiledError, OptionError, SpecdiffError
     from specdiff.options import Options
     from specdiff.report import Report, explain
-    from specdiff.runtime.api import configure, reset, session, stats
+    from specdiff.runtime.api import attach, configure, reset, session, stats
+    from specdiff.runtime.attach import Attachment
     from specdiff.runtime.registry import Session
     from specdiff.runtime.stats import Stats
     from specdiff.verification import Verification, verify
 
 _HOMES = {
+    "attach": "specdiff.runtime.api",
     "backend": "specdiff.compiler",
     "configure": "specdiff.runtime.api",
     "explain": "specdiff.report",
@@ -27,6 +29,7 @@ _HOMES = {
     "session": "specdiff.runtime.api",
     "stats": "specdiff.runtime.api",
     "verify": "specdiff.verification",
+    "Attachment": "specdiff.runtime.attach",
     "Options": "specdiff.options",
     "Report": "specdiff.report",
     "Session": "specdiff.runtime.registry",
@@ -38,6 +41,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "attach",
     "backend",
     "configure",
     "explain",
@@ -45,6 +49,7 @@ __all__ = [
     "session",
     "stats",
     "verify",
+    "Attachment",
     "Options",
     "Report",
     "Session",

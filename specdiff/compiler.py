@@ -13,16 +13,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
 
 from specdiff import torch_adapter
 from specdiff.options import Options
-from specdiff.passes.axes import AxesPass
+from specdiff.passes.axes import AxesPass, AxisFacts
 from specdiff.passes.base import PassRecord, PassRunner, Unsupported
-from specdiff.passes.lower import LoweredPrograms
+from specdiff.passes.block import plan_block
+from specdiff.passes.lower import BlockPrograms, LoweredPrograms
+from specdiff.passes.lower import Compiler as ProgramCompiler
 from specdiff.passes.normalize import DynamoGraph, NormalizePass
 from specdiff.passes.regions import Region, RegionsPass
 from specdiff.passes.selective import SelectivePass, SelectivePlan
@@ -30,11 +32,13 @@ from specdiff.passes.signature import build_signature
 from specdiff.passes.specialise import floats_of, specialise
 from specdiff.program import Signature
 from specdiff.runtime.dispatch import DenseOnly, Runtime
+from specdiff.runtime.regional import Block
 from specdiff.runtime.shapes import PerShape
 
 log = logging.getLogger(__name__)
 
 ALL_QUERIES = 1 << 62
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -49,27 +53,39 @@ class Analysis:
     dump_folder: Path | None = None
 
 
-def analyse(
-    module: fx.GraphModule,
-    inputs: Sequence[Any],
-    states: Sequence[bool],
-    options: Options,
-    verify: bool = False,
-) -> Analysis:
-    """Run every pass up to the plan. Raises Unsupported with the reason if there is none.
+@dataclass(frozen=True)
+class Traced:
+    """A graph whose tokens were found, before anything is decided about them."""
 
-    `states[i]` says whether input i is a parameter or buffer of the model.
-    """
+    module: fx.GraphModule
+    axes: AxisFacts
+    runner: PassRunner
+    dump_folder: Path | None
+
+
+def trace(
+    module: fx.GraphModule, inputs: Sequence[Any], options: Options, verify: bool = False
+) -> Traced:
+    """Normalize and find tokens. Raises Unsupported if there are none."""
     folder = next_dump_folder(options.dump_dir)
     runner = PassRunner(folder, verify)
     normalized = runner.run(
         NormalizePass(torch_adapter.export_functional), DynamoGraph(module, inputs)
     )
-    axes = runner.run(AxesPass(), normalized)
-    plan = runner.run(SelectivePass(), axes)
+    return Traced(normalized, runner.run(AxesPass(), normalized), runner, folder)
+
+
+def analyse(traced: Traced, states: Sequence[bool], options: Options) -> Analysis:
+    """The remaining passes. Raises Unsupported with the reason if there is no plan.
+
+    `states[i]` says whether input i is a parameter or buffer of the model.
+    """
+    runner = traced.runner
+    plan = runner.run(SelectivePass(), traced.axes)
     regions = runner.run(RegionsPass(), plan)
     signature = build_signature(plan, states, options.timestep_arg)
-    return Analysis(normalized, plan, regions, signature, tuple(runner.records), folder)
+    records = tuple(runner.records)
+    return Analysis(traced.module, plan, regions, signature, records, traced.dump_folder)
 
 
 def next_dump_folder(dump_dir: str | os.PathLike[str] | None) -> Path | None:
@@ -104,8 +120,16 @@ def attempt(
     reason = refusal(inputs)
     if reason is not None:
         return reason
+    found = guarded(lambda: trace(module, inputs, options, verify))
+    if isinstance(found, str):
+        return found
+    return guarded(lambda: analyse(found, module_states(module, inputs), options))
+
+
+def guarded(work: Callable[[], Found]) -> Found | str:
+    """What `work` returns, or why the graph runs dense: no fault of ours reaches the user."""
     try:
-        return analyse(module, inputs, module_states(module, inputs), options, verify)
+        return work()
     except Unsupported as error:
         return str(error)
     except Exception as error:
@@ -130,14 +154,16 @@ def specdiff_backend(
     settings = {**torch_adapter.mode_settings(settings.pop("mode", mode)), **settings}
     states = module_states(module, inputs)
     symbolic = torch_adapter.symbolic_inputs(inputs)
-    if symbolic and refusal(inputs) is None:
+    reason = refusal(inputs)
+    if symbolic and reason is None:
         specialised = partial(at_shape, module, states, known, settings)
         return PerShape(symbolic, floats_of(module), specialised)
-    found = attempt(module, inputs, known)
-    if isinstance(found, Analysis):
-        return selective_runtime(found, known, settings)
+    traced: Traced | str
+    traced = guarded(lambda: trace(module, inputs, known)) if reason is None else reason
+    if isinstance(traced, Traced):
+        return answer(module, traced, states, known, settings)
     compiled = torch_adapter.compile_untouched(module, inputs, known.inner_backend, settings)
-    return DenseOnly(compiled, found, parameters_among(states))
+    return DenseOnly(compiled, traced, parameters_among(states))
 
 
 def at_shape(
@@ -149,12 +175,55 @@ def at_shape(
 ) -> Callable[..., Any]:
     """What answers a graph with symbolic sizes where its inputs have those of `inputs`."""
     static = specialise(module, inputs, torch_adapter.copy_graph)
-    try:
-        found = analyse(static, torch_adapter.static_fakes(inputs), states, options)
-        return selective_runtime(found, options, settings)
-    except Unsupported as error:
-        compiled = torch_adapter.compile_program(static, inputs, options.inner_backend, settings)
-        return DenseOnly(lambda *values: compiled(values), str(error), parameters_among(states))
+    traced = guarded(lambda: trace(static, torch_adapter.static_fakes(inputs), options))
+    if isinstance(traced, Traced):
+        return answer(static, traced, states, options, settings)
+    return DenseOnly(when_needed(static, options, settings), traced, parameters_among(states))
+
+
+def answer(
+    module: fx.GraphModule,
+    traced: Traced,
+    states: Sequence[bool],
+    options: Options,
+    settings: Mapping[str, Any],
+) -> Block:
+    """What answers a graph with tokens: alone, or as a block of an attached root.
+
+    Everything is compiled when it is first run.
+    """
+    parameters = parameters_among(states)
+    dense = when_needed(module, options, settings)
+    found = guarded(lambda: analyse(traced, states, options))
+    alone: Callable[..., Any]
+    if isinstance(found, Analysis):
+        alone = selective_runtime(found, options, settings)
+    else:
+        alone = DenseOnly(dense, found, parameters)
+    compiler = program_compiler(traced.dump_folder, options, settings)
+
+    def planned(tokens: int) -> BlockPrograms:
+        plan = plan_block(traced.axes, tokens, states)
+        return BlockPrograms(traced.module, plan, sample_of(options), compiler)
+
+    classes = traced.axes.classes
+    lengths = [classes.size(segment) for segment in traced.axes.segments]
+    return Block(alone, dense, module.forward, lengths, planned, parameters)
+
+
+def when_needed(
+    module: fx.GraphModule, options: Options, settings: Mapping[str, Any]
+) -> Callable[..., Any]:
+    """A Dynamo graph as it came, compiled at its first call."""
+    compiled: list[Callable[[Sequence[Any]], Any]] = []
+
+    def run(*values: Any) -> Any:
+        if not compiled:
+            inner = options.inner_backend
+            compiled.append(torch_adapter.compile_program(module, values, inner, settings))
+        return compiled[0](values)
+
+    return run
 
 
 def parameters_among(states: Sequence[bool]) -> tuple[int, ...]:
@@ -164,16 +233,30 @@ def parameters_among(states: Sequence[bool]) -> tuple[int, ...]:
 
 def selective_runtime(analysis: Analysis, options: Options, settings: Mapping[str, Any]) -> Runtime:
     """The runtime of an analysed graph; its programs are compiled when they are first run."""
+    compiler = program_compiler(analysis.dump_folder, options, settings)
+    programs = LoweredPrograms(
+        analysis.module, analysis.plan, analysis.signature, sample_of(options), compiler
+    )
+    return Runtime(programs, options)
+
+
+def program_compiler(
+    folder: Path | None, options: Options, settings: Mapping[str, Any]
+) -> ProgramCompiler:
+    """Hands emitted programs to the inner compiler, and writes them to `folder` if there is one."""
 
     def compiler(name: str, program: fx.GraphModule, values: Sequence[Any]) -> Any:
-        if analysis.dump_folder is not None:
+        if folder is not None:
             code = program.print_readable(print_output=False)
-            (analysis.dump_folder / f"program_{name}.py").write_text(code)
+            (folder / f"program_{name}.py").write_text(code)
         return torch_adapter.compile_program(program, values, options.inner_backend, settings)
 
-    sample = options.importance_queries or ALL_QUERIES
-    programs = LoweredPrograms(analysis.module, analysis.plan, analysis.signature, sample, compiler)
-    return Runtime(programs, options)
+    return compiler
+
+
+def sample_of(options: Options) -> int:
+    """Attention rows that measure importance."""
+    return options.importance_queries or ALL_QUERIES
 
 
 def backend(**options: Any) -> Callable[..., Any]:

@@ -13,3 +13,7 @@ class OptionError(SpecdiffError, ValueError):
 
 class NotCompiledError(SpecdiffError, LookupError):
     """A model was asked for runtime state it does not have."""
+
+
+class Unsupported(SpecdiffError):
+    """The graph has no token-selective form; the message is the reason shown to the user."""

@@ -19,6 +19,10 @@ InputRole = Literal["parameter", "latent", "time", "condition", "scalar"]
 scale: a pipeline may make it anew for each step, so it tells no two generations apart."""
 
 
+TIME_NAMES = ("timestep", "timesteps", "t")
+"""What a time input is called, unless the option `timestep_arg` says otherwise."""
+
+
 @dataclass(frozen=True)
 class InputSpec:
     """One flat input of the traced graph, named by where it came from in the caller's frame."""
@@ -37,6 +41,23 @@ class Denoised:
     shared: tuple[int, int] | None = None
     """(axis, size) where they differ in channels: a latent with a condition concatenated to it has
     more, a prediction with a learned variance has more; the first `size` belong together."""
+
+    @classmethod
+    def match(
+        cls, latent: int, here: Sequence[int], velocity: int, there: Sequence[int]
+    ) -> Denoised | None:
+        """Whether an input of shape `here` and an output of shape `there` belong together."""
+        if len(here) != len(there):
+            return None
+        differing = [axis for axis in range(len(here)) if here[axis] != there[axis]]
+        if not differing:
+            return cls(latent, velocity)
+        axis = differing[0]
+        if len(differing) > 1 or axis == 0 or len(here) < 3:
+            return None
+        # with conditions a latent is wider than its prediction; with learned variance, half as wide
+        fits = here[axis] > there[axis] or 2 * here[axis] == there[axis]
+        return cls(latent, velocity, (axis, min(here[axis], there[axis]))) if fits else None
 
     def part(self, tensor: Tensor) -> Tensor:
         """What latent and velocity have in common, as a view of either."""

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from specdiff import torch_adapter
-from specdiff.compiler import ALL_QUERIES, Analysis, analyse, module_states
+from specdiff import compiler, torch_adapter
+from specdiff.compiler import ALL_QUERIES, Analysis
 from specdiff.options import Options
 from specdiff.passes.lower import LoweredPrograms
 
@@ -25,11 +25,19 @@ class Traced:
     def programs(self, inner_backend: str = "eager") -> LoweredPrograms:
         """Fresh programs of the analysis."""
 
-        def compiler(name: str, module: fx.GraphModule, values: Sequence[Any]) -> Any:
+        def compile_eagerly(name: str, module: fx.GraphModule, values: Sequence[Any]) -> Any:
             return torch_adapter.compile_program(module, values, inner_backend, {})
 
         found = self.analysis
-        return LoweredPrograms(found.module, found.plan, found.signature, ALL_QUERIES, compiler)
+        return LoweredPrograms(
+            found.module, found.plan, found.signature, ALL_QUERIES, compile_eagerly
+        )
+
+
+def analyse_graph(module: fx.GraphModule, values: Sequence[Any]) -> Analysis:
+    """Every pass on one Dynamo graph, each verified."""
+    traced = compiler.trace(module, values, Options(), verify=True)
+    return compiler.analyse(traced, compiler.module_states(module, values), Options())
 
 
 def trace(model: nn.Module, *calls: dict[str, Any]) -> Traced:
@@ -38,9 +46,7 @@ def trace(model: nn.Module, *calls: dict[str, Any]) -> Traced:
     flat: list[Sequence[Any]] = []
 
     def backend(module: fx.GraphModule, values: Sequence[Any]) -> Callable[..., Any]:
-        analyses.append(
-            analyse(module, values, module_states(module, values), Options(), verify=True)
-        )
+        analyses.append(analyse_graph(module, values))
 
         def run(*arguments: Any) -> Any:
             flat.append(arguments)

@@ -10,12 +10,10 @@ from typing import Generic, TypeVar
 
 from torch import fx
 
+from specdiff.errors import Unsupported as Unsupported  # noqa: PLC0414
+
 In = TypeVar("In")
 Out = TypeVar("Out")
-
-
-class Unsupported(Exception):
-    """The graph has no token-selective form; the message is the reason shown to the user."""
 
 
 class PassError(AssertionError):

@@ -50,23 +50,47 @@ class WholeEmitter(GraphWriter):
         self.graph.output((tokens, self.importance.result()))
         return self.to_module()
 
+    def finish_block(self) -> fx.GraphModule:
+        """Return the graph's own outputs, all whole, and importance."""
+        outputs = fx.map_arg(self.plan.axes.results(), lambda node: self.whole[node])
+        self.graph.output((*outputs, self.importance.result()))
+        return self.to_module()
+
 
 def emit_dense(
     module: fx.GraphModule, plan: SelectivePlan, sample: int, fill: bool
 ) -> fx.GraphModule:
     """Probe (`fill` false) or dense (`fill` true: caches follow the inputs and are overwritten)."""
+    emitter = _emit_whole(module, plan, sample, fill, plan.slots)
+    return emitter.finish(to_tokens(emitter, plan, emitter.whole))
+
+
+def emit_block_dense(
+    module: fx.GraphModule, plan: SelectivePlan, sample: int, fill: bool
+) -> fx.GraphModule:
+    """The same for one block of a model: the graph's own outputs, and importance."""
+    return _emit_whole(module, plan, sample, fill, tuple(plan.axes.outputs())).finish_block()
+
+
+def _emit_whole(
+    module: fx.GraphModule,
+    plan: SelectivePlan,
+    sample: int,
+    fill: bool,
+    targets: tuple[fx.Node, ...],
+) -> WholeEmitter:
     emitter = WholeEmitter(module, plan, sample)
     emitter.add_inputs()
     caches = {}
     if fill:
         caches = {node: emitter.add_cache(cache_shape(plan, node), node) for node in plan.cached}
-    for node in _needed(*plan.slots):
+    for node in _needed(*targets):
         if node.op != "placeholder":
             emitter.emit_whole(node)
         if node in caches:
             ordered = emitter.permute(emitter.whole[node], cache_order(plan, node))
             emitter.call(aten.copy_.default, caches[node], ordered)
-    return emitter.finish(to_tokens(emitter, plan, emitter.whole))
+    return emitter
 
 
 def emit_tail(module: fx.GraphModule, plan: SelectivePlan) -> fx.GraphModule:

@@ -13,7 +13,7 @@ from torch import fx
 from specdiff.passes.axes import ClassId
 from specdiff.passes.rules.attention import Attention
 from specdiff.passes.rules.registry import rank_of, shape_of
-from specdiff.passes.selective import SelectivePlan, cache_shape
+from specdiff.passes.selective import SelectivePlan
 from specdiff.passes.writer import GraphWriter
 
 aten = torch.ops.aten
@@ -45,7 +45,7 @@ class ImportanceSum:
 
     def result(self) -> fx.Node:
         """float32 [B, N]; ones for segments that no attention reads as keys."""
-        batch = cache_shape(self._plan, self._plan.slots[0])[0]
+        batch = self._plan.axes.classes.size(self._plan.axes.batch)
         call, device = self._writer.call, self._writer.device
         shares = [
             self._totals[segment]

@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from specdiff.passes.emit import emit_dense, emit_tail
-from specdiff.passes.rows import emit_selective
+from specdiff.passes.emit import emit_block_dense, emit_dense, emit_tail
+from specdiff.passes.rows import emit_block_selective, emit_selective
 from specdiff.passes.selective import SelectivePlan
-from specdiff.program import Evaluation, Signature
+from specdiff.passes.signature import cache_slots
+from specdiff.program import CacheSlot, Evaluation, Signature
 
 Executable = Callable[[Sequence[Any]], Sequence[Tensor]]
 Emit = Callable[[], fx.GraphModule]
@@ -20,7 +21,36 @@ Compiler = Callable[[str, fx.GraphModule, Sequence[Any]], Executable]
 """(name of the program, its graph, inputs to compile it for) -> what runs it."""
 
 
-class LoweredPrograms:
+class Lowered:
+    """Programs of one plan, compiled by name as they are needed."""
+
+    def __init__(
+        self, module: fx.GraphModule, plan: SelectivePlan, sample: int, compiler: Compiler
+    ) -> None:
+        self._module = module
+        self._plan = plan
+        self._sample = sample
+        self._compiler = compiler
+        self._executables: dict[str, Executable] = {}
+        self._seconds: dict[str, float] = {}
+
+    @property
+    def compile_seconds(self) -> Mapping[str, float]:
+        """Seconds spent emitting and compiling each program built so far."""
+        return self._seconds
+
+    def _emit(self, emitter: Callable[..., fx.GraphModule], *which: int) -> Emit:
+        return partial(emitter, self._module, self._plan, self._sample, *which)
+
+    def _run(self, name: str, emit: Emit, values: Sequence[Any]) -> Sequence[Tensor]:
+        if name not in self._executables:
+            start = time.perf_counter()
+            self._executables[name] = self._compiler(name, emit(), values)
+            self._seconds[name] = time.perf_counter() - start
+        return self._executables[name](values)
+
+
+class LoweredPrograms(Lowered):
     """Implements `specdiff.program.Programs` by compiling emitted graphs."""
 
     def __init__(
@@ -31,23 +61,13 @@ class LoweredPrograms:
         sample: int,
         compiler: Compiler,
     ) -> None:
-        self._module = module
-        self._plan = plan
+        super().__init__(module, plan, sample, compiler)
         self._signature = signature
-        self._sample = sample
-        self._compiler = compiler
-        self._executables: dict[str, Executable] = {}
-        self._seconds: dict[str, float] = {}
 
     @property
     def signature(self) -> Signature:
         """What the programs take and give."""
         return self._signature
-
-    @property
-    def compile_seconds(self) -> Mapping[str, float]:
-        """Seconds spent emitting and compiling each program built so far."""
-        return self._seconds
 
     def probe(self, inputs: Sequence[object]) -> Evaluation:
         """Every token, no cache."""
@@ -70,12 +90,28 @@ class LoweredPrograms:
         emit = partial(emit_tail, self._module, self._plan)
         return list(self._run("tail", emit, [*inputs, tokens]))
 
-    def _emit(self, emitter: Callable[..., fx.GraphModule], *which: int) -> Emit:
-        return partial(emitter, self._module, self._plan, self._sample, *which)
 
-    def _run(self, name: str, emit: Emit, values: Sequence[Any]) -> Sequence[Tensor]:
-        if name not in self._executables:
-            start = time.perf_counter()
-            self._executables[name] = self._compiler(name, emit(), values)
-            self._seconds[name] = time.perf_counter() - start
-        return self._executables[name](values)
+class BlockPrograms(Lowered):
+    """The programs of one block: each returns the graph's own outputs, then importance [B, N]."""
+
+    @property
+    def slots(self) -> tuple[CacheSlot, ...]:
+        """The caches of one call of the block."""
+        return cache_slots(self._plan)
+
+    def probe(self, inputs: Sequence[object]) -> list[Tensor]:
+        """Every token, no cache."""
+        return list(self._run("block_probe", self._emit(emit_block_dense, False), inputs))
+
+    def dense(self, inputs: Sequence[object], caches: Sequence[Tensor]) -> list[Tensor]:
+        """Every token, caches overwritten."""
+        emit = self._emit(emit_block_dense, True)
+        return list(self._run("block_dense", emit, [*inputs, *caches]))
+
+    def selective(
+        self, inputs: Sequence[object], caches: Sequence[Tensor], active: Tensor
+    ) -> list[Tensor]:
+        """K active tokens; one program for each K."""
+        count = active.shape[1]
+        emit = self._emit(emit_block_selective, count)
+        return list(self._run(f"block_selective_{count}", emit, [*inputs, *caches, active]))

@@ -10,9 +10,7 @@ from torch import fx
 from specdiff.passes.base import Unsupported
 from specdiff.passes.rules.registry import is_tensor, shape_of
 from specdiff.passes.selective import SelectivePlan
-from specdiff.program import Denoised
-
-TIME_NAMES = ("timestep", "timesteps", "t")
+from specdiff.program import TIME_NAMES, Denoised
 
 
 def find_denoised(
@@ -53,24 +51,18 @@ def _match(
     plan: SelectivePlan, latent: tuple[int, fx.Node], velocity: tuple[int, fx.Node]
 ) -> Iterator[Denoised]:
     """At most one."""
-    here, there = shape_of(latent[1]), shape_of(velocity[1])
-    if not latent[1].meta["val"].is_floating_point() or len(here) != len(there):
+    node, value = latent[1], velocity[1]
+    if not node.meta["val"].is_floating_point():
         return
-    differing = [axis for axis in range(len(here)) if here[axis] != there[axis]]
-    if not differing:
-        yield Denoised(latent[0], velocity[0], None)
+    found = Denoised.match(latent[0], shape_of(node), velocity[0], shape_of(value))
+    if found is None:
         return
-    tokens = any(
-        plan.axes.axes_with(node, segment) == differing
-        for node in (latent[1], velocity[1])
-        for segment in plan.axes.segments
-    )
-    if len(differing) != 1 or differing[0] == 0 or len(here) < 3 or tokens:
-        return
-    axis = differing[0]
-    # a latent with conditions is wider than its prediction, one with learned variance half as wide
-    if here[axis] > there[axis] or 2 * here[axis] == there[axis]:
-        yield Denoised(latent[0], velocity[0], (axis, min(here[axis], there[axis])))
+    if found.shared is not None:
+        # two lists of tokens that differ in number are two things
+        axis = found.shared[0]
+        if any(axis in plan.axes.axes_with(n, *plan.axes.segments) for n in (node, value)):
+            return
+    yield found
 
 
 def find_time(

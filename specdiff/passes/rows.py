@@ -24,7 +24,18 @@ def emit_selective(
     module: fx.GraphModule, plan: SelectivePlan, sample: int, count: int
 ) -> fx.GraphModule:
     """K = `count` active tokens computed; their cache rows are updated in place."""
-    return RowsEmitter(module, plan, sample, count).emit()
+    emitter = RowsEmitter(module, plan, sample, count)
+    emitter.emit()
+    return emitter.finish(to_tokens(emitter, plan, emitter.rows))
+
+
+def emit_block_selective(
+    module: fx.GraphModule, plan: SelectivePlan, sample: int, count: int
+) -> fx.GraphModule:
+    """The same for one block of a model; inactive rows of its outputs are those last computed."""
+    emitter = RowsEmitter(module, plan, sample, count)
+    emitter.emit()
+    return emitter.finish_block()
 
 
 class RowsEmitter(WholeEmitter):
@@ -43,18 +54,17 @@ class RowsEmitter(WholeEmitter):
         self._causal: dict[tuple[Layout, int], fx.Node] = {}
         self._tables: dict[tuple[fx.Node, int, int | None], fx.Node] = {}
 
-    def emit(self) -> fx.GraphModule:
-        """The whole program; inputs are the graph's, then the caches, then `active` [B, K]."""
+    def emit(self) -> None:
+        """All values; inputs are the graph's, then the caches, then `active` [B, K]."""
         self.add_inputs()
         plan = self.plan
         caches = {node: self.add_cache(cache_shape(plan, node), node) for node in plan.cached}
-        batch = cache_shape(plan, plan.slots[0])[0]
-        self.active = self.add_tensor("active", (batch, self.count), plan.slots[0], torch.int64)
+        batch = plan.axes.classes.size(plan.axes.batch)
+        self.active = self.add_tensor("active", (batch, self.count), plan.cached[0], torch.int64)
         batch_rows = self.call(aten.arange.default, batch, device=self.device)
         self.batch_rows = self.call(aten.unsqueeze.default, batch_rows, 1)
         for node in plan.axes.graph.nodes:
             self._emit_node(node, caches.get(node))
-        return self.finish(to_tokens(self, plan, self.rows))
 
     def _emit_node(self, node: fx.Node, cache: fx.Node | None) -> None:
         plan = self.plan

@@ -39,6 +39,8 @@ class SelectivePlan:
     whole: set[fx.Node] = field(default_factory=set)
     cached: list[fx.Node] = field(default_factory=list)
     """Values that live in caches, in graph order."""
+    stale: frozenset[fx.Node] = frozenset()
+    """Inputs whose inactive rows are not up to date: streams of tokens between two blocks."""
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
@@ -61,8 +63,8 @@ class SelectivePlan:
 
     @cached_property
     def attention_dependent(self) -> set[fx.Node]:
-        """Everything downstream of an attention."""
-        found: set[fx.Node] = set()
+        """Everything downstream of an attention, here or in an earlier block."""
+        found: set[fx.Node] = set(self.stale)
         for node in self.axes.graph.nodes:
             if node.target is ATTENTION or any(i in found for i in node.all_input_nodes):
                 found.add(node)
@@ -150,9 +152,7 @@ class SelectivePass(Pass[AxisFacts, SelectivePlan]):
         plan = find_output(value)
         _require_self_contained_tail(plan)
         plan.rows.update(plan.slots)
-        for node in reversed(list(value.graph.nodes)):
-            _propagate(plan, node)
-        plan.cached.reverse()
+        propagate(plan)
         if not plan.cached:
             raise Unsupported("no attention reads the prunable tokens, so nothing can be cached")
         return plan
@@ -161,7 +161,7 @@ class SelectivePass(Pass[AxisFacts, SelectivePlan]):
         """Operands of rows are there in the form that is needed."""
         for node in result.rows:
             if not result.is_token_wise(node):
-                if node not in result.whole:
+                if node not in result.whole and node.op != "placeholder":
                     raise PassError(f"{node.name} is needed as rows and can be had in no form")
                 continue
             for operand in result.token_operands(node):
@@ -255,6 +255,13 @@ def _require_self_contained_tail(plan: SelectivePlan) -> None:
                 raise Unsupported(f"{node.name} after the token-level output needs {operand.name}")
 
 
+def propagate(plan: SelectivePlan) -> None:
+    """From the values that are needed, as `rows` and `whole` say, to all that they need."""
+    for node in reversed(list(plan.axes.graph.nodes)):
+        _propagate(plan, node)
+    plan.cached.reverse()
+
+
 def _propagate(plan: SelectivePlan, node: fx.Node) -> None:
     """Hand the needs of `node` on to its operands."""
     token_wise = plan.is_token_wise(node)
@@ -265,7 +272,7 @@ def _propagate(plan: SelectivePlan, node: fx.Node) -> None:
     if node in plan.rows:
         if token_wise:
             _need_rows(plan, node)
-        else:
+        elif node.op != "placeholder":  # an input is there to be gathered from
             plan.whole.add(node)
     if node in plan.whole and not cached:
         source = plan.extracted_from(node)

@@ -51,7 +51,7 @@ def build_signature(
     return Signature(
         inputs=inputs,
         segments=tuple(_segment(plan, s, placeholders, states) for s in plan.axes.segments),
-        caches=tuple(_cache(plan, node) for node in plan.cached),
+        caches=cache_slots(plan),
         tokens=_tokens(plan),
         lengths=plan.lengths,
         denoised=denoised,
@@ -77,6 +77,11 @@ def _segment(
         first = next(n for n in axes.graph.nodes if axes.axes_with(n, segment))
         name = module_path(first) or first.name
     return Segment(name, axes.classes.size(segment), segment in plan.prunable)
+
+
+def cache_slots(plan: SelectivePlan) -> tuple[CacheSlot, ...]:
+    """What a plan keeps between steps."""
+    return tuple(_cache(plan, node) for node in plan.cached)
 
 
 def _cache(plan: SelectivePlan, node: fx.Node) -> CacheSlot:

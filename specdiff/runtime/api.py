@@ -1,4 +1,4 @@
-"""What users call: `stats`, `reset`, `configure`, `session`. All find a model by its parameters."""
+"""What users call: `stats`, `reset`, `configure`, `session`, `attach`, by a model's parameters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from specdiff.errors import NotCompiledError, OptionError
-from specdiff.options import check_overrides
+from specdiff.options import Options, check_overrides
+from specdiff.runtime.attach import Attachment
 from specdiff.runtime.dispatch import Runtime
 from specdiff.runtime.registry import (
     ModelState,
@@ -73,6 +74,30 @@ def configure(compiled: torch.nn.Module, **settings: Any) -> None:
     """
     overrides = check_overrides(settings)
     find_or_create(compiled).overrides.update(overrides)
+
+
+def attach(model: torch.nn.Module, **options: Any) -> Attachment:
+    """Select tokens in a model whose blocks are compiled one by one.
+
+        model.compile_repeated_blocks(backend="specdiff", fullgraph=True)
+        attachment = specdiff.attach(model, cache_ratio=0.75)
+
+    Hooks on `model` run each call as the whole-graph backend would; its blocks compute the active
+    tokens only. `stats`, `reset`, `configure` and `session` take `model`. What lies around the
+    blocks runs twice a call. Each call shape is looked at once, by a forward with uncompiled
+    blocks; if its output cannot be seen as tokens, it runs dense and `reasons()` says why.
+
+    Args:
+        model: the root, itself not compiled.
+        options: as of the backend, those that concern run time.
+
+    Returns:
+        What `detach()` undoes.
+
+    Raises:
+        OptionError: an unknown option or a value out of range.
+    """
+    return Attachment(model, Options.parse(options, frozenset())[0])
 
 
 def session(

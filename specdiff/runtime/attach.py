@@ -1,0 +1,287 @@
+"""Attach: token selection for a model whose blocks are compiled one by one.
+
+Two hooks on the root, nothing patched. The one before a call runs the evaluation, by the same
+runtime that answers a whole graph, its programs being forwards of the root under which the blocks
+compute all tokens or the active ones. The call itself then passes through idle blocks, and the hook
+behind it hands out the result.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import ExitStack
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from specdiff.errors import Unsupported
+from specdiff.options import Options
+from specdiff.program import (
+    TIME_NAMES,
+    CacheSlot,
+    Denoised,
+    Evaluation,
+    InputRole,
+    InputSpec,
+    Segment,
+    Signature,
+)
+from specdiff.runtime.dispatch import Runtime
+from specdiff.runtime.patches import Patches, possible
+from specdiff.runtime.regional import Diverged, Kind, RootCall, Visit, under
+
+logger = logging.getLogger(__name__)
+
+
+class RootPrograms:
+    """The programs of a whole model whose blocks are compiled: forwards of the root.
+
+    Implements `specdiff.program.Programs`. Flat inputs are the leaves of the call's arguments, then
+    the root's parameters.
+
+    Args:
+        root: the model.
+        arguments: structure of the call's arguments.
+        patches: how its output is tokens.
+        visits: the block calls of one forward.
+        signature: what flat inputs mean.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        arguments: pytree.TreeSpec,
+        patches: Patches,
+        visits: Sequence[Visit],
+        signature: Signature,
+    ) -> None:
+        self.signature = signature
+        self._root = root
+        self._arguments = arguments
+        self._patches = patches
+        self._visits = visits
+        self._parameters = frozenset(id(parameter) for parameter in root.parameters())
+
+    @property
+    def compile_seconds(self) -> Mapping[str, float]:
+        """Of every block's programs, those that blocks share counted once."""
+        seconds: Counter[str] = Counter()
+        for block in {visit.block for visit in self._visits}:
+            if self._patches.tokens in block.lengths:
+                seconds.update(block.planned(self._patches.tokens).compile_seconds)
+        return seconds
+
+    def probe(self, inputs: Sequence[object]) -> Evaluation:
+        """Every token computed by every block, no cache read or written."""
+        return self._evaluation(inputs, self._call("probe"))
+
+    def dense(self, inputs: Sequence[object], caches: Sequence[Tensor]) -> Evaluation:
+        """Every token computed; the caches are overwritten in place."""
+        return self._evaluation(inputs, self._call("dense", caches))
+
+    def selective(
+        self, inputs: Sequence[object], caches: Sequence[Tensor], active: Tensor
+    ) -> Evaluation:
+        """Only `active` computed by the blocks; what lies around them computes every token."""
+        found = self._evaluation(inputs, self._call("selective", caches, active))
+        rows = active.unsqueeze(-1).expand(-1, -1, found.tokens.shape[2])
+        return Evaluation(found.tokens.gather(1, rows), found.importance)
+
+    def tail(self, inputs: Sequence[object], tokens: Tensor) -> list[Tensor]:
+        """The model's output of its tokens."""
+        return [self._patches.join(tokens)]
+
+    def idle(self) -> RootCall:
+        """A call in which blocks compute nothing."""
+        return self._call("skip")
+
+    def _call(
+        self, kind: Kind, caches: Sequence[Tensor] = (), active: Tensor | None = None
+    ) -> RootCall:
+        return RootCall(kind, self._parameters, self._patches.tokens, self._visits, caches, active)
+
+    def _evaluation(self, inputs: Sequence[object], call: RootCall) -> Evaluation:
+        leaves = list(inputs[: self._arguments.num_leaves])
+        args, kwargs = pytree.tree_unflatten(leaves, self._arguments)
+        with under(call):
+            (output,) = pytree.tree_leaves(self._root.forward(*args, **kwargs))
+        tokens = self._patches.split(output)
+        importance = call.importance
+        if importance is None:
+            importance = torch.ones(tokens.shape[:2], device=tokens.device)
+        return Evaluation(tokens, importance)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What answers calls of one shape."""
+
+    runtime: Runtime
+    programs: RootPrograms
+    structure: pytree.TreeSpec
+    """Of the model's output."""
+
+
+class Attachment:
+    """The hooks of one root; `detach` removes them. Made by `specdiff.attach`."""
+
+    def __init__(self, root: nn.Module, options: Options) -> None:
+        self._root = root
+        self._options = options
+        self._found: dict[Hashable, Found | str] = {}
+        self._open: ContextVar[tuple[ExitStack, Any] | None] = ContextVar("call", default=None)
+        self._hooks = (
+            root.register_forward_pre_hook(self._before, with_kwargs=True),
+            root.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+        )
+
+    def detach(self) -> None:
+        """Remove the hooks; blocks answer alone again, which means dense."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def reasons(self) -> tuple[str, ...]:
+        """Why calls run dense, each reason once."""
+        reasons = [found for found in self._found.values() if isinstance(found, str)]
+        return tuple(dict.fromkeys(reasons))
+
+    def _before(self, root: nn.Module, args: Any, kwargs: Any) -> None:
+        """Run the evaluation; the call that follows passes through idle blocks."""
+        self._open.set(None)
+        if torch.is_grad_enabled() and any(p.requires_grad for p in root.parameters()):
+            return
+        leaves, arguments = pytree.tree_flatten((args, kwargs))
+        key = (arguments, tuple(_kind_of(leaf) for leaf in leaves))
+        if key not in self._found:
+            self._found[key] = self._look(leaves, arguments)
+        found = self._found[key]
+        if isinstance(found, str):
+            return
+        try:
+            outputs = found.runtime(*leaves, *root.parameters())
+        except Diverged as error:
+            self._found[key] = self._dense(str(error))
+            return
+        stack = ExitStack()
+        stack.enter_context(under(found.programs.idle()))
+        self._open.set((stack, pytree.tree_unflatten(outputs, found.structure)))
+
+    def _after(self, root: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """The result that the hook before has."""
+        opened = self._open.get()
+        if opened is None:
+            return output
+        self._open.set(None)
+        opened[0].close()
+        return opened[1]
+
+    def _look(self, leaves: Sequence[Any], arguments: pytree.TreeSpec) -> Found | str:
+        """One forward with the blocks as they were traced; then what it allows."""
+        call = RootCall("plain", frozenset(id(p) for p in self._root.parameters()))
+        args, kwargs = pytree.tree_unflatten(list(leaves), arguments)
+        with under(call):
+            outputs, structure = pytree.tree_flatten(self._root.forward(*args, **kwargs))
+        try:
+            patches = _patches_of(outputs, call.visits)
+            signature = self._signature(leaves, arguments, patches, outputs[0], call.visits)
+        except Unsupported as error:
+            return self._dense(str(error))
+        programs = RootPrograms(self._root, arguments, patches, call.visits, signature)
+        return Found(Runtime(programs, self._options), programs, structure)
+
+    def _dense(self, reason: str) -> str:
+        logger.warning("attached model runs dense: %s", reason)
+        return reason
+
+    def _signature(
+        self,
+        leaves: Sequence[Any],
+        arguments: pytree.TreeSpec,
+        patches: Patches,
+        output: Tensor,
+        visits: Sequence[Visit],
+    ) -> Signature:
+        names = self._names(leaves, arguments)
+        tokens = patches.split(output)
+        denoised = _denoised(leaves, output)
+        time = _time(names, leaves, self._options.timestep_arg)
+        roles: dict[int, InputRole] = {
+            i: "scalar" for i, leaf in enumerate(leaves) if _is_scalar(leaf, len(output))
+        }
+        roles[denoised.latent] = "latent"
+        if time is not None:
+            roles[time] = "time"
+        inputs = [InputSpec(i, n, roles.get(i, "condition")) for i, n in enumerate(names)]
+        for i, (name, _) in enumerate(self._root.named_parameters(), start=len(leaves)):
+            inputs.append(InputSpec(i, name, "parameter"))
+        return Signature(
+            inputs=tuple(inputs),
+            segments=(Segment("tokens", patches.tokens, True),),
+            caches=_slots(visits, patches.tokens),
+            tokens=CacheSlot("tokens", tuple(tokens.shape), tokens.dtype, tokens.device),
+            lengths=(patches.tokens,),
+            denoised=(denoised,),
+            time=time,
+        )
+
+    def _names(self, leaves: Sequence[Any], arguments: pytree.TreeSpec) -> list[str]:
+        """The argument of the root's forward that each leaf belongs to."""
+        args, kwargs = pytree.tree_unflatten(list(leaves), arguments)
+        bound = inspect.signature(self._root.forward).bind(*args, **kwargs).arguments
+        positional = list(bound)[: len(args)]
+        found = []
+        for name, value in [*zip(positional, args, strict=True), *kwargs.items()]:
+            found += [name] * len(pytree.tree_leaves(value))
+        return found
+
+
+def _patches_of(outputs: Sequence[Any], visits: Sequence[Visit]) -> Patches:
+    if len(outputs) != 1 or not isinstance(outputs[0], Tensor):
+        raise Unsupported(f"the model returns {len(outputs)} values, not one tensor")
+    lengths = frozenset(length for visit in visits for length in visit.block.lengths)
+    found = list(possible(outputs[0].shape, lengths))
+    if len(found) != 1:
+        raise Unsupported(
+            f"an output of shape {list(outputs[0].shape)} can be seen in {len(found)} ways as"
+            f" tokens of its blocks, which have {sorted(lengths)}"
+        )
+    return found[0]
+
+
+def _slots(visits: Sequence[Visit], tokens: int) -> tuple[CacheSlot, ...]:
+    planned = [v.block.planned(tokens) for v in visits if tokens in v.block.lengths]
+    return tuple(slot for programs in planned for slot in programs.slots)
+
+
+def _denoised(leaves: Sequence[Any], output: Tensor) -> Denoised:
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            found = Denoised.match(i, leaf.shape, 0, output.shape)
+            if found is not None:
+                return found
+    raise Unsupported("no input has the shape of the output, so none is known to be denoised")
+
+
+def _time(names: Sequence[str], leaves: Sequence[Any], wanted: str | None) -> int | None:
+    accepted = TIME_NAMES if wanted is None else (wanted,)
+    return next((i for i, n in enumerate(names) if n in accepted and leaves[i] is not None), None)
+
+
+def _is_scalar(leaf: object, batch: int) -> bool:
+    if isinstance(leaf, Tensor):
+        return leaf.is_floating_point() and leaf.numel() <= batch
+    return isinstance(leaf, float)
+
+
+def _kind_of(leaf: object) -> Hashable:
+    """What of a leaf decides how a call runs."""
+    if isinstance(leaf, Tensor):
+        return (leaf.shape, leaf.dtype, leaf.device)
+    return leaf if isinstance(leaf, bool | int | str) else str(type(leaf))

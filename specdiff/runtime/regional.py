@@ -1,0 +1,189 @@
+"""Regional: one compiled block answers as its root, the whole model, tells it.
+
+A model that is compiled block by block has no graph with latent and time. `specdiff.attach` watches
+its root instead: every call of the root is a `RootCall`, under which blocks compute all tokens, the
+active ones or none, each with caches of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from specdiff.program import CacheSlot
+
+_CALL: ContextVar[RootCall | None] = ContextVar("specdiff_root_call", default=None)
+
+Layout = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
+Kind = Literal["plain", "probe", "dense", "selective", "skip"]
+
+
+class Diverged(Exception):
+    """The root called other blocks than in its first call; the message says which."""
+
+
+class Programs(Protocol):
+    """What one block runs for a given number of prunable tokens (`passes.lower.BlockPrograms`)."""
+
+    @property
+    def slots(self) -> tuple[CacheSlot, ...]:
+        """The caches of one call."""
+
+    @property
+    def compile_seconds(self) -> Mapping[str, float]:
+        """Seconds spent compiling each program, by its name."""
+
+    def probe(self, inputs: Sequence[object]) -> list[Tensor]:
+        """The block's outputs and importance."""
+
+    def dense(self, inputs: Sequence[object], caches: Sequence[Tensor]) -> list[Tensor]:
+        """The same, caches overwritten."""
+
+    def selective(
+        self, inputs: Sequence[object], caches: Sequence[Tensor], active: Tensor
+    ) -> list[Tensor]:
+        """The same for active tokens only."""
+
+
+class Block:
+    """Answers one compiled block, which several modules of a class may share.
+
+    Args:
+        alone: answers calls outside of any attached root.
+        dense: the block as it was traced, compiled.
+        eager: the block as it was traced.
+        lengths: tokens of each segment that the block's attentions read.
+        plan: programs for a number of prunable tokens. Raises Unsupported.
+        parameters: positions of parameters and buffers among the inputs.
+    """
+
+    def __init__(
+        self,
+        alone: Callable[..., Any],
+        dense: Callable[..., Any],
+        eager: Callable[..., Any],
+        lengths: Sequence[int],
+        plan: Callable[[int], Programs],
+        parameters: Sequence[int],
+    ) -> None:
+        self._alone = alone
+        self.dense = dense
+        self.eager = eager
+        self.lengths = frozenset(lengths)
+        self._plan = plan
+        self._parameters = tuple(parameters)
+        self._planned: dict[int, Programs] = {}
+
+    def __call__(self, *inputs: object) -> Any:
+        """The graph's outputs for its flat inputs."""
+        call = _CALL.get()
+        owner = next((id(inputs[i]) for i in self._parameters if _known(inputs[i])), None)
+        if call is None or owner not in call.parameters:
+            return self._alone(*inputs)
+        return call.answer(self, owner, inputs)
+
+    def planned(self, tokens: int) -> Programs:
+        """The programs that prune the segment of this many tokens. Raises Unsupported."""
+        if tokens not in self._planned:
+            self._planned[tokens] = self._plan(tokens)
+        return self._planned[tokens]
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One call of a block, in the order of the root's forward."""
+
+    block: Block
+    owner: int
+    """Identity of the first parameter: blocks of a class share a graph, not parameters."""
+    layouts: tuple[Layout, ...] = field(compare=False)
+    """Of the outputs: Dynamo guards their strides in the block that takes them."""
+
+
+@dataclass
+class RootCall:
+    """One forward of the root, and what its blocks are to do."""
+
+    kind: Kind
+    parameters: frozenset[int]
+    """Identities of the root's parameters."""
+    tokens: int = 0
+    known: Sequence[Visit] = ()
+    """The calls of an earlier forward, which this one must repeat; none for a plain call."""
+    caches: Sequence[Tensor] = ()
+    """Those of all calls, one after another."""
+    active: Tensor | None = None
+    visits: list[Visit] = field(default_factory=list)
+    """What a plain call has seen."""
+    importance: Tensor | None = None
+    """float32 [B, N], summed over blocks."""
+    _visited: int = 0
+
+    def answer(self, block: Block, owner: int, inputs: Sequence[object]) -> list[Tensor]:
+        """The outputs of one block."""
+        if self.kind == "plain":
+            outputs = list(block.eager(*inputs))
+            layouts = tuple((o.shape, o.stride(), o.dtype, o.device) for o in outputs)
+            self.visits.append(Visit(block, owner, layouts))
+            return outputs
+        visit = self._next(block, owner)
+        if self.kind == "skip":
+            return [
+                torch.empty_strided(shape, stride, dtype=dtype, device=device).zero_()
+                for shape, stride, dtype, device in visit.layouts
+            ]
+        if self.tokens not in block.lengths:
+            return list(block.dense(*inputs))  # of other tokens, such as text
+        *outputs, importance = self._run(block.planned(self.tokens), inputs)
+        self.importance = importance if self.importance is None else self.importance + importance
+        return outputs
+
+    def _next(self, block: Block, owner: int) -> Visit:
+        """The visit of the first forward at this place, which must be one of the same block.
+
+        Dynamo may have traced it again, for a guard on anything: its caches must be the same.
+        """
+        index, self._visited = self._visited, self._visited + 1
+        visit = self.known[index] if index < len(self.known) else None
+        if visit is None or visit.owner != owner or not self._alike(block, visit.block):
+            raise Diverged(f"block call {index} is not the one of the first forward")
+        return visit
+
+    def _alike(self, block: Block, other: Block) -> bool:
+        prunable = [self.tokens in b.lengths for b in (block, other)]
+        if block is other or not any(prunable):
+            return True
+        if not all(prunable):
+            return False
+        shapes = [[slot.shape for slot in b.planned(self.tokens).slots] for b in (block, other)]
+        return shapes[0] == shapes[1]
+
+    def _run(self, programs: Programs, inputs: Sequence[object]) -> list[Tensor]:
+        if self.kind == "probe":
+            return programs.probe(inputs)
+        count = len(programs.slots)
+        mine, self.caches = self.caches[:count], self.caches[count:]
+        if self.kind == "dense":
+            return programs.dense(inputs, mine)
+        assert self.active is not None
+        return programs.selective(inputs, mine, self.active)
+
+
+@contextmanager
+def under(call: RootCall) -> Iterator[RootCall]:
+    """Blocks called in here, in this thread or task, belong to `call`."""
+    token = _CALL.set(call)
+    try:
+        yield call
+    finally:
+        _CALL.reset(token)
+
+
+def _known(value: object) -> bool:
+    return isinstance(value, torch.nn.Parameter)
