@@ -89,18 +89,23 @@ class Verification:
 
 
 def verify(
-    model: nn.Module, *args: Any, tolerance: float | None = None, **kwargs: Any
+    model: nn.Module,
+    *args: Any,
+    tolerance: float | None = None,
+    timestep_arg: str | None = None,
+    **kwargs: Any,
 ) -> Verification:
     """Run `model` once on these inputs, and oracles 1 to 3 on every graph of it.
 
     Oracles 2 and 3 need the inputs of a later step: the latent moved by a third of its standard
     deviation. `tolerance` is relative to the largest magnitude of a value; by default it follows
-    the dtype of the output (`TOLERANCES`). Needs memory for two sets of caches.
+    the dtype of the output (`TOLERANCES`). `timestep_arg` is the option of that name. Needs
+    memory for two sets of caches.
     """
     verdicts: list[GraphVerdict] = []
 
     def backend(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        found = attempt(module, inputs, Options(), verify=True)
+        found = attempt(module, inputs, Options(timestep_arg=timestep_arg), verify=True)
 
         def run(*values: Any) -> Any:
             verdicts.append(_verdict(module, found, values, tolerance))

@@ -1,7 +1,8 @@
 """Normalize: a Dynamo graph becomes functional ATen with attention, norms and linears still whole.
 
 Splits and unbinds become slices and selects, so that every later pass sees one tensor a node;
-equal expressions are computed once, so that a position table is gathered once.
+attention that is written out becomes one op; equal expressions are computed once, so that a
+position table is gathered once.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import fx
 
 from specdiff.passes.base import Pass, PassError, Unsupported, check_values
+from specdiff.passes.fuse import drops_nothing, fuse_attention
 from specdiff.passes.rules.attention import ATTENTION
 from specdiff.passes.rules.registry import argument, operand_at
 
@@ -58,6 +60,7 @@ class NormalizePass(Pass[DynamoGraph, fx.GraphModule]):
         remove_assertions(module.graph)
         replace_tuples(module.graph)
         replace_likeness(module.graph)
+        fuse_attention(module.graph)
         share_equal_nodes(module.graph)
         module.graph.eliminate_dead_code()
         module.recompile()
@@ -96,9 +99,9 @@ def require_functions_of_values(graph: fx.Graph) -> None:
 
 
 def _draws_nothing(node: fx.Node) -> bool:
-    if node.target is aten.dropout.default:
-        return not argument(node, 1, "p") or not argument(node, 2, "train")
-    return node.target is ATTENTION and not argument(node, 4, "dropout_p", 0.0)
+    if node.target is ATTENTION:
+        return not argument(node, 4, "dropout_p", 0.0)
+    return drops_nothing(node)
 
 
 def remove_assertions(graph: fx.Graph) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 aten = torch.ops.aten
-_KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack")
+PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack")
 
 
 class GraphWriter:
@@ -48,7 +48,7 @@ class GraphWriter:
 
     def follow(self, node: fx.Node) -> None:
         """Nodes written from now on descend from `node`."""
-        self._provenance = {k: node.meta[k] for k in _KEPT_META if k in node.meta}
+        self._provenance = {k: node.meta[k] for k in PROVENANCE if k in node.meta}
 
     def copy_placeholder(self, node: fx.Node) -> fx.Node:
         """An input of the traced graph, with the metadata that marks it static."""
