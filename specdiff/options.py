@@ -6,14 +6,17 @@ import dataclasses
 import difflib
 import math
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from specdiff.errors import OptionError
 
 METHODS = ("history", "paper")
 FORECASTS = ("reuse", "linear", "quadratic", "mean", "mean-1000")
+PREDICTIONS = ("auto", "flow", "epsilon", "v")
 INNER_BACKENDS = ("inductor", "aot_eager", "eager")
 
 # Used where an option is left None. The schedule of "history" was measured on the demo model alone
@@ -44,6 +47,11 @@ def _number(value: object) -> bool:
 
 def _share(value: Any) -> bool:
     return _number(value) and 0 <= value <= 1
+
+
+def _falling(value: Any) -> bool:
+    shares = isinstance(value, tuple) and len(value) > 1 and all(map(_share, value))
+    return shares and bool(value[0] > value[-1])
 
 
 def _count(low: int) -> Callable[[Any], bool]:
@@ -77,6 +85,8 @@ class Settings:
     forecast: str
     method: str
     guidance_scale: float | None
+    prediction: str
+    alphas_cumprod: tuple[float, ...] | None
     max_cache_bytes: int | None
 
 
@@ -130,8 +140,18 @@ class Options:
     """Query rows per attention that are sampled, evenly strided, to measure importance."""
 
     guidance_scale: float | None = _option(None, "a number, or None", _number)
-    """Set where a call's batch holds both halves of classifier-free guidance, unconditional first:
+    """Set where a call's batch holds both halves of classifier-free guidance, in either order:
     importance is summed over the halves and both compute the same tokens."""
+
+    prediction: str = _choice("auto", PREDICTIONS)
+    """What the model predicts, for the jumps of self-speculation: the velocity of a "flow",
+    "epsilon" or "v"; "auto": what fits the sampler's first step best."""
+
+    alphas_cumprod: Sequence[float] | Tensor | None = _option(  # noqa: RUF009
+        None, "falling numbers from 0 to 1, one for each time, or None", _falling
+    )
+    """The noise schedule of "epsilon" and "v", as diffusers' schedulers have it; None: whichever of
+    the usual ones fits best. Kept as a tuple."""
 
     timestep_arg: str | None = _option(
         None,
@@ -154,6 +174,10 @@ class Options:
     """Directory for readable code, graphs and the report of each pass."""
 
     def __post_init__(self) -> None:
+        table = self.alphas_cumprod
+        table = table.tolist() if isinstance(table, Tensor) else table
+        if isinstance(table, list):
+            object.__setattr__(self, "alphas_cumprod", tuple(table))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value is None and field.default is None:
@@ -219,8 +243,8 @@ def check_overrides(settings: Mapping[str, Any]) -> dict[str, Any]:
                 f"{name}: fixed when the model is compiled, give it to torch.compile(options=...);"
                 f" settings that can change: {', '.join(RUNTIME_OPTIONS)}"
             )
-    Options(**settings)
-    return dict(settings)
+    checked = Options(**settings)
+    return {name: getattr(checked, name) for name in settings}
 
 
 def _unknown(name: str, listed: list[str], similar_to: list[str]) -> str:

@@ -14,7 +14,9 @@ from specdiff.options import Options, Settings
 from specdiff.program import Programs
 from specdiff.runtime.caches import CachePool
 from specdiff.runtime.history import History
-from specdiff.runtime.prediction import Reading, read
+from specdiff.runtime.noise import Process, processes
+from specdiff.runtime.prediction import Displacement
+from specdiff.runtime.reading import Reading, read
 from specdiff.runtime.registry import (
     ModelState,
     Session,
@@ -33,6 +35,10 @@ FEW_TOKENS = "too few tokens"
 ROWS_DIFFER = "time differs between batch rows"
 NOT_FINITE = "latent is not finite"
 AMBIGUOUS = "ambiguous stream"
+AMBIGUOUS_HINT = (
+    "a latent came from nowhere: give two generations that share a prompt tensor a session each;"
+    " if batches hold both halves of classifier-free guidance, give guidance_scale"
+)
 STILL = "latent does not move with time"
 
 
@@ -68,16 +74,17 @@ class Runtime:
         conditions = [inputs[index] for index in self._conditions]
         stream = table.find(conditions)
         reading = self._read(inputs, stream) if given is None else None
-        refusal = _suspicion(reading, stream)
+        candidates = processes(settings.prediction, settings.alphas_cumprod)
+        refusal = _suspicion(reading, stream, candidates)
         if refusal is not None:
             _abandon(table, stream, refusal)
             return self._fall_back(inputs, state, refusal)
-        if stream is None or _is_over(stream, reading, given):
+        if stream is None or _is_over(stream, reading, given, candidates):
             stream = table.start(conditions, self._history(), replacing=stream)
         time = reading.time if reading is not None else (given or ())[len(stream.times)]
         step = Step(
             self.programs, self.pool, table, stream, state, settings, schedule, inputs, time,
-            reading, given,
+            reading, given, candidates,
         )  # fmt: skip
         try:
             return step.run()
@@ -111,8 +118,11 @@ class Runtime:
         signature = self.programs.signature
         latent, time = inputs[signature.latent], signature.time
         assert isinstance(latent, Tensor) and time is not None
-        previous = (stream.latents, stream.velocities) if stream is not None else ((), ())
-        return read(inputs[time], latent, moving_parts(signature, inputs), *previous)
+        moved = None
+        if stream is not None and stream.latents:
+            parts = moving_parts(signature, inputs)
+            moved = Displacement.of(parts, stream.latents, stream.predictions)
+        return read(inputs[time], latent, moved)
 
     def _history(self) -> History:
         tokens = self.programs.signature.tokens
@@ -126,6 +136,8 @@ class Runtime:
         state.counters.tokens_computed += tokens
         state.counters.tokens_total += tokens
         state.say(logger, f"running dense: {reason}")
+        if reason == AMBIGUOUS:
+            state.say(logger, AMBIGUOUS_HINT)
         outputs = self.programs.tail(inputs, self.programs.probe(inputs).tokens)
         return [output.clone() for output in outputs]
 
@@ -156,7 +168,9 @@ class DenseOnly:
         return self._function(*inputs)
 
 
-def _suspicion(reading: Reading | None, stream: Stream | None) -> str | None:
+def _suspicion(
+    reading: Reading | None, stream: Stream | None, candidates: Sequence[Process]
+) -> str | None:
     """Why this evaluation cannot be trusted to belong to one trajectory, if so."""
     if reading is None:
         return None
@@ -166,7 +180,7 @@ def _suspicion(reading: Reading | None, stream: Stream | None) -> str | None:
         return NOT_FINITE
     if not reading.same_time:
         return ROWS_DIFFER
-    if stream is not None and stream.relation(reading) == "foreign":
+    if stream is not None and stream.relation(reading, candidates) == "foreign":
         return AMBIGUOUS
     if stream is not None and reading.change == 0 and reading.time != stream.times[-1]:
         return STILL  # a part of a broken model, whose conditions were taken for a latent
@@ -181,8 +195,13 @@ def _abandon(table: StreamTable, stream: Stream | None, reason: str) -> None:
         table.drop(stream)
 
 
-def _is_over(stream: Stream, reading: Reading | None, given: tuple[float, ...] | None) -> bool:
+def _is_over(
+    stream: Stream,
+    reading: Reading | None,
+    given: tuple[float, ...] | None,
+    candidates: Sequence[Process],
+) -> bool:
     """Whether this evaluation begins a new generation."""
     if reading is not None:
-        return stream.relation(reading) == "restarts"
+        return stream.relation(reading, candidates) == "restarts"
     return given is not None and len(stream.times) >= len(given)

@@ -1,27 +1,44 @@
-"""What the sampler does with a velocity, inferred from two evaluations of one trajectory.
+"""What the sampler does with a prediction, inferred from two evaluations of one trajectory.
 
-For an Euler flow sampler x1 = x0 + (sigma1 - sigma0) v0, so the step in x is the velocity times a
-number whose sign and size tell what time means: sigma or 1 - sigma, in units of 1 or 1000.
+Every sampler step that is known here is linear, x1 = a x0 + b p0 + s noise: the new latent from the
+previous one and its prediction. How well each candidate (a, b, s) fits follows from a few inner
+products, which are fetched from the device together with the time, or stay there where nothing may
+be fetched.
+
+Shapes: C candidates, W ways in which the batch may hold guidance.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from specdiff.runtime.noise import Process
+
 POOR_FIT = 0.5
-"""Relative residual of the Euler fit from which on the sampler is taken not to be an Euler flow.
+"""Relative residual of the best fit from which on the sampler is taken to be none that is known.
 
 Two unrelated latents give 0.7 or more, Euler in bf16 a few hundredths, and separate CFG calls,
 of which each sees only its own half of the guided velocity, up to about 0.5.
 """
 RATE_TOLERANCE = 3.0
-"""Factor by which a fitted step may differ from the step in time, which bf16 rounds."""
+"""Factor by which a flow's fitted step may differ from the step in time, which bf16 rounds."""
+
+EVIDENCE = 5.0
+"""Log of the likelihood ratio from which on noise does not hide that guidance is the other way."""
+NOISE_TOLERANCE = 0.15
+"""Relative difference between the noise that a sampler added and the noise that it should have
+added, up to which it passes: an unrelated latent of unit variance differs by 0.25 or more in runs
+of 20 steps, the sampler's own by a few hundredths, in tiny latents."""
+
+Ways = tuple[tuple[Tensor, ...], ...]
+"""The predictions for all latents, float32, once for each way to read guidance from the batch."""
 
 
 def time_unit(times: Iterable[float]) -> Literal[1, 1000]:
@@ -29,99 +46,178 @@ def time_unit(times: Iterable[float]) -> Literal[1, 1000]:
     return 1000 if max(abs(time) for time in times) > 1.5 else 1
 
 
-def guided(velocity: Tensor, scale: float | None) -> Tensor:
-    """A copy of the velocity that moves the latent, float32, guided where a scale is given.
+def guided(prediction: Tensor, scale: float | None) -> list[Tensor]:
+    """Copies of what moves the latent, float32, guided where a scale is given.
 
     Args:
-        velocity: the model's output; with a scale, unconditional half first.
+        prediction: the model's output; with a scale, the halves of classifier-free guidance.
         scale: g in u + g (c - u), or None for no guidance in the batch.
-    """
-    if scale is None:
-        return velocity.to(torch.float32, copy=True)
-    unconditional, conditional = velocity.float().chunk(2)
-    return torch.cat([torch.lerp(unconditional, conditional, scale)] * 2)
-
-
-def euler_fit(
-    latents: Sequence[Tensor], previous: Sequence[Tensor], velocities: Sequence[Tensor]
-) -> Tensor:
-    """Least squares of the latents' step on the previous velocities.
 
     Returns:
-        float32 [3], on the device: |step| / |previous latent|, the factor a of step = a v, and the
-        relative residual |step - a v| / |step|.
+        One tensor, or two: for the unconditional half first, as most pipelines have it, and last.
     """
-    before, velocity = _flat(previous), _flat(velocities)
-    step = _flat(latents) - before
-    tiny = torch.finfo(torch.float32).tiny
-    factor = (step * velocity).sum() / velocity.square().sum().clamp_min(tiny)
-    length = torch.linalg.vector_norm(step).clamp_min(tiny)
-    residual = torch.linalg.vector_norm(step - factor * velocity) / length
-    change = length / torch.linalg.vector_norm(before).clamp_min(tiny)
-    # A latent that did not move at all reads as exactly 0, not as the smallest float.
-    return torch.stack([torch.where(length > tiny, change, 0.0), factor, residual])
+    if scale is None:
+        return [prediction.to(torch.float32, copy=True)]
+    first, second = prediction.float().chunk(2)
+    pairs = ((first, second), (second, first))
+    return [torch.cat([torch.lerp(u, c, scale)] * 2) for u, c in pairs]
 
 
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    """All entries as one float32 vector; a view where there is one contiguous tensor."""
-    flat = [tensor.float().flatten() for tensor in tensors]
-    return flat[0] if len(flat) == 1 else torch.cat(flat)
+class Fits(NamedTuple):
+    """How well candidates explain one step of a sampler, float [C, W]."""
+
+    residuals: Tensor
+    """|x1 - (a x0 + b p)| / |x1 - x0|, where a flow's b is the one that fits best. Of a sampler
+    that adds noise, how much that noise differs in size from what it should be, scaled so that
+    `POOR_FIT` is the limit, too."""
+    surprise: Tensor
+    """-2 log likelihood per number, up to a constant, where what a sampler without noise leaves
+    unexplained counts as noise; the first way of several has an advantage, in case of doubt."""
 
 
 @dataclass(frozen=True)
-class Reading:
-    """The host's view of one evaluation, fetched from the device in one transfer."""
+class Displacement:
+    """One step of a sampler, seen in its inner products: on the device, or fetched from it."""
 
-    time: float
-    same_time: bool
-    """Whether all batch rows have this time."""
-    finite: bool
-    """Whether the latent has no NaN and no infinity."""
-    change: float = 0.0
-    factor: float = 0.0
-    residual: float = 0.0
+    products: Tensor
+    """[2 + W, 2 + W], of the latents' step, the previous latents, their predictions in each way."""
+    size: int
+    """Numbers in the latents."""
 
+    @classmethod
+    def of(cls, latents: Sequence[Tensor], previous: Sequence[Tensor], ways: Ways) -> Displacement:
+        """From the previous latents, and their predictions, to the latents; on their device."""
+        steps = [new.float() - old.float() for new, old in zip(latents, previous, strict=True)]
+        vectors = [[t.float().flatten() for t in tensors] for tensors in (steps, previous, *ways)]
+        size = len(vectors)
+        found = {
+            (i, j): _dot(vectors[i], vectors[j])
+            for i, j in itertools.combinations_with_replacement(range(size), 2)
+        }
+        cells = itertools.product(range(size), repeat=2)
+        products = torch.stack([found[min(cell), max(cell)] for cell in cells])
+        return cls(products.reshape(size, size), sum(latent.numel() for latent in latents))
 
-def read(
-    time: object,
-    latent: Tensor,
-    moved: Sequence[Tensor],
-    previous: Sequence[Tensor],
-    velocities: Sequence[Tensor],
-) -> Reading:
-    """Read time and latent of an evaluation, with the Euler fit if there is a previous one.
+    def fetched(self, products: Sequence[float]) -> Displacement:
+        """The same on the host, in float64."""
+        cells = torch.tensor(products, dtype=torch.float64, device="cpu")
+        return Displacement(cells.reshape(self.products.shape), self.size)
 
-    `moved` are the parts of the latents that the velocities move.
-    """
-    times = torch.as_tensor(time, device=latent.device).float().flatten()
-    parts = [times.min(), times.max(), torch.linalg.vector_norm(latent.float())]
-    if previous:
-        parts.extend(euler_fit(moved, previous, velocities))
-    low, high, norm, *fit = torch.stack(parts).tolist()
-    return Reading(low, low == high, math.isfinite(norm), *fit)
+    @property
+    def change(self) -> Tensor:
+        """|step| / |previous latent|; exactly 0 where the latent did not move."""
+        return (self.products[0, 0] / self._safe(self.products[1, 1])).sqrt()
+
+    @property
+    def factors(self) -> Tensor:
+        """[W]: least squares of the step on each prediction alone."""
+        return self.products[0, 2:] / self._safe(self.products.diagonal()[2:])
+
+    def fits(self, candidates: Sequence[Process], start: float, end: float) -> Fits:
+        """How well each candidate explains the step from one time to another."""
+        rows = [each.step(start, end) for each in candidates]
+        kept, moved, variance = _columns(rows, self.products)
+        moved = torch.where(_free(candidates, self.products), self.factors, moved)
+        square = self._safe(self._square(1 - kept, moved))
+        share = (square / self._safe(self.products[0, 0])).sqrt()
+        added = variance > 0
+        expected = torch.where(added, self._safe(variance * self.size), square)
+        ratio = square / expected
+        excess = (ratio - 1).abs() * (POOR_FIT / NOISE_TOLERANCE)
+        doubt = torch.arange(square.shape[1], device=square.device) * (2 * EVIDENCE / self.size)
+        return Fits(torch.where(added, excess, share), expected.log() + ratio + doubt)
+
+    def _square(self, latent: Tensor, moved: Tensor) -> Tensor:
+        """[C, W]: |step + latent x0 - moved p|², for coefficients [C, 1] and [C, W]."""
+        inner = self.products
+        square = inner[0, 0] + latent * (2 * inner[0, 1] + latent * inner[1, 1])
+        square = square + moved**2 * inner.diagonal()[2:]
+        return square - 2 * moved * (inner[0, 2:] + latent * inner[1, 2:])
+
+    def _safe(self, square: Tensor) -> Tensor:
+        return square.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """How far the latent moves: d latent = rate * d time * velocity."""
+    """How the sampler moves the latent, chosen among candidates; all tensors on one device."""
 
-    rate: float | Tensor
-    """1 / unit, negative where the model's output points against time; a scalar."""
-    trusted: bool | Tensor
-    """Whether the trajectory fits an Euler flow."""
-
-    @classmethod
-    def infer(cls, reading: Reading, step: float, unit: int) -> Prediction:
-        """Decide on the host; `step` is the change of time that the fit belongs to."""
-        ratio = abs(reading.factor * unit / step)
-        trusted = reading.residual < POOR_FIT and 1 / RATE_TOLERANCE < ratio < RATE_TOLERANCE
-        return cls(math.copysign(1 / unit, reading.factor * step), trusted)
+    candidates: tuple[Process, ...]
+    best: Tensor
+    """int64 scalar: the chosen candidate and way, as an index into [C, W]."""
+    rates: Tensor
+    """[W]: d latent = rate * d time * prediction, if the best is a flow."""
+    residual: Tensor
+    """Scalar: of the best."""
 
     @classmethod
-    def measure(cls, fit: Tensor, step: float) -> Prediction:
-        """Keep rate and verdict on the device; `step` is exact, so no unit need be known."""
-        return cls(fit[1] / step, fit[2] < POOR_FIT)
+    def infer(
+        cls,
+        seen: Displacement,
+        candidates: tuple[Process, ...],
+        start: float,
+        end: float,
+        unit: int,
+        *,
+        exact: bool,
+    ) -> Prediction:
+        """The likeliest candidate.
 
-    def jump(self, latent: Tensor, velocity: Tensor, duration: float) -> Tensor:
-        """One Euler step of `duration` in time, in the latent's dtype."""
-        return (latent.float() + self.rate * duration * velocity).to(latent.dtype)
+        Args:
+            seen: a step of the sampler.
+            candidates: what the trajectory may follow; the first of several that fit alike wins.
+            start: the time of the previous latents.
+            end: the time of the latents, a different one.
+            unit: the time at which a flow's sigma is 1.
+            exact: whether the times are; those that a model gets may be rounded (bf16).
+        """
+        residuals, surprise = seen.fits(candidates, start, end)
+        rates = seen.factors / (end - start)
+        stray = (rates * unit).abs().log().abs() > math.log(RATE_TOLERANCE)
+        refused = _free(candidates, rates) & stray
+        best = surprise.masked_fill(refused, math.inf).argmin()
+        residual = residuals.masked_fill(refused, math.inf).flatten().gather(0, best.reshape(1))[0]
+        return cls(candidates, best, rates if exact else rates.sign() / unit, residual)
+
+    @property
+    def trusted(self) -> Tensor:
+        """Whether the best fits at all, a bool scalar."""
+        return self.residual < POOR_FIT
+
+    def jump(self, latent: Tensor, ways: Sequence[Tensor], start: float, end: float) -> Tensor:
+        """The latent moved from one time to another in one step, in its dtype.
+
+        Args:
+            latent: at `start`.
+            ways: its prediction there, read in each of the W ways.
+            start: a time.
+            end: where to go.
+        """
+        kept, moved = _columns([each.jump(start, end) for each in self.candidates], self.rates)
+        moved = torch.where(_free(self.candidates, self.rates), moved * self.rates, moved)
+        chosen = torch.arange(moved.numel(), device=moved.device).reshape(moved.shape) == self.best
+        # Scalars that were fetched stay on the host: they multiply a tensor on any device.
+        result = (kept * chosen).sum() * latent.float()
+        for weight, prediction in zip((moved * chosen).sum(0), ways, strict=True):
+            result = result + weight * prediction
+        return result.to(latent.dtype)
+
+
+def _columns(rows: Sequence[tuple[float, ...]], like: Tensor) -> tuple[Tensor, ...]:
+    """Each number of all C rows as [C, 1], of the dtype and on the device of `like`."""
+    table = torch.tensor(rows, dtype=like.dtype, device="cpu")
+    # Not blocking: a copy to the device must not wait for the work queued there.
+    return tuple(table.to(like.device, non_blocking=True).unsqueeze(-1).unbind(1))
+
+
+def _free(candidates: Sequence[Process], like: Tensor) -> Tensor:
+    """Whose b is measured: bool [C, 1], on the device of `like`."""
+    free = torch.tensor([[each.free] for each in candidates], device="cpu")
+    return free.to(like.device, non_blocking=True)
+
+
+def _dot(vectors: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+    """Inner product of two lists of float32 vectors, as a scalar."""
+    # Not as one matrix product, which the device may be allowed to round (TF32).
+    pairs = zip(vectors, others, strict=True)
+    return torch.stack([torch.dot(vector, other) for vector, other in pairs]).sum()

@@ -72,22 +72,21 @@ def speculate(
     Args:
         programs: of the graph.
         inputs: the flat inputs of the evaluation just made.
-        stream: holds that evaluation's latents and velocities.
-        prediction: how a velocity moves the latent.
+        stream: holds that evaluation's latents and predictions.
+        prediction: how the sampler moves the latent.
         places: landings, each in the stream's own time and as the model's input takes it.
         shared: the batch is the two halves of classifier-free guidance.
     """
     signature = programs.signature
     found = []
     for landing, value in places:
-        duration = landing - stream.times[-1]
         latents = [
-            prediction.jump(latent, velocity, duration)
-            for latent, velocity in zip(stream.latents, stream.velocities, strict=True)
+            prediction.jump(latent, ways, stream.times[-1], landing)
+            for latent, *ways in zip(stream.latents, *stream.predictions, strict=True)
         ]
         evaluation = programs.probe(_moved(signature, inputs, latents, value))
         importance = per_sample(evaluation.importance, shared)
-        trusted = torch.as_tensor(prediction.trusted, device=importance.device)
+        trusted = prediction.trusted.to(importance.device, non_blocking=True)
         found.append((landing, torch.where(trusted, importance, 1.0)))
     stream.speculative = found
 

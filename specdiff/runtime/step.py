@@ -19,7 +19,15 @@ from specdiff.runtime.importance import (
     most_important,
     per_sample,
 )
-from specdiff.runtime.prediction import Prediction, Reading, euler_fit, guided, time_unit
+from specdiff.runtime.noise import Process
+from specdiff.runtime.prediction import (
+    Displacement,
+    Prediction,
+    Ways,
+    guided,
+    time_unit,
+)
+from specdiff.runtime.reading import Reading
 from specdiff.runtime.registry import ModelState
 from specdiff.runtime.schedule import Schedule
 from specdiff.runtime.speculation import landings, model_time, speculate
@@ -28,9 +36,10 @@ from specdiff.runtime.streams import Stream, StreamTable
 logger = logging.getLogger(__name__)
 
 BUDGET = "cache budget exceeded"
-NO_FLOW = (
-    "no speculation: the sampler's steps do not fit an Euler flow"
-    " (if batches hold both halves of classifier-free guidance, give guidance_scale)"
+NO_FIT = (
+    "no speculation: the sampler's steps fit neither a flow nor DDIM on a usual noise schedule"
+    " (if batches hold both halves of classifier-free guidance, give guidance_scale;"
+    " for another schedule, give its alphas_cumprod)"
 )
 
 
@@ -52,6 +61,8 @@ class Step:
     """What was read from the device; None if the session gave the times."""
     given: tuple[float, ...] | None
     """All times of the run, if the session gave them."""
+    candidates: tuple[Process, ...]
+    """What the sampler may be doing."""
 
     def run(self) -> list[Tensor]:
         """Answer the call: the graph's outputs, safe from later evaluations."""
@@ -154,19 +165,18 @@ class Step:
         """Keep what the next evaluation's fit needs, and speculate once time has moved."""
         stream, times = self.stream, self.stream.times
         pending = self._wants_future() and not stream.looked_ahead
-        before = stream.latents, stream.velocities, stream.model_time
+        before = stream.latents, stream.predictions, stream.model_time
         if pending or self.reading is not None:
             signature = self.programs.signature
             stream.latents = tuple(p.clone() for p in moving_parts(signature, self.inputs))
-            stream.velocities = tuple(
-                guided(pair.part(outputs[pair.velocity]), self.settings.guidance_scale)
-                for pair in signature.denoised
-            )
+            predicted = (pair.part(outputs[pair.velocity]) for pair in signature.denoised)
+            scale = self.settings.guidance_scale
+            stream.predictions = tuple(zip(*(guided(p, scale) for p in predicted), strict=True))
             stream.model_time = self._model_time()
         if pending and len(times) > 1 and times[-1] != times[-2]:
             self._speculate(*before)
         if stream.looked_ahead and self.reading is None:
-            stream.latents = stream.velocities = ()
+            stream.latents = stream.predictions = ()
             stream.model_time = None
 
     def _wants_future(self) -> bool:
@@ -182,31 +192,41 @@ class Step:
         return torch.as_tensor(time, device=self._latent.device).float().flatten()[0].clone()
 
     def _speculate(
-        self, latents: tuple[Tensor, ...], velocities: tuple[Tensor, ...], time: Tensor | None
+        self, latents: tuple[Tensor, ...], predictions: Ways, time: Tensor | None
     ) -> None:
         """Infer the sampler from the previous evaluation, given by its parts; look ahead."""
         stream, times = self.stream, self.stream.times
         if not latents or time is None or stream.model_time is None:
             return
+        if len(predictions) != len(stream.predictions):
+            return  # guidance was set or unset in between
         stream.looked_ahead = True
-        step = times[-1] - times[-2]
-        landed = landings(times, self.settings.speculative_steps, self.given)
-        places: list[tuple[float, float | Tensor]]
-        if self.reading is not None:
-            prediction = Prediction.infer(self.reading, step, time_unit(times))
-            places = [(landing, landing) for landing in landed]
-        else:
-            fit = euler_fit(stream.latents, latents, velocities)
-            prediction = Prediction.measure(fit, step)
-            seen = (times[-2], times[-1]), (time, stream.model_time)
-            places = [(landing, model_time(landing, *seen)) for landing in landed]
-        if prediction.trusted is False:
-            self.state.say(logger, NO_FLOW)
+        prediction = self._inferred(latents, predictions)
+        if self.reading is not None and not prediction.trusted:
+            self.state.say(logger, NO_FIT)
             return
+        landed = landings(times, self.settings.speculative_steps, self.given)
+        places = [(landing, self._input_at(landing, time)) for landing in landed]
         speculate(self.programs, self.inputs, stream, prediction, places, self._shared)
         self.state.counters.speculative += len(places)
         tokens = self.programs.signature.batch * self.schedule.tokens
         self.state.counters.tokens_computed += len(places) * tokens
+
+    def _inferred(self, latents: tuple[Tensor, ...], predictions: Ways) -> Prediction:
+        """What the sampler did since the previous evaluation, given by its parts."""
+        stream, (start, end) = self.stream, self.stream.times[-2:]
+        seen = self.reading.moved if self.reading is not None else None
+        if seen is None:
+            seen = Displacement.of(stream.latents, latents, predictions)
+        unit, exact = time_unit(self.given or stream.times), self.given is not None
+        return Prediction.infer(seen, self.candidates, start, end, unit, exact=exact)
+
+    def _input_at(self, landing: float, previous: Tensor) -> float | Tensor:
+        """The time input at a landing; `previous` was that of the previous evaluation."""
+        start, end = self.stream.times[-2:]
+        if self.reading is not None or self.stream.model_time is None:
+            return landing
+        return model_time(landing, (start, end), (previous, self.stream.model_time))
 
 
 def moving_parts(signature: Signature, inputs: Sequence[object]) -> tuple[Tensor, ...]:

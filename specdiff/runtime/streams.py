@@ -12,7 +12,9 @@ from torch import Tensor
 
 from specdiff.runtime.caches import Lease
 from specdiff.runtime.history import History
-from specdiff.runtime.prediction import POOR_FIT, Reading
+from specdiff.runtime.noise import Process
+from specdiff.runtime.prediction import POOR_FIT, Ways
+from specdiff.runtime.reading import Reading
 
 MAX_STREAMS = 8
 LARGE_CHANGE = 0.5
@@ -65,8 +67,8 @@ class Stream:
         """Times looked ahead to, soonest first, with their importance, float32 [B, N] (fut)."""
         self.looked_ahead = False
         self.latents: tuple[Tensor, ...] = ()
-        self.velocities: tuple[Tensor, ...] = ()
-        """Latents and (guided) velocities of the previous evaluation, where something needs them:
+        self.predictions: Ways = ()
+        """Latents and (guided) predictions of the previous evaluation, where something needs them:
         the parts that they have in common."""
         self.model_time: Tensor | None = None
         """float32 scalar: the time input of the previous evaluation, with a session's times."""
@@ -79,20 +81,22 @@ class Stream:
         span = self.times[-1] - self.times[0]
         return math.copysign(1.0, span) if span else 0.0
 
-    def relation(self, reading: Reading) -> Literal["continues", "restarts", "foreign"]:
+    def relation(
+        self, reading: Reading, candidates: Sequence[Process]
+    ) -> Literal["continues", "restarts", "foreign"]:
         """How an evaluation relates to this stream, by its time and its latent.
 
         A reversal of time begins a new generation; so does a repeat of the starting time, unless
         the latent has moved a little (neighbouring times that collide in bf16). Repeated times
-        later on are Heun's. A latent that is far from the previous one, and not where its velocity
-        led, belongs to somebody else.
+        later on are Heun's. A latent that is far from the previous one, and not where its
+        prediction led by any of the candidates, belongs to somebody else.
         """
-        step = reading.time - self.times[-1]
+        step, change = reading.time - self.times[-1], reading.change
         if step * self.direction < 0:
             return "restarts"
-        if step == 0 and self.direction == 0 and not 0 < reading.change <= LARGE_CHANGE:
+        if step == 0 and self.direction == 0 and not 0 < change <= LARGE_CHANGE:
             return "restarts"
-        if reading.change > LARGE_CHANGE and reading.residual > POOR_FIT:
+        if change > LARGE_CHANGE and reading.residual(candidates, self.times[-1]) > POOR_FIT:
             return "foreign"
         return "continues"
 
@@ -100,7 +104,7 @@ class Stream:
         """Give the caches back: calls of this key cannot be told apart and run dense."""
         self.ambiguous = True
         self.lease = self.importance = None
-        self.latents = self.velocities = ()
+        self.latents = self.predictions = ()
         self.speculative.clear()
 
     def future(self, time: float) -> Tensor | None:

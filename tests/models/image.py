@@ -42,7 +42,7 @@ def padded(length: int, dtype: torch.dtype = torch.int64, rest: int = 0) -> Tens
     return mask
 
 
-def dit_transformer() -> Case:
+def dit_transformer(classes: int = 10) -> Case:
     """Square: the forward takes the root of the token count for the height and the width."""
     torch.manual_seed(0)
     model = DiTTransformer2DModel(
@@ -53,7 +53,7 @@ def dit_transformer() -> Case:
         num_layers=2,
         sample_size=12,
         patch_size=2,
-        num_embeds_ada_norm=10,
+        num_embeds_ada_norm=classes,
     )
     inputs = {
         "hidden_states": torch.randn(2, 4, 12, 12),
@@ -64,7 +64,7 @@ def dit_transformer() -> Case:
     return Case(model, inputs)
 
 
-def pixart_transformer() -> Case:
+def pixart_transformer(sample_size: int = 16) -> Case:
     torch.manual_seed(0)
     model = PixArtTransformer2DModel(
         num_attention_heads=3,
@@ -73,7 +73,7 @@ def pixart_transformer() -> Case:
         out_channels=8,
         num_layers=2,
         cross_attention_dim=36,
-        sample_size=16,
+        sample_size=sample_size,
         patch_size=2,
         use_additional_conditions=True,
         caption_channels=20,
@@ -92,8 +92,8 @@ def pixart_transformer() -> Case:
     return Case(model, inputs)
 
 
-def hunyuan_dit() -> Case:
-    """Six blocks: the last two take the outputs of the first two."""
+def hunyuan_dit(layers: int = 6) -> Case:
+    """Of six blocks the last two take the outputs of the first two."""
     torch.manual_seed(0)
     model = HunyuanDiT2DModel(
         num_attention_heads=3,
@@ -102,7 +102,7 @@ def hunyuan_dit() -> Case:
         patch_size=2,
         sample_size=16,
         hidden_size=48,
-        num_layers=6,
+        num_layers=layers,
         mlp_ratio=2.0,
         cross_attention_dim=20,
         cross_attention_dim_t5=24,

@@ -109,7 +109,7 @@ def state_of_stream(stream):
     history = stream.history
     lease = stream.lease.caches if stream.lease else ()
     tensors = [*lease, history.counts, history.age, stream.importance, *stream.latents]
-    tensors += [*stream.velocities, stream.model_time]
+    tensors += [*sum(stream.predictions, ()), stream.model_time]
     tensors += [part for step in history.steps for part in step]
     tensors += [part for output in history.computed for part in output]
     return copy.deepcopy((tensors, stream.times, history.evaluations, stream.direction))
@@ -202,7 +202,7 @@ def test_no_speculation_when_the_sampler_is_no_flow(caplog):
     stats = sd.stats(model)
     assert (stats.speculative, stats.selective, stats.fallbacks) == (0, 1, {})
     (message,) = caplog.messages
-    assert message.startswith("no speculation: the sampler's steps do not fit an Euler flow")
+    assert message.startswith("no speculation: the sampler's steps fit neither a flow nor DDIM")
 
 
 def test_a_latent_that_stays_where_it_is_while_time_moves_is_none():

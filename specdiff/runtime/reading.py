@@ -1,0 +1,48 @@
+"""What is fetched from the device for one evaluation, in one transfer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specdiff.runtime.noise import Process
+from specdiff.runtime.prediction import Displacement
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The host's view of one evaluation."""
+
+    time: float
+    same_time: bool
+    """Whether all batch rows have this time."""
+    finite: bool
+    """Whether the latent has no NaN and no infinity."""
+    moved: Displacement | None = None
+    """How the sampler came here, if there is a previous evaluation; on the host."""
+
+    @property
+    def change(self) -> float:
+        """Relative change of the latent since the previous evaluation; 0.0 if there is none."""
+        return self.moved.change.item() if self.moved is not None else 0.0
+
+    def residual(self, candidates: Sequence[Process], start: float) -> float:
+        """Of the candidate that explains best how the sampler came here since `start`."""
+        if self.moved is None:
+            return 0.0
+        return self.moved.fits(candidates, start, self.time).residuals.min().item()
+
+
+def read(time: object, latent: Tensor, moved: Displacement | None) -> Reading:
+    """Read time and latent of an evaluation, and how it came about from the previous one."""
+    times = torch.as_tensor(time, device=latent.device).float().flatten()
+    parts = [times.min(), times.max(), torch.linalg.vector_norm(latent.float())]
+    if moved is not None:
+        parts.extend(moved.products.flatten())
+    low, high, norm, *products = torch.stack(parts).tolist()
+    fetched = moved.fetched(products) if moved is not None else None
+    return Reading(low, low == high, math.isfinite(norm), fetched)
