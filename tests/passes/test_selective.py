@@ -359,10 +359,6 @@ def test_models_that_are_refused(build, reason):
     assert re.search(reason, _reason(randomize(build()), toy_inputs()))
 
 
-def test_dynamic_shapes_are_refused():
-    assert "symbolic shapes" in _reason(*toy(lambda t, x: x), dynamic=True)
-
-
 ENDS = {
     "several outputs": lambda y: (y, y * 2, None),
     "two heads": lambda y: (y.sin(), y.exp().cos()),
