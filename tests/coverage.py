@@ -18,12 +18,15 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
 import specdiff
 from specdiff.passes.roles import TIME_NAMES
 from tests.models import ZOO, Builder, Case
 
-Verdict = Literal["rewritten", "partly", "dense", "WRONG"]
+Verdict = Literal["rewritten", "attached", "partly", "dense", "WRONG"]
+"""Attached: the model breaks into graphs, and selects tokens under `specdiff.attach`."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def measure(name: str, builder: Builder) -> Row:
     time = None if case.time in TIME_NAMES else case.time
     found = specdiff.verify(case.model, timestep_arg=time, **case.inputs)
     main = next((g for g in found.graphs if _denoises(g.report, case)), None)
-    verdict: Verdict = "rewritten" if main else "partly" if found.selective else "dense"
+    verdict: Verdict = "rewritten" if main else compiled_verdict(case, found.selective)
     segments = main.report.segments if main else ()
     return Row(
         name,
@@ -66,6 +69,31 @@ def measure(name: str, builder: Builder) -> Row:
         ", ".join(f"{s.length}{'' if s.prunable else ' kept'}" for s in segments),
         "; ".join(found.reasons),
     )
+
+
+@torch.no_grad()
+def compiled_verdict(case: Case, partly: bool) -> Verdict:
+    """What a model does that breaks or has no plan: compiled, attached and called five times.
+
+    Calls in which nothing was selected must give what the model gives.
+    """
+    options = {"inner_backend": "eager"}
+    compiled = torch.compile(case.model, backend="specdiff", dynamic=False, options=options)
+    specdiff.attach(compiled, cache_ratio=0.3, speculative_steps=0, timestep_arg=case.time)
+    call, selected = case.inputs, 0
+    for _ in range(5):
+        output, exact = first_tensor(compiled(**call)), first_tensor(case.model(**call))
+        before, selected = selected, specdiff.stats(compiled).selective
+        same = torch.allclose(output, exact, rtol=1e-4, atol=1e-4 * float(exact.abs().max()))
+        if selected == before and not same:
+            return "WRONG"
+        call = case.later(0.1, call)
+    return "attached" if selected else "partly" if partly else "dense"
+
+
+def first_tensor(output: object) -> Tensor:
+    """The prediction in whatever a model returns."""
+    return next(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
 
 
 def _denoises(report: specdiff.Report, case: Case) -> bool:
@@ -83,8 +111,12 @@ def summary(found: list[Row]) -> str:
     """How many classes have a configuration that is rewritten."""
     classes = {row.model for row in found}
     rewritten = {row.model for row in found if row.verdict == "rewritten"}
+    attached = {row.model for row in found if row.verdict == "attached"} - rewritten
     wrong = [row.name for row in found if row.verdict == "WRONG"]
-    return f"{len(rewritten)} of {len(classes)} classes rewritten, {len(wrong)} wrong"
+    return (
+        f"{len(rewritten)} of {len(classes)} classes rewritten, {len(attached)} more when attached,"
+        f" {len(wrong)} wrong"
+    )
 
 
 HEAD = ("class", "verdict", "graphs", "error", "segments, or why it runs dense")

@@ -37,17 +37,17 @@ class Case:
         """Weights away from zero and one."""
         randomize(self.model)
 
-    def later(self, by: float = 0.3) -> Inputs:
-        """The same call one step later: another latent, another time."""
+    def later(self, by: float = 0.3, inputs: Inputs | None = None) -> Inputs:
+        """A call (the first) one step later: another latent, another time."""
+        call = self.inputs if inputs is None else inputs
         generator = torch.Generator().manual_seed(2)
 
         def moved(value: Tensor) -> Tensor:
             return value + by * torch.randn(value.shape, generator=generator).to(value)
 
-        latent = self.inputs[self.latent]
-        time = self.inputs[self.time]
+        latent, time = call[self.latent], call[self.time]
         return {
-            **self.inputs,
+            **call,
             self.latent: [moved(v) for v in latent] if isinstance(latent, list) else moved(latent),
             self.time: (time * 0.9).to(time.dtype),
         }
