@@ -1,7 +1,8 @@
 """Normalize: a Dynamo graph becomes functional ATen with attention, norms and linears still whole.
 
 Splits and unbinds become slices and selects, so that every later pass sees one tensor a node;
-attention that is written out becomes one op; equal expressions are computed once, so that a
+attention that is written out becomes one op; what functionalization leaves of writes to slices
+becomes joins, which are known to keep tokens; equal expressions are computed once, so that a
 position table is gathered once.
 """
 
@@ -60,6 +61,7 @@ class NormalizePass(Pass[DynamoGraph, fx.GraphModule]):
         remove_assertions(module.graph)
         replace_tuples(module.graph)
         replace_likeness(module.graph)
+        replace_writes(module.graph)
         fuse_attention(module.graph)
         share_equal_nodes(module.graph)
         module.graph.eliminate_dead_code()
@@ -149,6 +151,56 @@ def replace_likeness(graph: fx.Graph) -> None:
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
+
+
+def replace_writes(graph: fx.Graph) -> None:
+    """Say of a written slice what is kept and what is new: nothing that is overwritten is read."""
+    for node in list(graph.nodes):
+        if node.target is aten.copy.default:
+            rewritten = _copied(graph, node)
+        elif node.target is aten.slice_scatter.default and argument(node, 5, "step", 1) == 1:
+            rewritten = _joined(graph, node)
+        else:
+            continue
+        node.replace_all_uses_with(rewritten)
+        graph.erase_node(node)
+
+
+def _copied(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """The source of a copy, in the dtype and shape of its destination."""
+    value, source = node.meta["val"], operand_at(node, 1)
+    if source.meta["val"].dtype != value.dtype:
+        source = _inserted(graph, node, aten._to_copy.default, source, dtype=value.dtype)
+    if source.meta["val"].shape != value.shape:
+        source = _inserted(graph, node, aten.expand.default, source, list(value.shape))
+    return source
+
+
+def _joined(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """The destination in front of the written slice, the source, the destination behind it."""
+    destination, source = operand_at(node, 0), operand_at(node, 1)
+    dim, size = argument(node, 2, "dim", 0), node.meta["val"].shape
+    start = slice(argument(node, 3, "start"), None).indices(size[dim])[0]
+    stop = start + source.meta["val"].shape[dim]
+    kept = [
+        _inserted(graph, node, aten.slice.Tensor, destination, dim, first, last)
+        if first < last
+        else None
+        for first, last in ((0, start), (stop, size[dim]))
+    ]
+    pieces = [piece for piece in (kept[0], source, kept[1]) if piece is not None]
+    return pieces[0] if len(pieces) == 1 else _inserted(graph, node, aten.cat.default, pieces, dim)
+
+
+def _inserted(graph: fx.Graph, node: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """A new op in front of `node`, from which it descends."""
+    with graph.inserting_before(node):
+        new = graph.call_function(target, args, kwargs)
+    new.meta = dict(node.meta)
+    values, named = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+    with node.meta["val"].fake_mode, torch.no_grad():
+        new.meta["val"] = target(*values, **named)
+    return new
 
 
 def share_equal_nodes(graph: fx.Graph) -> None:

@@ -10,6 +10,8 @@ from torch import fx
 
 aten = torch.ops.aten
 PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack")
+STRIDED_VIEWS = (aten.view.default, aten._unsafe_view.default)
+"""Views that fail where `reshape` copies: whether they may depends on strides."""
 
 
 class GraphWriter:
@@ -27,6 +29,9 @@ class GraphWriter:
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """One op on nodes and constants."""
+        if target is aten.view_as_complex.default:
+            # rows and values out of a cache have other strides than those that were traced
+            args = (self.call(aten.contiguous.default, *args),)
         node = self.graph.call_function(target, args, kwargs)
         node.meta.update(self._provenance)
         values, named = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
@@ -43,7 +48,7 @@ class GraphWriter:
             return new
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
         # a value that comes out of a cache has other strides than it had when it was traced
-        viewed = node.target in (aten.view.default, aten._unsafe_view.default)
+        viewed = node.target in STRIDED_VIEWS
         return self.call(aten.reshape.default if viewed else node.target, *args, **kwargs)
 
     def follow(self, node: fx.Node) -> None:

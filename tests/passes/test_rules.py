@@ -103,15 +103,9 @@ LINKS = {
     ),
     "pad of channels": (lambda x: F.pad(x, (1, 0)), (X,), same(0, 1)),
     "empty_like": (torch.ops.aten.empty_like, (X,), same(0, 1, 2)),
-    "copy": (
-        torch.ops.aten.copy, (X, (N, 1)), same(0, 1, 2) | {(1, 1, 0)},
-    ),
     "slice_scatter of channels": (
         lambda x, y: torch.slice_scatter(x, y, 2, 0, None, 2), (X, (B, N, 4)),
         same(0, 1) | {(0, 1, 0), (1, 1, 1)},
-    ),
-    "slice_scatter of everything": (
-        lambda x, y: torch.slice_scatter(x, y, 1), (X, X), {(a, 1, a) for a in range(3)},
     ),
     "select_scatter": (
         lambda x, y: torch.select_scatter(x, y, 0, 1), (X, (N, C)),

@@ -1,4 +1,4 @@
-"""What functionalization leaves of in-place writes: allocations, copies and scattered slices."""
+"""What functionalization and `normalize` leave of in-place writes: allocations, strided slices."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from specdiff.passes.rules.registry import (
     Link,
     argument,
     axis_index,
-    is_tensor,
     operand_at,
     rank_of,
     same_axes,
-    shape_of,
     transfer,
 )
 
@@ -32,27 +30,10 @@ def allocation_like(node: fx.Node) -> Facts:
     return same_axes(node, operand_at(node, 0))
 
 
-@transfer(aten.copy.default)
-def copy(node: fx.Node) -> Facts:
-    """The destination's axes; those of the source by broadcasting."""
-    links = [Link(axis, operand_at(node, 0), axis) for axis in range(rank_of(node))]
-    source = node.args[1]
-    if is_tensor(source):
-        shift = rank_of(node) - rank_of(source)
-        links += [
-            Link(axis + shift, source, axis)
-            for axis, size in enumerate(shape_of(source))
-            if size == shape_of(node)[axis + shift]
-        ]
-    return Facts(tuple(links))
-
-
 @transfer(aten.slice_scatter.default)
 def slice_scatter(node: fx.Node) -> Facts:
-    """Every axis of the destination, and of the source all but the one written in part."""
+    """Every axis but the one written in part: in steps, for `normalize` joins all other writes."""
     destination, source = operand_at(node, 0), operand_at(node, 1)
-    if shape_of(source) == shape_of(node):
-        return same_axes(node, source)
     dim = axis_index(argument(node, 2, "dim", 0), rank_of(node))
     written = [Link(a, source, a) for a in range(rank_of(node)) if a != dim]
     kept = same_axes(node, destination, skip=(dim,))
