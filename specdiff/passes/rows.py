@@ -51,7 +51,7 @@ class RowsEmitter(WholeEmitter):
         """Active tokens of each prunable segment."""
         self.rows: dict[fx.Node, fx.Node] = {}
         self._positions: dict[Layout, fx.Node] = {}
-        self._causal: dict[tuple[Layout, int], fx.Node] = {}
+        self._causal: dict[tuple[Layout, int, int, int], fx.Node] = {}
         self._tables: dict[tuple[fx.Node, int, int | None], fx.Node] = {}
 
     def emit(self) -> None:
@@ -202,16 +202,19 @@ class RowsEmitter(WholeEmitter):
 
     def _causal_rows(self, found: Attention) -> fx.Node:
         """Boolean [B, 1, rows, S]: the keys that do not come after a row's own position."""
-        layout = self.plan.layout(found.query)
+        layout, batch = self.plan.layout(found.query), self.plan.axes.batch_axis(found.query)
+        assert batch is not None
         keys = shape_of(found.key)[-2]
-        if (layout, keys) not in self._causal:
+        rank = rank_of(found.query)
+        which = (layout, keys, batch, rank)
+        if which not in self._causal:
             positions = self.positions(layout)
-            ones = [1] * (rank_of(found.query) - 3)
-            shape = [shape_of(positions)[0], *ones, shape_of(positions)[1], 1]
+            shape = [1] * rank
+            shape[batch], shape[-2] = shape_of(positions)
             rows = self.call(aten.reshape.default, positions, shape)
             span = self.call(aten.arange.default, keys, device=self.device)
-            self._causal[layout, keys] = self.call(aten.ge.Tensor, rows, span)
-        return self._causal[layout, keys]
+            self._causal[which] = self.call(aten.ge.Tensor, rows, span)
+        return self._causal[which]
 
     def _row_shape(self, node: fx.Node) -> list[int]:
         shape = list(shape_of(node))

@@ -97,6 +97,8 @@ class SelectivePlan:
             return False
         if self.axes.batch_axis(node) in (None, axis):
             return False
+        if node.target is ATTENTION and axis != rank_of(node) - 2:
+            return False  # each token has an attention of its own, so its keys would be rows too
         joined = [p for p in self.axes.facts[node].parts if p.whole == (node, axis)]
         if not all(self.axes.is_exact(part) for part in joined):
             return False  # some operand has its tokens at other places than the joined value

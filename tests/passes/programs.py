@@ -582,7 +582,7 @@ def _inside(z: Tensor, a: int, b: int) -> Tensor:
         lambda: _overwritten(z, axis, a // 11, b // 7),
         lambda: z.roll(1 + a, axis),
         lambda: z + z.transpose(axis, other).cos() if size == z.shape[other] else z.cos(),
-        lambda: F.scaled_dot_product_attention(z, z, z) if z.dim() > 2 else z,
+        lambda: F.scaled_dot_product_attention(z, z, z, is_causal=a % 2 > 0) if z.dim() > 2 else z,
         lambda: F.layer_norm(z, z.shape[-1:]),
         lambda: z + z.narrow(axis, a % size, 1),
     )[a % 11]()

@@ -158,6 +158,9 @@ FOUND = {
         ),
         "image",
     ),
+    "an attention of each token, over its heads": Spec(
+        1, 4, 1, 4, (Block("self attention"), Block("wrapped", residual=False, a=1, b=662))
+    ),
     "complex pairs of tokens of a value out of a cache": Spec(
         2, 6, 3, 8, (Block("joint attention", a=3), Block("complex pairs", a=3), Block("linear"))
     ),

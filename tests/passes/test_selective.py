@@ -48,6 +48,43 @@ def _explicit_attention(t, x):
     return x + (t.q(x) @ t.k(x).mT / 3).softmax(-1) @ t.v(x)
 
 
+def _attention_of_each_token(t, x):
+    """Each token attends over its heads: the tokens are a batch axis, of keys and values too."""
+    y = t.q(x).unflatten(-1, (2, 2, 2))
+    return x + F.scaled_dot_product_attention(y, y, y).flatten(2)
+
+
+def _samples_behind_heads(t, x):
+    """A causal attention whose samples are not the first axis."""
+    y = x.unflatten(-1, (2, -1)).permute(2, 0, 1, 3)
+    out = F.scaled_dot_product_attention(y, y, y, is_causal=True)
+    return x + out.permute(1, 2, 0, 3).flatten(2)
+
+
+def _pairs_of_mixed_values(t, x):
+    """Neighbouring tokens as complex numbers, of a value out of a cache."""
+    pairs = torch.view_as_complex(t.q(x).mT.unflatten(-1, (-1, 2)).contiguous())
+    return x + t.k(torch.view_as_real(pairs * 1j).flatten(2).mT)
+
+
+def _written_behind(t, x):
+    y = x.clone()
+    y[:, 4:] = t.q(x[:, 4:])
+    return x + y
+
+
+def _written_shifted(t, x):
+    y = torch.zeros_like(x)
+    y[:, 4:] = t.q(x)[:, :-4]
+    return x + y
+
+
+def _written_at_a_step(t, x):
+    y = t.q(x)
+    y[:, 1::2] = x[:, ::2]
+    return x + y
+
+
 def _channel_chunks(t, x):
     gate, value = t.wide(x).chunk(2, -1)
     return x + gate.sigmoid() * value
@@ -104,6 +141,12 @@ MIDDLES = {
     "own mask": _own_mask,
     "token shift": _shift,
     "windows": _windows,
+    "attention of each token": _attention_of_each_token,
+    "samples behind heads": _samples_behind_heads,
+    "complex pairs of mixed values": _pairs_of_mixed_values,
+    "written behind": _written_behind,
+    "written shifted": _written_shifted,
+    "written at a step": _written_at_a_step,
     "even rows": lambda t, x: x + F.interpolate(x[:, ::2].mT, N).mT,
 }
 
@@ -115,7 +158,14 @@ def _no_grad():
 
 
 # with one sample an axis of samples looks like any other axis of size one
-SINGLE = ("position table", "grid conv", "channel chunks", "unflatten of the tokens", "own mask")
+SINGLE = (
+    "attention of each token",
+    "position table",
+    "grid conv",
+    "channel chunks",
+    "unflatten of the tokens",
+    "own mask",
+)
 
 
 @pytest.mark.parametrize(
@@ -434,3 +484,11 @@ def test_a_dict_like_output():
     programs, flat = found.programs(), found.flat[0]
     sample = programs.tail(flat, programs.probe(flat).tokens)[0]
     torch.testing.assert_close(sample, model(**inputs)["sample"])
+
+
+def test_a_written_slice_of_tokens_stays_token_wise():
+    model, inputs = toy(_written_behind)
+    plan = trace(model, inputs).analysis.plan
+    late = [n for n in plan.whole if n in plan.attention_dependent and plan.carries(n)]
+    assert set(late) <= set(plan.cached)
+    assert not [n for n in plan.axes.graph.nodes if "scatter" in str(n.target)]
