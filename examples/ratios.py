@@ -1,6 +1,6 @@
 """Time and fidelity of the demo model over cache ratios and schedules, beside fewer steps.
 
-    python examples/ratios.py --json examples/demo/ratios.json
+    python examples/ratios.py --first 12 --seed 100 --json examples/demo/ratios.json
 
 One process, one compiled model per backend, the settings taking turns (A B A B); medians of wall
 time per picture; PSNR and SSIM against the dense run of the same seeds. Needs a calm machine.
@@ -20,6 +20,7 @@ from torch import Tensor
 
 import specdiff
 from specdiff.comparison import Method, Request, compare
+from specdiff.demo import stored_prompts
 from specdiff.methods import (
     Setting,
     compiled_pipeline,
@@ -81,16 +82,16 @@ def methods(setting: Setting) -> list[Method]:
 
 def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Where the figures go.")] = None,
-    pictures: Annotated[int, typer.Option(min=1, help="Built-in prompts to draw.")] = 4,
+    pictures: Annotated[int, typer.Option(min=1, help="Stored prompts to draw.")] = 4,
+    first: Annotated[int, typer.Option(min=0, help="Which of them comes first.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the first picture.")] = 0,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds behind each median.")] = 3,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Measure every setting and print the table."""
     quiet_libraries()
     place = torch.device(device)
-    from specdiff.demo import built_in_prompts
-
-    requests = demo_requests(built_in_prompts()[:pictures], seed=0)
+    requests = demo_requests(stored_prompts()[first : first + pictures], seed)
     load = load_per_core()
     setting = Setting(place, 28, {}, embed(requests, place))
     console = Console()

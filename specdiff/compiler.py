@@ -19,9 +19,10 @@ import torch
 from torch import fx
 
 from specdiff import torch_adapter
+from specdiff.errors import Unsupported
 from specdiff.options import Options
 from specdiff.passes.axes import AxesPass, AxisFacts
-from specdiff.passes.base import PassRecord, PassRunner, Unsupported
+from specdiff.passes.base import PassRecord, PassRunner
 from specdiff.passes.block import plan_block
 from specdiff.passes.lower import BlockPrograms, LoweredPrograms
 from specdiff.passes.lower import Compiler as ProgramCompiler

@@ -19,7 +19,7 @@ from torch._guards import CompileId, TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from specdiff.passes.base import Unsupported
+from specdiff.errors import Unsupported
 
 InductorSettings = Mapping[str, Any]
 

@@ -16,7 +16,8 @@ from itertools import pairwise
 from torch import fx
 from torch.fx.node import Argument
 
-from specdiff.passes.base import Pass, PassError, Unsupported
+from specdiff.errors import Unsupported
+from specdiff.passes.base import Pass, PassError
 from specdiff.passes.rules import Facts, Part, facts_of
 from specdiff.passes.rules.attention import ATTENTION, Attention
 from specdiff.passes.rules.registry import Axis, is_tensor, rank_of, shape_of

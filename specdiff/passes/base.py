@@ -10,8 +10,6 @@ from typing import Generic, TypeVar
 
 from torch import fx
 
-from specdiff.errors import Unsupported as Unsupported  # noqa: PLC0414
-
 In = TypeVar("In")
 Out = TypeVar("Out")
 

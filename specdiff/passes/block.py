@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from torch import fx
 
+from specdiff.errors import Unsupported
 from specdiff.passes.axes import AxisFacts
-from specdiff.passes.base import Unsupported
 from specdiff.passes.rules.registry import is_tensor
 from specdiff.passes.selective import SelectivePlan, propagate
 

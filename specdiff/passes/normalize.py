@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from specdiff.passes.base import Pass, PassError, Unsupported, check_values
+from specdiff.errors import Unsupported
+from specdiff.passes.base import Pass, PassError, check_values
 from specdiff.passes.fuse import drops_nothing, fuse_attention
 from specdiff.passes.rules.attention import ATTENTION
 from specdiff.passes.rules.registry import argument, operand_at

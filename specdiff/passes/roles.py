@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import fx
 
-from specdiff.passes.base import Unsupported
+from specdiff.errors import Unsupported
 from specdiff.passes.rules.registry import is_tensor, shape_of
 from specdiff.passes.selective import SelectivePlan
 from specdiff.program import TIME_NAMES, Denoised

@@ -15,8 +15,9 @@ from math import prod
 import torch
 from torch import fx
 
+from specdiff.errors import Unsupported
 from specdiff.passes.axes import AxisFacts, ClassId, Layout
-from specdiff.passes.base import Pass, PassError, Unsupported
+from specdiff.passes.base import Pass, PassError
 from specdiff.passes.rules.attention import ATTENTION, Attention
 from specdiff.passes.rules.elementwise import elementwise
 from specdiff.passes.rules.registry import is_tensor, rank_of, rule_for, shape_of

@@ -9,7 +9,8 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from specdiff import torch_adapter
-from specdiff.passes.base import PassError, Unsupported
+from specdiff.errors import Unsupported
+from specdiff.passes.base import PassError
 from specdiff.passes.normalize import (
     DynamoGraph,
     NormalizePass,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from specdiff.passes.base import Unsupported
+from specdiff.errors import Unsupported
 from specdiff.passes.rules.attention import ATTENTION
 from tests.models import changed, randomize
 from tests.oracles import analyse_graph, trace

@@ -1,0 +1,92 @@
+"""Whole graph against blocks: compile time, time per picture, and whether the pictures agree.
+
+    python examples/regional.py --json examples/demo/regional.json
+
+The demo model under `torch.compile(backend="specdiff")`, and the same model with
+`compile_repeated_blocks(backend="specdiff")` and `specdiff.attach`; A B A B in one process.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich import print as show
+from torch import Tensor
+
+import specdiff
+from specdiff.comparison import Request
+from specdiff.demo import load_pipeline
+from specdiff.methods import (
+    Setting,
+    compiled_pipeline,
+    demo_requests,
+    embed,
+    picture_maker,
+    quiet_libraries,
+)
+
+STEPS = 28
+
+
+def by_blocks(setting: Setting, options: Mapping[str, Any]) -> Any:
+    """The demo pipeline, its blocks compiled one by one."""
+    pipeline: Any = load_pipeline(setting.device)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.transformer.compile_repeated_blocks(backend="specdiff", fullgraph=True)
+    specdiff.attach(pipeline.transformer, **options)
+    return pipeline
+
+
+def timed(generate: Callable[[Request], Tensor], request: Request) -> tuple[float, Tensor]:
+    """Seconds and picture."""
+    start = time.perf_counter()
+    picture = generate(request)
+    return time.perf_counter() - start, picture
+
+
+def main(
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where the figures go.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds behind each median.")] = 3,
+    cache_ratio: Annotated[float, typer.Option(help="As of the backend.")] = 0.75,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Measure both and print them."""
+    quiet_libraries()
+    requests = demo_requests((), seed=0)[:2]
+    place = torch.device(device)
+    setting = Setting(place, STEPS, {}, embed(requests, place))
+    options = {"cache_ratio": cache_ratio}
+    pipelines = {
+        "whole": compiled_pipeline(setting, backend="specdiff", options=options),
+        "blocks": by_blocks(setting, options),
+    }
+    makers = {name: picture_maker(p, setting, STEPS) for name, p in pipelines.items()}
+    first = {name: timed(maker, requests[0]) for name, maker in makers.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in makers}
+    apart = float((first["whole"][1] - first["blocks"][1]).abs().max())
+    for _ in range(repeats):
+        for request in requests:
+            for name, maker in makers.items():
+                seconds[name].append(timed(maker, request)[0])
+    result = {
+        "torch": torch.__version__,
+        "device": device,
+        "cache_ratio": cache_ratio,
+        "first picture, compiling, s": {name: round(s, 1) for name, (s, _) in first.items()},
+        "picture, median s": {n: round(statistics.median(s), 3) for n, s in seconds.items()},
+        "largest difference of a pixel": apart,
+    }
+    show(result)
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
