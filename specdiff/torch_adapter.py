@@ -18,6 +18,8 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import CompileId, TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from specdiff.errors import Unsupported
 
@@ -28,9 +30,11 @@ def export_functional(module: fx.GraphModule, inputs: Sequence[Any]) -> fx.Graph
     """Functional pre-dispatch ATen of a Dynamo graph; placeholders are the graph's own inputs.
 
     Attributes of the Dynamo graph (constants it lifted) stay attributes. Raises Unsupported if
-    the graph writes to an input or holds a vmap: an export that fails inside one leaves functorch
-    nested, and Dynamo's own guards then fail.
+    the graph writes to an input, takes a tensor subclass, changes autocast or holds a vmap: an
+    export that fails inside one of the latter two leaves it entered, for whatever runs next.
     """
+    require_plain_tensors(inputs)
+    require_one_autocast(module.graph)
     if any("vmap_increment_nesting" in str(node.target) for node in module.graph.nodes):
         raise Unsupported("the graph holds a torch.func.vmap, as masks of flex attention do")
     with fx.traceback.preserve_node_meta():
@@ -42,7 +46,41 @@ def export_functional(module: fx.GraphModule, inputs: Sequence[Any]) -> fx.Graph
         raise Unsupported("the graph writes to one of its inputs")
     _restore_attributes(module, exported, signature)
     _restore_placeholders(module, exported, inputs)
+    _remove_autocast(exported.graph)
     return exported
+
+
+def require_plain_tensors(inputs: Sequence[Any]) -> None:
+    """Raise Unsupported if an input is a wrapper of tensors, such as a quantized weight.
+
+    The export takes none, and a graph of what they wrap would have other inputs than Dynamo's.
+    """
+    for value in inputs:
+        if is_traceable_wrapper_subclass(value):
+            name = type(value).__name__
+            raise Unsupported(f"a weight or input is no plain tensor but a subclass, {name}")
+
+
+def require_one_autocast(graph: fx.Graph) -> None:
+    """Raise Unsupported if a region of a Dynamo graph runs under another autocast than the rest.
+
+    Pre-dispatch ops are recorded before autocast casts their operands, and the emitted programs
+    keep no regions: every op is computed under the autocast of the call, on which Dynamo guards.
+    """
+    for node in graph.find_nodes(op="call_function", target=_enter_autocast):
+        device, dtype, enabled, _ = node.args
+        outside = torch.is_autocast_enabled(device)
+        same_dtype = not enabled or dtype in (None, torch.get_autocast_dtype(device))
+        if enabled != outside or not same_dtype:
+            what = f"torch.autocast({device!r}, {dtype}, enabled={enabled})"
+            raise Unsupported(f"a part of the model runs under {what}, unlike the rest of it")
+
+
+def _remove_autocast(graph: fx.Graph) -> None:
+    """Drop regions that change nothing; each exit names its entry, so exits go first."""
+    for target in (_exit_autocast, _enter_autocast):
+        for node in graph.find_nodes(op="call_function", target=target):
+            graph.erase_node(node)
 
 
 def _restore_attributes(source: fx.GraphModule, exported: fx.GraphModule, signature: Any) -> None:
@@ -101,7 +139,11 @@ def symbolic_inputs(inputs: Sequence[Any]) -> tuple[int, ...]:
 
 
 def static_fakes(inputs: Sequence[Any]) -> list[Any]:
-    """Fakes of real inputs, their shapes static; what is no tensor stays as it is."""
+    """Fakes of real inputs, their shapes static; what is no tensor stays as it is.
+
+    Raises Unsupported for a tensor subclass, whose fake would be a plain tensor.
+    """
+    require_plain_tensors(inputs)
     mode = FakeTensorMode()
 
     def fake(value: Any) -> Any:

@@ -147,7 +147,8 @@ class RootCall:
     def _next(self, block: Block, owner: int) -> Visit:
         """The visit of the first forward at this place, which must be one of the same block.
 
-        Dynamo may have traced it again, for a guard on anything: its caches must be the same.
+        Dynamo may have traced it again, for a guard on anything: its caches must be the same. They
+        are not if autocast was entered or left, which changes their dtype.
         """
         index, self._visited = self._visited, self._visited + 1
         visit = self.known[index] if index < len(self.known) else None
@@ -161,8 +162,11 @@ class RootCall:
             return True
         if not all(prunable):
             return False
-        shapes = [[slot.shape for slot in b.planned(self.tokens).slots] for b in (block, other)]
-        return shapes[0] == shapes[1]
+        mine, theirs = (
+            [(slot.shape, slot.dtype) for slot in b.planned(self.tokens).slots]
+            for b in (block, other)
+        )
+        return mine == theirs
 
     def _run(self, programs: Programs, inputs: Sequence[object]) -> list[Tensor]:
         if self.kind == "probe":
