@@ -21,18 +21,27 @@ def find_denoised(
     `states[i]` says whether input i is a parameter or buffer of the model. Raises Unsupported if
     there is no match.
     """
+    order = {node: i for i, node in enumerate(plan.axes.graph.nodes)}
     pairs: list[Denoised] = []
     for output, value in enumerate(plan.axes.results()):
         taken = {pair.latent for pair in pairs}
         matches = [
-            (plan.carries(node), -i, found)
+            (
+                plan.carries(node),
+                -min(order[user] for user in node.users),
+                not found.shared,
+                -i,
+                found,
+            )
             for i, node in enumerate(placeholders)
-            if is_tensor(value) and is_tensor(node) and not states[i] and i not in taken
+            if is_tensor(value) and is_tensor(node) and node.users
+            if not states[i] and i not in taken
             for found in _match(plan, (i, node), (output, value))
         ]
         if matches:
-            # a condition may have such a shape too, but is used later; or carries no tokens
-            pairs.append(max(matches, key=lambda match: match[:2])[2])
+            # a condition may have such a shape, too: it carries no tokens, or is used later, or
+            # joins the latent at once and is wider
+            pairs.append(max(matches, key=lambda match: match[:4])[4])
     if not pairs:
         raise Unsupported("no input has the shape of an output, so none is known to be denoised")
     return tuple(pairs)
