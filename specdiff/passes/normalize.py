@@ -9,7 +9,7 @@ position table is gathered once.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from specdiff.errors import Unsupported
 from specdiff.passes.base import Pass, PassError, check_values
 from specdiff.passes.fuse import drops_nothing, fuse_attention
 from specdiff.passes.rules.attention import ATTENTION
-from specdiff.passes.rules.registry import argument, operand_at
+from specdiff.passes.rules.registry import argument, operand_at, operands_at
 
 aten = torch.ops.aten
 SPLITS = (
@@ -30,6 +30,12 @@ SPLITS = (
     aten.tensor_split.sections,
     aten.tensor_split.indices,
 )
+ALLOCATIONS = {
+    aten.empty.memory_format: aten.zeros.default,
+    aten.empty_like.default: aten.zeros_like.default,
+    aten.new_empty.default: aten.new_zeros.default,
+}
+"""What holds anything at first, and the same with zeros: no two runs may differ, even unread."""
 LIKENESS = {
     aten.type_as.default: aten.to.dtype,
     aten.view_as.default: aten.view.default,
@@ -157,7 +163,10 @@ def replace_likeness(graph: fx.Graph) -> None:
 def replace_writes(graph: fx.Graph) -> None:
     """Say of a written slice what is kept and what is new: nothing that is overwritten is read."""
     for node in list(graph.nodes):
-        if node.target is aten.copy.default:
+        if node.target in ALLOCATIONS:
+            named = {k: v for k, v in node.kwargs.items() if k != "memory_format"}
+            rewritten = _inserted(graph, node, ALLOCATIONS[node.target], *node.args, **named)
+        elif node.target is aten.copy.default:
             rewritten = _copied(graph, node)
         elif node.target is aten.slice_scatter.default and argument(node, 5, "step", 1) == 1:
             rewritten = _joined(graph, node)
@@ -183,14 +192,33 @@ def _joined(graph: fx.Graph, node: fx.Node) -> fx.Node:
     dim, size = argument(node, 2, "dim", 0), node.meta["val"].shape
     start = slice(argument(node, 3, "start"), None).indices(size[dim])[0]
     stop = start + source.meta["val"].shape[dim]
-    kept = [
-        _inserted(graph, node, aten.slice.Tensor, destination, dim, first, last)
-        if first < last
-        else None
-        for first, last in ((0, start), (stop, size[dim]))
+    pieces = [
+        *_kept(graph, node, destination, dim, 0, start),
+        source,
+        *_kept(graph, node, destination, dim, stop, size[dim]),
     ]
-    pieces = [piece for piece in (kept[0], source, kept[1]) if piece is not None]
     return pieces[0] if len(pieces) == 1 else _inserted(graph, node, aten.cat.default, pieces, dim)
+
+
+def _kept(
+    graph: fx.Graph, node: fx.Node, value: fx.Node, dim: int, start: int, stop: int
+) -> Iterator[fx.Node]:
+    """What makes up `value` from `start` to `stop`: of a join, the pieces that lie there."""
+    size = value.meta["val"].shape[dim]
+    if start >= stop:
+        return
+    if (start, stop) == (0, size):
+        yield value
+    elif value.target is aten.cat.default and argument(value, 1, "dim", 0) == dim:
+        offset = 0
+        for piece in operands_at(value, 0):
+            # an empty one-dimensional operand is legal and joins nothing
+            length = piece.meta["val"].shape[dim] if piece.meta["val"].numel() else 0
+            first, last = max(start - offset, 0), min(stop - offset, length)
+            yield from _kept(graph, node, piece, dim, first, last)
+            offset += length
+    else:
+        yield _inserted(graph, node, aten.slice.Tensor, value, dim, start, stop)
 
 
 def _inserted(graph: fx.Graph, node: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:

@@ -115,6 +115,33 @@ def test_writes_to_what_is_computed_become_functional():
     torch.testing.assert_close(module(x)[0], model(x))
 
 
+def test_writes_that_fill_an_allocation_are_one_join():
+    """What was allocated is gone, and with it what no two runs have in common."""
+
+    def model(x):
+        y = torch.empty_like(x)
+        y[:, :2] = x[:, :2].sin()
+        y[:, 2:] = x[:, 2:].cos().half()
+        y[:, 1:2] = x[0, 0]
+        return y
+
+    x = torch.randn(2, 5, 3)
+    module = normalized(model, x)
+    torch.testing.assert_close(module(x)[0], model(x))
+    assert count(module, torch.ops.aten.cat.default) == 1
+    assert not any("empty" in n.name or "zeros" in n.name for n in module.graph.nodes)
+
+
+def test_what_no_write_fills_is_zero():
+    def model(x):
+        y = torch.empty_like(x)
+        y[:, ::2] = x[:, ::2]
+        return y
+
+    x = torch.randn(2, 5, 3)
+    assert (normalized(model, x)(x)[0][:, 1::2] == 0).all()
+
+
 def test_sources_are_kept():
     def model(first, second):
         return first + second

@@ -158,6 +158,17 @@ FOUND = {
         ),
         "image",
     ),
+    "an allocation that is written in two halves": Spec(
+        1,
+        4,
+        1,
+        4,
+        (
+            Block("self attention", residual=False),
+            Block("linear", residual=False),
+            Block("written both halves", residual=False, a=1),
+        ),
+    ),
     "an attention of each token, over its heads": Spec(
         1, 4, 1, 4, (Block("self attention"), Block("wrapped", residual=False, a=1, b=662))
     ),

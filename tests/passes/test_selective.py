@@ -79,6 +79,13 @@ def _written_shifted(t, x):
     return x + y
 
 
+def _written_into_nothing(t, x):
+    y = torch.empty_like(x)
+    y[:, :4] = t.q(x)[:, :4]
+    y[:, 4:] = t.k(x)[:, :-4]
+    return y
+
+
 def _written_at_a_step(t, x):
     y = t.q(x)
     y[:, 1::2] = x[:, ::2]
@@ -146,6 +153,7 @@ MIDDLES = {
     "complex pairs of mixed values": _pairs_of_mixed_values,
     "written behind": _written_behind,
     "written shifted": _written_shifted,
+    "written into nothing": _written_into_nothing,
     "written at a step": _written_at_a_step,
     "even rows": lambda t, x: x + F.interpolate(x[:, ::2].mT, N).mT,
 }
