@@ -204,7 +204,9 @@ def answer(
     compiler = program_compiler(traced.dump_folder, options, settings)
 
     def planned(tokens: int) -> BlockPrograms:
-        plan = plan_block(traced.axes, tokens, states)
+        plan = guarded(lambda: plan_block(traced.axes, tokens, states))
+        if isinstance(plan, str):
+            raise Unsupported(plan)
         return BlockPrograms(traced.module, plan, sample_of(options), compiler)
 
     classes = traced.axes.classes

@@ -128,10 +128,20 @@ def as_tokens(plan: SelectivePlan, values: Mapping[str, Tensor]) -> Tensor:
 
 
 class MaskedDense(fx.Interpreter):
-    """Computes every row of every op, then keeps the cached row where a token is not active."""
+    """Computes every row of every op, then keeps the cached row where a token is not active.
 
-    def __init__(self, analysis: Analysis, cached: dict[str, Tensor], active: Tensor) -> None:
+    `values` has what lives in caches and the token-level outputs, or with `every` all values.
+    """
+
+    def __init__(
+        self,
+        analysis: Analysis,
+        cached: dict[str, Tensor],
+        active: Tensor,
+        every: bool = False,
+    ) -> None:
         super().__init__(analysis.module)
+        self._kept = None if every else {*analysis.plan.cached, *analysis.plan.slots}
         self._plan = analysis.plan
         self._cached = cached
         self._active = active
@@ -150,7 +160,8 @@ class MaskedDense(fx.Interpreter):
         if n in self._plan.cached and self._cached:
             fresh = fresh_rows(self._plan, n, self._active)
             value = torch.where(fresh, value, self._cached[n.name])
-        self.values[n.name] = value
+        if self._kept is None or n in self._kept:
+            self.values[n.name] = value
         return value
 
 

@@ -231,6 +231,8 @@ def _restore_static_metadata(module: fx.GraphModule) -> None:
     module._param_name_to_source = {}  # type: ignore[assignment]
     for node in module.graph.find_nodes(op="placeholder"):
         origin = node.meta.pop("dynamo_placeholder", None)
+        if origin is None and getattr(node, "_dynamo_source", None) is not None:
+            continue  # a placeholder of Dynamo's own graph
         node._dynamo_source = getattr(origin, "_dynamo_source", None)
         described = dict(origin.meta.get("tensor_dict") or {}) if origin is not None else {}
         if node.meta.get("static"):

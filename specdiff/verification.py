@@ -2,6 +2,7 @@
 
 The gate before a compiled plan goes live: every graph of the model is traced, rewritten and held
 to oracles 1 to 3, in the model's own dtype and on its own device, with the programs run eagerly.
+The plans of single blocks, under `specdiff.attach`, are not among them.
 """
 
 from __future__ import annotations

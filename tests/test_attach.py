@@ -153,6 +153,67 @@ def test_an_output_that_is_no_list_of_tokens_is_dense():
     assert "can be seen in 0 ways" in attachment.reasons()[0]
 
 
+def test_attaching_twice_and_then_detaching_leaves_nothing_open():
+    model, inputs = MODELS["sd3"]()
+    exact = generation(model, inputs)
+    compile_blocks(model)
+    specdiff.attach(model, cache_ratio=0.7)
+    again = specdiff.attach(model, cache_ratio=0.7)
+    generation(model, inputs)
+    assert sum(evaluations(model)[:3]) == 8
+    again.detach()
+    torch.testing.assert_close(generation(model, inputs), exact, **EXACT)
+
+
+def test_blocks_left_out_are_noticed():
+    """A selective step must not read caches that the dense step before it did not write."""
+    model, inputs = MODELS["sd3"]()
+    specdiff.attach(compile_blocks(model, dynamic=False), cache_ratio=0.7, refresh_interval=0)
+    generation(model, inputs, 3)
+    whole, model.transformer_blocks = model.transformer_blocks, model.transformer_blocks[1:]
+    found = generation(model, inputs, 3)
+    specdiff.reset(model)
+    model.transformer_blocks = whole
+    expected = generation(model, inputs)
+    assert all(value.isfinite().all() for value in (*found, *expected))
+
+
+def test_gradients_of_a_frozen_model():
+    model, inputs = MODELS["sd3"]()
+    model.requires_grad_(False)
+    specdiff.attach(compile_blocks(model), cache_ratio=0.7)
+    latent = inputs["hidden_states"].requires_grad_()
+    (gradient,) = torch.autograd.grad(model(**inputs)[0].sum(), latent)
+    assert gradient.abs().max() > 0
+
+
+def test_compile_time_options_cannot_be_given():
+    with pytest.raises(specdiff.OptionError, match="inner_backend"):
+        specdiff.attach(flux()[0], inner_backend="eager")
+
+
+def test_times_that_are_numbers():
+    """A number for the time is one call shape, not one a step."""
+
+    class Numbered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = compile_blocks(MODELS["sd3"]()[0])
+
+        def forward(self, hidden_states, timestep, **inputs):
+            time = torch.full((2,), float(timestep))
+            return self.inner(hidden_states, timestep=time, **inputs)
+
+    inputs = sd3(layers=2)[1]
+    model, latent = Numbered(), inputs.pop("hidden_states")
+    del inputs["timestep"]
+    specdiff.attach(model, cache_ratio=0.5, speculative_steps=0)
+    with torch.no_grad():
+        for time in (1000, 900, 800, 700, 600):
+            latent = latent - 0.1 * model(latent, time, **inputs)[0]
+    assert evaluations(model)[:2] == (3, 2)
+
+
 def test_an_error_in_the_model_leaves_nothing_open():
     model, inputs = MODELS["flux"]()
     specdiff.attach(compile_blocks(model), cache_ratio=0.7)

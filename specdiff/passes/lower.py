@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor, fx
@@ -94,7 +94,7 @@ class LoweredPrograms(Lowered):
 class BlockPrograms(Lowered):
     """The programs of one block: each returns the graph's own outputs, then importance [B, N]."""
 
-    @property
+    @cached_property
     def slots(self) -> tuple[CacheSlot, ...]:
         """The caches of one call of the block."""
         return cache_slots(self._plan)

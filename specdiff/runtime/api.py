@@ -89,15 +89,21 @@ def attach(model: torch.nn.Module, **options: Any) -> Attachment:
 
     Args:
         model: the root, itself not compiled.
-        options: as of the backend, those that concern run time.
+        options: as of `configure`, and `timestep_arg`.
 
     Returns:
-        What `detach()` undoes.
+        What `detach()` undoes; so does attaching again.
 
     Raises:
         OptionError: an unknown option or a value out of range.
     """
-    return Attachment(model, Options.parse(options, frozenset())[0])
+    check_overrides({k: v for k, v in options.items() if k != "timestep_arg"})
+    state = find_or_create(model)
+    if state.attachment is not None:
+        state.attachment.detach()
+    attachment = Attachment(model, Options.parse(options, frozenset())[0])
+    state.attachment = attachment
+    return attachment
 
 
 def session(

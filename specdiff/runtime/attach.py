@@ -12,7 +12,6 @@ import inspect
 import logging
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -35,9 +34,15 @@ from specdiff.program import (
 )
 from specdiff.runtime.dispatch import Runtime
 from specdiff.runtime.patches import Patches, possible
-from specdiff.runtime.regional import Diverged, Kind, RootCall, Visit, under
+from specdiff.runtime.regional import Diverged, Kind, RootCall, Visit, enter, leave, under
 
 logger = logging.getLogger(__name__)
+
+MAX_SHAPES = 8
+"""Call shapes that are remembered, each with caches of its own."""
+MAX_LOOKS = 4
+_RESULT: ContextVar[tuple[object, Any] | None] = ContextVar("specdiff_result", default=None)
+"""The attachment whose root is being called, and what that call is to return."""
 
 
 class RootPrograms:
@@ -67,7 +72,6 @@ class RootPrograms:
         self._arguments = arguments
         self._patches = patches
         self._visits = visits
-        self._parameters = frozenset(id(parameter) for parameter in root.parameters())
 
     @property
     def compile_seconds(self) -> Mapping[str, float]:
@@ -105,13 +109,15 @@ class RootPrograms:
     def _call(
         self, kind: Kind, caches: Sequence[Tensor] = (), active: Tensor | None = None
     ) -> RootCall:
-        return RootCall(kind, self._parameters, self._patches.tokens, self._visits, caches, active)
+        parameters = frozenset(id(parameter) for parameter in self._root.parameters())
+        return RootCall(kind, parameters, self._patches.tokens, self._visits, caches, active)
 
     def _evaluation(self, inputs: Sequence[object], call: RootCall) -> Evaluation:
         leaves = list(inputs[: self._arguments.num_leaves])
         args, kwargs = pytree.tree_unflatten(leaves, self._arguments)
         with under(call):
             (output,) = pytree.tree_leaves(self._root.forward(*args, **kwargs))
+        call.finish()
         tokens = self._patches.split(output)
         importance = call.importance
         if importance is None:
@@ -136,7 +142,8 @@ class Attachment:
         self._root = root
         self._options = options
         self._found: dict[Hashable, Found | str] = {}
-        self._open: ContextVar[tuple[ExitStack, Any] | None] = ContextVar("call", default=None)
+        self._lost: Counter[Hashable] = Counter()
+        """How often calls of a shape went through other blocks than before."""
         self._hooks = (
             root.register_forward_pre_hook(self._before, with_kwargs=True),
             root.register_forward_hook(self._after, with_kwargs=True, always_call=True),
@@ -144,6 +151,8 @@ class Attachment:
 
     def detach(self) -> None:
         """Remove the hooks; blocks answer alone again, which means dense."""
+        _RESULT.set(None)
+        leave()
         for hook in self._hooks:
             hook.remove()
 
@@ -154,12 +163,16 @@ class Attachment:
 
     def _before(self, root: nn.Module, args: Any, kwargs: Any) -> None:
         """Run the evaluation; the call that follows passes through idle blocks."""
-        self._open.set(None)
-        if torch.is_grad_enabled() and any(p.requires_grad for p in root.parameters()):
-            return
+        _RESULT.set(None)
+        leave()
         leaves, arguments = pytree.tree_flatten((args, kwargs))
-        key = (arguments, tuple(_kind_of(leaf) for leaf in leaves))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *root.parameters())):
+            return
+        key = self._key(leaves, arguments)
         if key not in self._found:
+            while len(self._found) >= MAX_SHAPES:
+                del self._found[next(iter(self._found))]
             self._found[key] = self._look(leaves, arguments)
         found = self._found[key]
         if isinstance(found, str):
@@ -167,20 +180,36 @@ class Attachment:
         try:
             outputs = found.runtime(*leaves, *root.parameters())
         except Diverged as error:
-            self._found[key] = self._dense(str(error))
+            self._forget(key, str(error))
             return
-        stack = ExitStack()
-        stack.enter_context(under(found.programs.idle()))
-        self._open.set((stack, pytree.tree_unflatten(outputs, found.structure)))
+        enter(found.programs.idle())
+        _RESULT.set((self, pytree.tree_unflatten(outputs, found.structure)))
 
     def _after(self, root: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """The result that the hook before has."""
-        opened = self._open.get()
-        if opened is None:
+        result = _RESULT.get()
+        if result is None or result[0] is not self:
             return output
-        self._open.set(None)
-        opened[0].close()
-        return opened[1]
+        _RESULT.set(None)
+        leave()
+        return result[1]
+
+    def _key(self, leaves: Sequence[Any], arguments: pytree.TreeSpec) -> Hashable:
+        """What of a call decides how it runs: of a time only that there is one."""
+        names = self._names(leaves, arguments)
+        time = _time(names, leaves, self._options.timestep_arg)
+        kinds = [_kind_of(leaf) for leaf in leaves]
+        if time is not None and not isinstance(leaves[time], Tensor):
+            kinds[time] = str(type(leaves[time]))
+        return (arguments, tuple(kinds))
+
+    def _forget(self, key: Hashable, reason: str) -> None:
+        """Look again at the next call, as adapters may have been loaded; but not for ever."""
+        self._lost[key] += 1
+        if self._lost[key] < MAX_LOOKS:
+            del self._found[key]
+        else:
+            self._found[key] = self._dense(reason)
 
     def _look(self, leaves: Sequence[Any], arguments: pytree.TreeSpec) -> Found | str:
         """One forward with the blocks as they were traced; then what it allows."""
@@ -210,6 +239,9 @@ class Attachment:
     ) -> Signature:
         names = self._names(leaves, arguments)
         tokens = patches.split(output)
+        slots = _slots(visits, patches.tokens)
+        if any(slot.shape[0] != len(output) for slot in slots):
+            raise Unsupported("the samples of a block are not those of the output")
         denoised = _denoised(leaves, output)
         time = _time(names, leaves, self._options.timestep_arg)
         roles: dict[int, InputRole] = {
@@ -224,7 +256,7 @@ class Attachment:
         return Signature(
             inputs=tuple(inputs),
             segments=(Segment("tokens", patches.tokens, True),),
-            caches=_slots(visits, patches.tokens),
+            caches=slots,
             tokens=CacheSlot("tokens", tuple(tokens.shape), tokens.dtype, tokens.device),
             lengths=(patches.tokens,),
             denoised=(denoised,),
@@ -234,12 +266,11 @@ class Attachment:
     def _names(self, leaves: Sequence[Any], arguments: pytree.TreeSpec) -> list[str]:
         """The argument of the root's forward that each leaf belongs to."""
         args, kwargs = pytree.tree_unflatten(list(leaves), arguments)
-        bound = inspect.signature(self._root.forward).bind(*args, **kwargs).arguments
-        positional = list(bound)[: len(args)]
-        found = []
-        for name, value in [*zip(positional, args, strict=True), *kwargs.items()]:
-            found += [name] * len(pytree.tree_leaves(value))
-        return found
+        forward = getattr(self._root, "_orig_mod", self._root).forward
+        parameters = list(inspect.signature(forward).parameters)
+        named = [*zip(parameters, args, strict=False), *kwargs.items()]
+        found = [name for name, value in named for _ in pytree.tree_leaves(value)]
+        return found + [""] * (len(leaves) - len(found))
 
 
 def _patches_of(outputs: Sequence[Any], visits: Sequence[Visit]) -> Patches:
@@ -261,12 +292,16 @@ def _slots(visits: Sequence[Visit], tokens: int) -> tuple[CacheSlot, ...]:
 
 
 def _denoised(leaves: Sequence[Any], output: Tensor) -> Denoised:
-    for i, leaf in enumerate(leaves):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point():
-            found = Denoised.match(i, leaf.shape, 0, output.shape)
-            if found is not None:
-                return found
-    raise Unsupported("no input has the shape of the output, so none is known to be denoised")
+    floats = [
+        (i, leaf)
+        for i, leaf in enumerate(leaves)
+        if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    ]
+    found = [Denoised.match(i, leaf.shape, 0, output.shape) for i, leaf in floats]
+    matches = [match for match in found if match is not None]
+    if not matches:
+        raise Unsupported("no input has the shape of the output, so none is known to be denoised")
+    return min(matches, key=lambda match: match.shared is not None)
 
 
 def _time(names: Sequence[str], leaves: Sequence[Any], wanted: str | None) -> int | None:

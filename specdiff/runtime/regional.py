@@ -16,11 +16,11 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from specdiff.errors import Unsupported
 from specdiff.program import CacheSlot
 
 _CALL: ContextVar[RootCall | None] = ContextVar("specdiff_root_call", default=None)
 
-Layout = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
 Kind = Literal["plain", "probe", "dense", "selective", "skip"]
 
 
@@ -95,15 +95,15 @@ class Block:
         return self._planned[tokens]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Visit:
     """One call of a block, in the order of the root's forward."""
 
     block: Block
     owner: int
     """Identity of the first parameter: blocks of a class share a graph, not parameters."""
-    layouts: tuple[Layout, ...] = field(compare=False)
-    """Of the outputs: Dynamo guards their strides in the block that takes them."""
+    blanks: tuple[Callable[[], Any], ...]
+    """Make outputs that nobody reads, of the strides that Dynamo guards in the next block."""
 
 
 @dataclass
@@ -129,32 +129,38 @@ class RootCall:
         """The outputs of one block."""
         if self.kind == "plain":
             outputs = list(block.eager(*inputs))
-            layouts = tuple((o.shape, o.stride(), o.dtype, o.device) for o in outputs)
-            self.visits.append(Visit(block, owner, layouts))
+            self.visits.append(Visit(block, owner, tuple(map(_blank, outputs))))
             return outputs
-        visit = self._next(block, owner)
         if self.kind == "skip":
-            return [
-                torch.empty_strided(shape, stride, dtype=dtype, device=device).zero_()
-                for shape, stride, dtype, device in visit.layouts
-            ]
+            return self._pass(block, owner, inputs)
+        self._next(block, owner)
         if self.tokens not in block.lengths:
             return list(block.dense(*inputs))  # of other tokens, such as text
         *outputs, importance = self._run(block.planned(self.tokens), inputs)
         self.importance = importance if self.importance is None else self.importance + importance
         return outputs
 
-    def _next(self, block: Block, owner: int) -> Visit:
-        """The visit of the first forward at this place, which must be one of the same block.
+    def finish(self) -> None:
+        """Raise Diverged if blocks were left out: their caches hold what nobody wrote."""
+        if self._visited != len(self.known):
+            raise Diverged(f"{self._visited} block calls, not {len(self.known)} as in the first")
 
-        Dynamo may have traced it again, for a guard on anything: its caches must be the same. They
-        are not if autocast was entered or left, which changes their dtype.
+    def _pass(self, block: Block, owner: int, inputs: Sequence[object]) -> list[Any]:
+        """Anything of the right form: the root's output is replaced."""
+        index, self._visited = self._visited, self._visited + 1
+        if index < len(self.known) and self.known[index].owner == owner:
+            return [blank() for blank in self.known[index].blanks]
+        return list(block.dense(*inputs))
+
+    def _next(self, block: Block, owner: int) -> None:
+        """The visit of the first forward at this place must be one of the same block.
+
+        Dynamo may have traced it again, for a guard on anything: its caches must be the same.
         """
         index, self._visited = self._visited, self._visited + 1
         visit = self.known[index] if index < len(self.known) else None
         if visit is None or visit.owner != owner or not self._alike(block, visit.block):
             raise Diverged(f"block call {index} is not the one of the first forward")
-        return visit
 
     def _alike(self, block: Block, other: Block) -> bool:
         prunable = [self.tokens in b.lengths for b in (block, other)]
@@ -162,10 +168,13 @@ class RootCall:
             return True
         if not all(prunable):
             return False
-        mine, theirs = (
-            [(slot.shape, slot.dtype) for slot in b.planned(self.tokens).slots]
-            for b in (block, other)
-        )
+        try:
+            mine, theirs = (
+                [(slot.shape, slot.dtype) for slot in b.planned(self.tokens).slots]
+                for b in (block, other)
+            )
+        except Unsupported:
+            return False
         return mine == theirs
 
     def _run(self, programs: Programs, inputs: Sequence[object]) -> list[Tensor]:
@@ -187,6 +196,23 @@ def under(call: RootCall) -> Iterator[RootCall]:
         yield call
     finally:
         _CALL.reset(token)
+
+
+def enter(call: RootCall) -> None:
+    """Blocks called from now on, in this thread or task, belong to `call`, until `leave`."""
+    _CALL.set(call)
+
+
+def leave() -> None:
+    """Blocks called from now on are alone."""
+    _CALL.set(None)
+
+
+def _blank(output: object) -> Callable[[], Any]:
+    if not isinstance(output, Tensor):
+        return lambda: output
+    shape, stride, dtype, device = output.shape, output.stride(), output.dtype, output.device
+    return lambda: torch.empty_strided(shape, stride, dtype=dtype, device=device).zero_()
 
 
 def _known(value: object) -> bool:

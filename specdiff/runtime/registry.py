@@ -48,6 +48,8 @@ class ModelState(StreamOwner):
         super().__init__(keep_values=False)
         self.counters = Counters()
         self.sessions: weakref.WeakSet[StreamOwner] = weakref.WeakSet()
+        self.attachment: Any = None
+        """What hooks the model's root (`runtime.attach.Attachment`), if anything does."""
         self.graphs: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         """Graphs this model has run, with a hash of the parameters each of them takes."""
         self._said: set[str] = set()

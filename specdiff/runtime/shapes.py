@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor
 
 Answer = Callable[..., Any]
+MAX_SHAPES = 16
+"""Shapes that are remembered, each with programs and caches of its own."""
 
 
 class PerShape:
@@ -35,6 +37,8 @@ class PerShape:
         sizes = [_size(inputs[index]) for index in self._symbolic]
         key = (*sizes, *(float(inputs[index]) for index in self._floats))  # type: ignore[arg-type]
         if key not in self._answers:
+            while len(self._answers) >= MAX_SHAPES:
+                del self._answers[next(iter(self._answers))]
             self._answers[key] = self._specialise(inputs)
         return self._answers[key](*inputs)
 

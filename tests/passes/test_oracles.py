@@ -59,7 +59,7 @@ def test_importance_is_the_attention_received(traced):
     """All queries sampled: the sum over heads and layers of softmax columns, by hand."""
     found, programs = traced[2:]
     flat = found.flat[0]
-    oracle = MaskedDense(found.analysis, {}, torch.zeros(1, 1, dtype=torch.int64))
+    oracle = MaskedDense(found.analysis, {}, torch.zeros(1, 1, dtype=torch.int64), every=True)
     oracle.run(*flat)
     plan = found.analysis.plan
     total = torch.zeros(found.analysis.signature.tokens.shape[:2])
