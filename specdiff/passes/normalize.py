@@ -204,16 +204,16 @@ def _kept(
     graph: fx.Graph, node: fx.Node, value: fx.Node, dim: int, start: int, stop: int
 ) -> Iterator[fx.Node]:
     """What makes up `value` from `start` to `stop`: of a join, the pieces that lie there."""
-    size = value.meta["val"].shape[dim]
     if start >= stop:
         return
-    if (start, stop) == (0, size):
+    if (start, stop) == (0, value.meta["val"].shape[dim]):
         yield value
     elif value.target is aten.cat.default and argument(value, 1, "dim", 0) == dim:
         offset = 0
         for piece in operands_at(value, 0):
             # an empty one-dimensional operand is legal and joins nothing
-            length = piece.meta["val"].shape[dim] if piece.meta["val"].numel() else 0
+            shape = piece.meta["val"].shape
+            length = shape[dim] if len(shape) == value.meta["val"].dim() else 0
             first, last = max(start - offset, 0), min(stop - offset, length)
             yield from _kept(graph, node, piece, dim, first, last)
             offset += length
