@@ -34,7 +34,6 @@ from specdiff.summary import load_per_core, record, table
 
 SETTINGS: dict[str, Mapping[str, Any]] = {
     "default": {},
-    "default, dense every 2": {"refresh_interval": 2},
     "default, dense every 4": {"refresh_interval": 4},
     "history, ratio 0.5": {"cache_ratio": 0.5},
     "history, ratio 0.75": {"cache_ratio": 0.75},
@@ -46,7 +45,7 @@ SETTINGS: dict[str, Mapping[str, Any]] = {
     "paper, ratio 0.95": {"method": "paper", "cache_ratio": 0.95},
 }
 CLEARED = dict.fromkeys(("method", "cache_ratio", "refresh_interval", "stride"))
-FEWER_STEPS = (18, 14, 12, 10, 8, 7)
+FEWER_STEPS = (22, 18, 14, 12, 10)
 
 
 def configured(
