@@ -21,30 +21,30 @@ def find_denoised(
     `states[i]` says whether input i is a parameter or buffer of the model. Raises Unsupported if
     there is no match.
     """
-    order = {node: i for i, node in enumerate(plan.axes.graph.nodes)}
     pairs: list[Denoised] = []
     for output, value in enumerate(plan.axes.results()):
         taken = {pair.latent for pair in pairs}
         matches = [
-            (
-                plan.carries(node),
-                -min(order[user] for user in node.users),
-                not found.shared,
-                -i,
-                found,
-            )
+            (plan.carries(node), -i, node, found)
             for i, node in enumerate(placeholders)
-            if is_tensor(value) and is_tensor(node) and node.users
-            if not states[i] and i not in taken
+            if is_tensor(value) and is_tensor(node) and not states[i] and i not in taken
             for found in _match(plan, (i, node), (output, value))
         ]
         if matches:
-            # a condition may have such a shape, too: it carries no tokens, or is used later, or
-            # joins the latent at once and is wider
-            pairs.append(max(matches, key=lambda match: match[:4])[4])
+            pairs.append(_latent_among(matches))
     if not pairs:
         raise Unsupported("no input has the shape of an output, so none is known to be denoised")
     return tuple(pairs)
+
+
+def _latent_among(matches: Sequence[tuple[bool, int, fx.Node, Denoised]]) -> Denoised:
+    """A condition may have such a shape, too: it carries no tokens, or is used later.
+
+    Or it is wider and joins the latent at once.
+    """
+    *_, node, best = max(matches, key=lambda match: match[:2])
+    joined = [m for *_, other, m in matches if set(other.users) & set(node.users)]
+    return next((m for m in joined if m.shared is None), best) if best.shared else best
 
 
 def is_scalar(plan: SelectivePlan, node: fx.Node) -> bool:
