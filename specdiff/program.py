@@ -60,6 +60,10 @@ class Denoised:
         fits = here[axis] > there[axis] or 2 * here[axis] == there[axis]
         return cls(latent, velocity, (axis, min(here[axis], there[axis]))) if fits else None
 
+    def is_all_of(self, velocity: Tensor) -> bool:
+        """Whether the latent takes all channels of the output: a learned variance moves nothing."""
+        return self.shared is None or velocity.shape[self.shared[0]] == self.shared[1]
+
     def part(self, tensor: Tensor) -> Tensor:
         """What latent and velocity have in common, as a view of either."""
         return tensor if self.shared is None else tensor.narrow(self.shared[0], 0, self.shared[1])
@@ -130,6 +134,9 @@ class Signature:
     """What is denoised, the main one (image, video) first."""
     time: int | None
     """Index of the time input, or None if none was found."""
+    additive: bool
+    """Whether what is added to the token-level output is added to what moves the latents, and
+    nothing else changes."""
 
     @property
     def batch(self) -> int:

@@ -11,8 +11,28 @@ from torch import fx
 from specdiff.passes.axes import ClassId
 from specdiff.passes.roles import find_denoised, find_time, is_scalar, short_name
 from specdiff.passes.rules.attention import ATTENTION, Attention
+from specdiff.passes.rules.registry import is_tensor
+from specdiff.passes.rules.shape import VIEWS
 from specdiff.passes.selective import SelectivePlan, cache_shape
-from specdiff.program import CacheSlot, InputRole, InputSpec, Segment, Signature
+from specdiff.program import CacheSlot, Denoised, InputRole, InputSpec, Segment, Signature
+
+aten = torch.ops.aten
+REARRANGEMENTS = (
+    *VIEWS,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.cat.default,
+    aten.stack.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten._to_copy.default,
+    aten.to.dtype,
+)
+"""What moves numbers and leaves them what they are."""
 
 
 def module_path(node: fx.Node) -> str:
@@ -56,7 +76,25 @@ def build_signature(
         lengths=plan.lengths,
         denoised=denoised,
         time=time,
+        additive=_is_additive(plan, denoised),
     )
+
+
+def _is_additive(plan: SelectivePlan, denoised: Sequence[Denoised]) -> bool:
+    """Whether the tail only rearranges, and all that it returns moves a latent."""
+    pairs = {pair.velocity: pair for pair in denoised}
+    values = {i: v for i, v in enumerate(plan.axes.results()) if is_tensor(v)}
+    if pairs.keys() != values.keys():
+        return False
+    if not all(pair.is_all_of(values[i].meta["val"]) for i, pair in pairs.items()):
+        return False
+    carried = set(plan.slots)
+    for node in plan.tail:
+        if carried.intersection(node.all_input_nodes):
+            carried.add(node)
+            if node.target not in REARRANGEMENTS:
+                return False
+    return True
 
 
 def _segment(

@@ -268,6 +268,7 @@ class Attachment:
             lengths=(patches.tokens,),
             denoised=(denoised,),
             time=time,
+            additive=denoised.is_all_of(output),
         )
 
     def _names(self, leaves: Sequence[Any], arguments: pytree.TreeSpec) -> list[str]:

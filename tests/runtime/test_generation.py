@@ -24,7 +24,7 @@ from specdiff.runtime.forecast import REACH, forecast
 from specdiff.runtime.history import History
 from specdiff.runtime.importance import log_scores
 
-PLAN = {"cache_ratio": 0.75, "warmup_steps": 3, "refresh_interval": 4}
+PLAN = {"cache_ratio": 0.75, "warmup_steps": 3, "refresh_interval": 4, "tapered": False}
 
 
 def test_programs_follow_the_schedule():
@@ -40,7 +40,7 @@ def test_programs_follow_the_schedule():
 
 
 def test_dense_steps_are_exact_and_selective_ones_are_not():
-    run = Euler(toy(**{**PLAN, "refresh_interval": 3}), steps=10).run()
+    run = Euler(toy(**{**PLAN, "refresh_interval": 3, "correction": False}), steps=10).run()
     dense = [0, 1, 2, 5, 8]
     assert max(run.errors[i] for i in dense) < 1e-6
     assert min(error for i, error in enumerate(run.errors) if i not in dense) > 1e-5
@@ -202,7 +202,9 @@ def test_no_speculation_when_the_sampler_is_no_flow(caplog):
     stats = sd.stats(model)
     assert (stats.speculative, stats.selective, stats.fallbacks) == (0, 1, {})
     (message,) = caplog.messages
-    assert message.startswith("no speculation: the sampler's steps fit neither a flow nor DDIM")
+    assert message.startswith(
+        "no speculation or correction: the sampler's steps fit neither a flow nor DDIM"
+    )
 
 
 def test_a_latent_that_stays_where_it_is_while_time_moves_is_none():

@@ -59,6 +59,7 @@ class ToyPrograms:
             lengths=(N,),
             denoised=(Denoised(5, 0),),
             time=6 if time else None,
+            additive=True,
         )
 
     def probe(self, inputs: Sequence[object]) -> Evaluation:
