@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from specdiff.oracles import MaskedDense
-from tests.models import MODELS, changed
+from tests.models import MODELS, ZOO, changed
 from tests.oracles import trace
 from tests.passes.checks import (
     TOLERANCE,
@@ -72,3 +72,20 @@ def test_importance_is_the_attention_received(traced):
                     columns = slice(piece.offset, piece.offset + piece.length)
                     total += weights.mean(2).sum(1)[:, columns]
     torch.testing.assert_close(programs.probe(flat).importance, total, **TOLERANCE)
+
+
+def test_what_is_added_to_tokens_is_added_to_what_moves_the_latent(traced):
+    _, _, found, programs = traced
+    inputs = found.flat[0]
+    signature = programs.signature
+    assert signature.additive
+    tokens, more = torch.randn(2, *signature.tokens.shape).unbind(0)
+    (both,), (first,), (second,) = (
+        programs.tail(inputs, value) for value in (tokens + more, tokens, more)
+    )
+    torch.testing.assert_close(both, first + second)
+
+
+def test_a_learned_variance_moves_nothing():
+    case = ZOO["dit_transformer"]()
+    assert not trace(case.model, case.inputs).analysis.signature.additive
