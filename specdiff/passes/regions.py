@@ -7,7 +7,7 @@ linears is an MLP; what holds no tokens is modulation. Regions carry their cost 
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -93,13 +93,18 @@ class RegionsPass(Pass[SelectivePlan, tuple[Region, ...]]):
         if missing:
             raise PassError(f"no region holds {', '.join(n.name for n in missing)}")
 
-    def render(self, result: tuple[Region, ...]) -> str:
-        """One line a region."""
-        return "\n".join(
-            f"{r.kind:14} {r.path or '-':40} {len(r.nodes):4} nodes "
-            f"FLOPs: {r.dense.flops} dense, {r.selective.flops} selective"
-            for r in result
-        )
+    def summary(self, result: tuple[Region, ...]) -> str:
+        """How many regions of each kind."""
+        kinds = Counter(region.kind for region in result)
+        return ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+
+    def notes(self, result: tuple[Region, ...]) -> dict[fx.Node, str]:
+        """The region of each node."""
+        return {
+            node: f"{number} {region.kind} {region.path}".rstrip()
+            for number, region in enumerate(result)
+            for node in region.nodes
+        }
 
 
 def dense_work(regions: Sequence[Region]) -> Work:

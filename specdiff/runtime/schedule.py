@@ -44,11 +44,20 @@ class Schedule:
 
     def count(self, index: int) -> int:
         """Tokens to compute at evaluation `index` (from 0) of a generation."""
+        return self.decide(index)[0]
+
+    def decide(self, index: int) -> tuple[int, str]:
+        """Tokens to compute at evaluation `index` (from 0) of a generation, and why so many."""
         after_warmup = index - self.warmup_steps + 1
-        due = self.refresh_interval and after_warmup % self.refresh_interval == 0
-        if after_warmup <= 0 or due or self.active == self.tokens:
-            return self.tokens
+        if after_warmup <= 0:
+            return self.tokens, "warm-up"
+        if self.active == self.tokens:
+            return self.tokens, "no token may be left out"
+        if self.refresh_interval and after_warmup % self.refresh_interval == 0:
+            return self.tokens, f"dense every {self.refresh_interval}"
         since_dense = (
             after_warmup % self.refresh_interval if self.refresh_interval else after_warmup
         )
-        return self.active if since_dense % self.stride == 0 else 0
+        if self.active and since_dense % self.stride == 0:
+            return self.active, f"the {self.active} highest scores"
+        return 0, "forecast from earlier steps"
