@@ -2,7 +2,8 @@
 
 Between the attentions and the residual additions lie token-wise connected components. A component
 that feeds or drains an attention belongs to that attention's region; one with an activation between
-linears is an MLP; what holds no tokens is modulation. Regions carry their cost (`passes.cost`).
+linears is an MLP; what holds no tokens is modulation, or a table (of positions) if nothing in it is
+learned. Regions carry their cost (`passes.cost`).
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from torch import fx
 from specdiff.passes.base import Pass, PassError
 from specdiff.passes.cost import CONVOLUTIONS, NOTHING, CostModel, Work
 from specdiff.passes.rules.attention import ATTENTION
-from specdiff.passes.rules.registry import is_tensor, shape_of
+from specdiff.passes.rules.registry import is_tensor
 from specdiff.passes.selective import SelectivePlan
 from specdiff.passes.signature import module_path
+from specdiff.passes.trunk import PROJECTIONS, residual_additions
 
 aten = torch.ops.aten
 ACTIVATIONS = (
@@ -32,7 +34,6 @@ ACTIVATIONS = (
     aten.tanh.default,
     aten.mish.default,
 )
-PROJECTIONS = (aten.linear.default, *CONVOLUTIONS)
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Region:
     """A connected piece of the model."""
 
     kind: str
-    """attention, mlp, attention+mlp, modulation, embed, head or other."""
+    """attention, mlp, attention+mlp, modulation, table, embed, head or other."""
     path: str
     """Common module path of its nodes."""
     nodes: tuple[fx.Node, ...]
@@ -69,7 +70,7 @@ class RegionsPass(Pass[SelectivePlan, tuple[Region, ...]]):
         computed = [n for n in graph.nodes if n.op == "call_function" and is_tensor(n)]
         links.add_nodes_from(computed)
         tokens = _token_streams(value, computed)
-        residual = {n for n in tokens if _is_residual(n, tokens)}
+        residual = residual_additions(computed, tokens)
         starts = {o for n in residual for o in n.all_input_nodes} - value.attention_dependent
         links.remove_nodes_from(residual)
         for node in computed:
@@ -126,27 +127,6 @@ def _token_streams(plan: SelectivePlan, computed: list[fx.Node]) -> set[fx.Node]
     return {node for node in learned if plan.axes.axes_with(node, *plan.axes.segments)}
 
 
-def _is_residual(node: fx.Node, tokens: set[fx.Node]) -> bool:
-    """An addition to the trunk that all blocks share: a gated or plain linear's output is added.
-
-    RoPE, too, adds two token values, but neither is a linear's output.
-    """
-    if node.target is not aten.add.Tensor:
-        return False
-    operands = [o for o in node.args[:2] if isinstance(o, fx.Node)]
-    same = all(o in tokens and shape_of(o) == shape_of(node) for o in operands)
-    return len(operands) == 2 and same and any(_is_branch_end(o) for o in operands)
-
-
-def _is_branch_end(node: fx.Node) -> bool:
-    while node.target in (aten.mul.Tensor, aten.dropout.default, aten.div.Tensor):
-        streams = [o for o in node.all_input_nodes if shape_of(o) == shape_of(node)]
-        if len(streams) != 1:
-            return False
-        node = streams[0]
-    return node.target is aten.linear.default
-
-
 def _region(cost: CostModel, nodes: tuple[fx.Node, ...], kind: str) -> Region:
     paths = [path for node in nodes if (path := module_path(node))]
     return Region(
@@ -163,7 +143,9 @@ def _kind(plan: SelectivePlan, nodes: Sequence[fx.Node], tokens: set[fx.Node]) -
     if set(plan.slots) & set(nodes):
         return "head"
     if not set(nodes) & tokens:
-        return "embed" if any(n.target in CONVOLUTIONS for n in nodes) else "modulation"
+        if any(n.target in CONVOLUTIONS for n in nodes):
+            return "embed"
+        return "modulation" if any(n.target in PROJECTIONS for n in nodes) else "table"
     attention = any(n.target is ATTENTION for n in nodes)
     mlp = any(n.target in ACTIVATIONS for n in nodes)
     if attention or mlp:

@@ -97,6 +97,7 @@ def test_what_shrinks_is_what_holds_image_tokens(analysis):
     assert kinds == {
         "embed": False,  # of the text, the last one
         "modulation": False,
+        "table": False,
         "attention": True,
         "attention+mlp": True,
         "head": True,
