@@ -23,7 +23,7 @@ from specdiff.options import Options
 from specdiff.passes.axes import AxesPass, AxisFacts
 from specdiff.passes.base import Notes, Observer, PassRecord, PassRunner
 from specdiff.passes.block import plan_block
-from specdiff.passes.dump import Dump
+from specdiff.passes.dump import Dump, unfailing
 from specdiff.passes.listing import listing
 from specdiff.passes.lower import BlockPrograms, LoweredPrograms
 from specdiff.passes.lower import Compiler as ProgramCompiler
@@ -93,7 +93,7 @@ def analyse(traced: Traced, states: Sequence[bool], options: Options) -> Analysi
 
 
 def dump_of(options: Options) -> Dump | None:
-    """Where this graph is dumped: below the option `dump_dir`, or else the variable SPECDIFF_DUMP."""
+    """Where this graph is dumped: below `dump_dir`, or else below the variable SPECDIFF_DUMP."""
     place = options.dump_dir or os.environ.get("SPECDIFF_DUMP")
     return Dump.below(Path(place)) if place else None
 
@@ -138,7 +138,30 @@ def attempt(
     found = guarded(lambda: trace(module, inputs, options, verify))
     if isinstance(found, str):
         return found
-    return guarded(lambda: analyse(found, module_states(module, inputs), options))
+    return concluded(found, module_states(module, inputs), options)
+
+
+def concluded(traced: Traced, states: Sequence[bool], options: Options) -> Analysis | str:
+    """The analysis of a graph with tokens, or why it has none, told to whoever watches."""
+    found = guarded(lambda: analyse(traced, states, options))
+    log.debug("%s", f"runs dense: {found}" if isinstance(found, str) else "has a selective form")
+    publish(found, traced.dump, options)
+    return found
+
+
+def publish(found: Analysis | str, dump: Dump | None, options: Options) -> None:
+    """Drawings and report of a graph, for the dump and for tlparse; nothing it does can fail."""
+    if dump is None and not torch_adapter.traces_artifacts():
+        return
+    from specdiff.inspect import export
+
+    def work() -> None:
+        for name, text in export.texts(found, options):
+            torch_adapter.trace_artifact(f"specdiff_{name}", text)
+            if dump is not None:
+                (dump.folder / name).write_text(text, encoding="utf-8")
+
+    unfailing(work)
 
 
 def guarded(work: Callable[[], Found]) -> Found | str:
@@ -209,7 +232,7 @@ def answer(
     """
     parameters = parameters_among(states)
     dense = when_needed(module, options, settings)
-    found = guarded(lambda: analyse(traced, states, options))
+    found = concluded(traced, states, options)
     alone: Callable[..., Any]
     if isinstance(found, Analysis):
         alone = selective_runtime(found, options, settings)

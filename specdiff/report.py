@@ -77,7 +77,7 @@ class Report:
     """Bytes of the caches of one generation."""
     whole: tuple[WholeOp, ...] = ()
     """Ops that mix tokens and therefore stay whole."""
-    sizes: Sizes = Sizes(0, 0, 0)
+    sizes: Sizes = field(default_factory=lambda: Sizes(0, 0, 0))
     """What B, N and T stand for."""
     passes: tuple[PassRecord, ...] = ()
     settings: Settings = field(default_factory=lambda: Options().resolve())
@@ -135,9 +135,7 @@ class Report:
         seconds = {self.sizes.tokens: dense, 0: skipped, **partial}
         ahead = max(self.settings.speculative_steps - 1, 0) * dense if partial else 0.0
         run = sum(seconds[count] for _, count, _ in plan) + ahead
-        return Prediction(
-            dense, next(iter(partial.values()), None), skipped, run, steps * dense
-        )
+        return Prediction(dense, next(iter(partial.values()), None), skipped, run, steps * dense)
 
     def step_seconds(self, rates: MachineRates, active: int | None) -> float:
         """Least time of a dense step, or of a selective one with `active` tokens."""

@@ -6,6 +6,7 @@ No drawing program is needed; the DOT files serve those who have one.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean
 
 import networkx
@@ -39,9 +40,7 @@ class Layout:
     height: float
 
 
-def layered(
-    graph: networkx.DiGraph[str], sizes: dict[str, tuple[float, float]]
-) -> Layout:
+def layered(graph: networkx.DiGraph[str], sizes: dict[str, tuple[float, float]]) -> Layout:
     """Place the nodes of an acyclic graph; `sizes` are widths and heights."""
     layer = _layers(graph)
     rows, links = _rows(graph, layer)
@@ -101,7 +100,7 @@ def _untangle(rows: list[list[Item]], links: networkx.Graph[Item]) -> None:
     """Sort each layer by the mean place of its neighbours in the layer before, up and down."""
     for sweep in range(SWEEPS):
         ordered = rows if sweep % 2 == 0 else rows[::-1]
-        for fixed, row in zip(ordered, ordered[1:], strict=False):
+        for fixed, row in pairwise(ordered):
             place = {item: i for i, item in enumerate(fixed)}
             own = {item: i for i, item in enumerate(row)}
             means = {}
@@ -118,7 +117,7 @@ def _across(
     half = {i: sizes[i][0] / 2 if isinstance(i, str) else 2.0 for row in rows for i in row}
     centres: dict[Item, float] = {}
     for row in rows:
-        _pack(row, {item: 0.0 for item in row}, half, centres)
+        _pack(row, dict.fromkeys(row, 0.0), half, centres)
     for sweep in range(SWEEPS):
         for row in rows if sweep % 2 == 0 else rows[::-1]:
             wanted = {i: fmean([centres[n] for n in links[i]] or [centres[i]]) for i in row}
@@ -130,8 +129,10 @@ def _across(
 def _pack(
     row: list[Item], wanted: dict[Item, float], half: dict[Item, float], centres: dict[Item, float]
 ) -> None:
-    """The places nearest to those wanted that keep order and distance: clusters that touch move as
-    one (the pool of adjacent violators)."""
+    """The places nearest to those wanted that keep order and distance.
+
+    Clusters that touch move as one (the pool of adjacent violators).
+    """
     offsets, distance = {}, 0.0
     for previous, item in zip([None, *row], row, strict=False):
         distance += 0.0 if previous is None else half[previous] + half[item] + GAP

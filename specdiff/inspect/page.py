@@ -28,7 +28,7 @@ KINDS: Mapping[str, str] = {
 STEP_KINDS: Mapping[str, tuple[str, str]] = {
     "dense": ("#2166ac", "every token computed"),
     "selective": ("#67a9cf", "some tokens computed, the others predicted"),
-    "skipped": ("#fddbc7", "nothing computed: predicted from earlier steps"),
+    "skipped": ("#e66101", "nothing computed: predicted from earlier steps"),
     "fallback": ("#b2182b", "every token computed, because a check failed"),
 }
 """Colour of a step by its kind, and what that means."""
@@ -165,10 +165,7 @@ def with_heights(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Steps with the height of their bars, from 0 to 1: their time, or else their active share."""
     known = [step["seconds"] for step in steps if step["seconds"]]
     most = max(known, default=0.0)
-    return [
-        {**step, "height": step["seconds"] / most if step["seconds"] and most else step["share"]}
-        for step in steps
-    ]
+    return [{**s, "height": s["seconds"] / most if s["seconds"] else s["share"]} for s in steps]
 
 
 def _counts(schedule: Sequence[tuple[str, int, str]]) -> dict[str, int]:

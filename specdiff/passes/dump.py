@@ -20,14 +20,13 @@ log = logging.getLogger(__name__)
 class Dump:
     """One folder for one graph: `01_normalize.py`, what changed in `01_normalize.diff`, and so on.
 
-    A file that cannot be written is reported once and never stops a compilation.
+    A file that cannot be written is reported and never stops a compilation.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._written = 0
         self._previous: tuple[str, list[str]] | None = None
-        self._failed = False
 
     @classmethod
     def below(cls, dump_dir: Path) -> Dump | None:
@@ -47,7 +46,7 @@ class Dump:
         """Write the code after a pass, and its difference from the code before."""
         name = f"{self._written:02d}_{record.name}"
         self._written += 1
-        self.guard(lambda: self._write(name, record, module, notes))
+        unfailing(lambda: self._write(name, record, module, notes))
 
     def _write(self, name: str, record: PassRecord, module: fx.GraphModule, notes: Notes) -> None:
         text = listing(module, str(record), notes)
@@ -62,11 +61,10 @@ class Dump:
             (self.folder / f"{name}.diff").write_text("".join(changes), encoding="utf-8")
         self._previous = (f"{name}.py", lines)
 
-    def guard(self, work: Callable[[], object]) -> None:
-        """Write something; a fault is said once and stops nothing."""
-        try:
-            work()
-        except Exception as error:
-            if not self._failed:
-                self._failed = True
-                log.warning("%s is not complete", self.folder, exc_info=error)
+
+def unfailing(work: Callable[[], object]) -> None:
+    """Write what people look at: a fault is said and stops nothing."""
+    try:
+        work()
+    except Exception as error:
+        log.warning("a dump is not complete", exc_info=error)

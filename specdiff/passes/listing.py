@@ -104,9 +104,8 @@ def _annotated(source: str, notes: Mapping[str, list[str]]) -> str:
     lines = []
     for line in source.splitlines():
         statement = STATEMENT.match(line)
-        for note in notes.get(statement[1], []) if statement else []:
-            lines.append(f"    # {note}")
-        lines.append(line.rstrip())
+        found = notes.get(statement[1], []) if statement else []
+        lines += [*(f"    # {note}" for note in found), line.rstrip()]
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""What users call: `stats`, `reset`, `configure`, `session`, `record`, `attach`, by a model's parameters."""
+"""What users call, by a model's parameters: `stats`, `reset`, `configure`, `session` and others."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from test_api import NoReadback
-from toy import N, Euler, ToyPrograms, noise, prompt, toy
+from toy import Euler, N, ToyPrograms, noise, prompt, toy
 
 import specdiff
 from specdiff.runtime.recording import COMPUTED, FORECAST, REUSED
@@ -69,7 +69,9 @@ def test_scores_say_how_much_the_chosen_tokens_hold():
     assert last.held_by_active() == pytest.approx(best)
     text = json.dumps(recording.to_json(), allow_nan=False)
     first, *_, step = json.loads(text)
-    assert step["log_score"]["lowest"] <= step["log_score"]["median"] <= step["log_score"]["highest"]
+    assert (
+        step["log_score"]["lowest"] <= step["log_score"]["median"] <= step["log_score"]["highest"]
+    )
     assert first["log_score"] is None and first["importance"]["highest"] > 0
 
 
