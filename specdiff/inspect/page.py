@@ -15,6 +15,8 @@ from specdiff.machine import MachineRates
 from specdiff.passes.regions import Region
 from specdiff.report import RATIOS, Prediction, Report
 
+HARDLY_SEEN, PLAINLY_SEEN = 40, 30
+"""PSNR in dB: a rule of thumb, which the page calls one. Nobody was asked what they see."""
 KINDS: Mapping[str, str] = {
     "attention": "lets every token look at every other",
     "attention+mlp": "attention and MLP side by side, which share their last projection",
@@ -25,7 +27,9 @@ KINDS: Mapping[str, str] = {
     "head": "turns tokens into the prediction",
     "other": "anything else",
 }
-STEP_KINDS: Mapping[str, tuple[str, str]] = {
+STEP_HARDLY_SEEN, PLAINLY_SEEN = 40, 30
+"""PSNR in dB: a rule of thumb, which the page calls one. Nobody was asked what they see."""
+KINDS: Mapping[str, tuple[str, str]] = {
     "dense": ("#2166ac", "every token computed"),
     "selective": ("#67a9cf", "some tokens computed, the others predicted"),
     "skipped": ("#e66101", "nothing computed: predicted from earlier steps"),
@@ -44,7 +48,11 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     found.filters.update(
-        count=short_count, formula=pretty_formula, milliseconds=_milliseconds, mebibytes=_mebibytes
+        count=short_count,
+        formula=pretty_formula,
+        milliseconds=_milliseconds,
+        mebibytes=_mebibytes,
+        seen=_seen,
     )
     found.globals.update(step_kinds=STEP_KINDS)
     return found
@@ -54,6 +62,13 @@ def pretty_formula(formula: sympy.Expr) -> str:
     """A formula as it is written on paper."""
     text = str(sympy.factor_terms(sympy.expand(formula)))
     return text.replace("**2", "²").replace("**3", "³").replace("*", "·")
+
+
+def _seen(psnr: float) -> str:
+    """A PSNR in dB in words, as the page explains it."""
+    if psnr >= HARDLY_SEEN:
+        return "as a rule hardly visible"
+    return "as a rule seen on a close look" if psnr >= PLAINLY_SEEN else "as a rule plain to see"
 
 
 def _milliseconds(seconds: float) -> str:
