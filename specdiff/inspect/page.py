@@ -27,9 +27,7 @@ KINDS: Mapping[str, str] = {
     "head": "turns tokens into the prediction",
     "other": "anything else",
 }
-STEP_HARDLY_SEEN, PLAINLY_SEEN = 40, 30
-"""PSNR in dB: a rule of thumb, which the page calls one. Nobody was asked what they see."""
-KINDS: Mapping[str, tuple[str, str]] = {
+STEP_KINDS: Mapping[str, tuple[str, str]] = {
     "dense": ("#2166ac", "every token computed"),
     "selective": ("#67a9cf", "some tokens computed, the others predicted"),
     "skipped": ("#e66101", "nothing computed: predicted from earlier steps"),

@@ -225,7 +225,7 @@ with torch.no_grad():
 
 
 def test_torch_logs_and_torch_trace(tmp_path):
-    """Decisions are logged once each; code, drawings and report are artifacts that tlparse shows."""
+    """Decisions are logged once each; code, drawings and report are artifacts for tlparse."""
     environment = {**os.environ, "TORCH_LOGS": "+specdiff", "TORCH_TRACE": str(tmp_path)}
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM],
