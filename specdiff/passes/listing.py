@@ -79,6 +79,8 @@ def _import(name: str, value: Any) -> str:
         return f"import {value.__name__} as {name}"
     if isinstance(value, float):
         return f"{name} = float({str(value)!r})"
+    if isinstance(value, str):
+        return f"{name} = {value!r}"
     if value is type(None):
         return f"{name} = type(None)"
     origin = getattr(value, "__module__", None) or "builtins"
