@@ -41,9 +41,16 @@ class Layout:
 
 
 def layered(graph: networkx.DiGraph[str], sizes: dict[str, tuple[float, float]]) -> Layout:
-    """Place the nodes of an acyclic graph; `sizes` are widths and heights."""
-    layer = _layers(graph)
-    rows, links = _rows(graph, layer)
+    """Place the nodes of a graph; `sizes` are widths and heights.
+
+    Arrows that close a circle run up: whole regions may wait for each other.
+    """
+    upward = _upward(graph)
+    down: networkx.DiGraph[str] = networkx.DiGraph()
+    down.add_nodes_from(graph)
+    down.add_edges_from((b, a) if (a, b) in upward else (a, b) for a, b in graph.edges)
+    layer = _layers(down)
+    rows, links = _rows(down, layer)
     _untangle(rows, links)
     centres = _across(rows, links, sizes)
     heights = [max((sizes[i][1] for i in row if isinstance(i, str)), default=0.0) for row in rows]
@@ -58,10 +65,24 @@ def layered(graph: networkx.DiGraph[str], sizes: dict[str, tuple[float, float]])
             *((centres[a, b, i], middles[i]) for i in range(layer[a] + 1, layer[b])),
             (boxes[b].x, boxes[b].y - boxes[b].height / 2),
         ]
-        for a, b in graph.edges
+        for a, b in down.edges
     }
+    for a, b in upward:
+        lower = edges[b, a] if (b, a) in graph.edges else edges.pop((b, a))
+        edges[a, b] = lower[::-1]
     width = max((box.x + box.width / 2 for box in boxes.values()), default=0.0) + GAP
     return Layout(boxes, edges, width, top - ROW_GAP + GAP)
+
+
+def _upward(graph: networkx.DiGraph[str]) -> set[tuple[str, str]]:
+    """Edges within a circle that lead back, in the order of the nodes."""
+    place = {node: i for i, node in enumerate(graph)}
+    circle = {
+        node: number
+        for number, nodes in enumerate(networkx.strongly_connected_components(graph))
+        for node in nodes
+    }
+    return {(a, b) for a, b in graph.edges if circle[a] == circle[b] and place[b] < place[a]}
 
 
 def _layers(graph: networkx.DiGraph[str]) -> dict[str, int]:

@@ -75,6 +75,15 @@ def test_sorting_leaves_fewer_crossings_than_chance():
     assert max(left) < min(right)
 
 
+@pytest.mark.parametrize("edges", [["01", "12", "20"], ["01", "10"], ["01", "12", "21", "23"]])
+def test_arrows_that_close_a_circle_run_up(edges):
+    graph = networkx.DiGraph([tuple(edge) for edge in edges])
+    found = layout_of(graph)
+    assert set(found.edges) == set(graph.edges)
+    for (a, b), points in found.edges.items():
+        assert (points[0][1] < points[-1][1]) == (a < b)
+
+
 def test_a_chain_is_straight():
     graph = networkx.path_graph([str(i) for i in range(5)], create_using=networkx.DiGraph)
     assert len({box.x for box in layout_of(graph).boxes.values()}) == 1
