@@ -74,6 +74,8 @@ def _milliseconds(seconds: float) -> str:
 
 
 def _mebibytes(size: float) -> str:
+    if size < 2**20:
+        return f"{size / 2**10:.1f} KiB"
     return f"{size / 2**20:.1f} MiB" if size < 2**30 else f"{size / 2**30:.2f} GiB"
 
 

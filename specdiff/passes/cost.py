@@ -17,6 +17,7 @@ from torch import fx
 
 from specdiff.passes.rules.attention import ATTENTION, Attention
 from specdiff.passes.rules.registry import is_tensor, operand_at, rank_of, shape_of
+from specdiff.passes.rules.spatial import CONVOLUTIONS
 from specdiff.passes.selective import SelectivePlan
 
 aten = torch.ops.aten
@@ -27,15 +28,6 @@ TEXT = sympy.Symbol("T", integer=True, nonnegative=True)
 ZERO = sympy.Integer(0)
 
 PRODUCTS = (aten.matmul.default, aten.bmm.default)
-CONVOLUTIONS = (
-    aten.conv1d.default,
-    aten.conv2d.default,
-    aten.conv3d.default,
-    aten.conv1d.padding,
-    aten.conv2d.padding,
-    aten.conv3d.padding,
-    aten.convolution.default,
-)
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ import torch
 from torch import fx
 
 from specdiff.passes.base import Pass, PassError
-from specdiff.passes.cost import CONVOLUTIONS, NOTHING, CostModel, Work
+from specdiff.passes.cost import NOTHING, CostModel, Work
 from specdiff.passes.rules.attention import ATTENTION
 from specdiff.passes.rules.registry import is_tensor
+from specdiff.passes.rules.spatial import CONVOLUTIONS
 from specdiff.passes.selective import SelectivePlan
 from specdiff.passes.signature import module_path
 from specdiff.passes.trunk import PROJECTIONS, residual_additions

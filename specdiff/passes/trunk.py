@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from specdiff.passes.cost import CONVOLUTIONS
 from specdiff.passes.rules.attention import ATTENTION
 from specdiff.passes.rules.registry import shape_of
+from specdiff.passes.rules.spatial import CONVOLUTIONS
 
 aten = torch.ops.aten
 PROJECTIONS = (aten.linear.default, *CONVOLUTIONS)
