@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import networkx
 import sympy
@@ -46,11 +47,23 @@ class Region:
     path: str
     """Common module path of its nodes."""
     nodes: tuple[fx.Node, ...]
-    dense: Work
-    """Of a dense step."""
-    selective: Work
-    """Of a selective step, in K."""
-    cache_bytes: sympy.Expr
+    cost: CostModel = field(repr=False)
+    """Counts when it is asked: a compilation does not need to know."""
+
+    @cached_property
+    def dense(self) -> Work:
+        """What a dense step takes, in B, N and T."""
+        return self.cost.dense(self.nodes)
+
+    @cached_property
+    def selective(self) -> Work:
+        """What a selective step takes, in B, N, K and T."""
+        return self.cost.selective(self.nodes)
+
+    @cached_property
+    def cache_bytes(self) -> sympy.Expr:
+        """Bytes of the caches that it fills, in B, N and T."""
+        return self.cost.caches(self.nodes)
 
     @property
     def shrinks(self) -> bool:
@@ -130,14 +143,7 @@ def _token_streams(plan: SelectivePlan, computed: list[fx.Node]) -> set[fx.Node]
 
 def _region(cost: CostModel, nodes: tuple[fx.Node, ...], kind: str) -> Region:
     paths = [path for node in nodes if (path := module_path(node))]
-    return Region(
-        kind,
-        _common_path(paths),
-        nodes,
-        cost.dense(nodes),
-        cost.selective(nodes),
-        cost.caches(nodes),
-    )
+    return Region(kind, _common_path(paths), nodes, cost)
 
 
 def _kind(plan: SelectivePlan, nodes: Sequence[fx.Node], tokens: set[fx.Node]) -> str:
