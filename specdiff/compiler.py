@@ -108,7 +108,8 @@ def observers(dump: Dump | None) -> list[Observer]:
 
 def trace_pass(record: PassRecord, module: fx.GraphModule, notes: Notes) -> None:
     """The code after a pass, for tlparse."""
-    torch_adapter.trace_artifact(f"specdiff_{record.name}", listing(module, str(record), notes))
+    name = f"specdiff_{record.name}"
+    unfailing(lambda: torch_adapter.trace_artifact(name, listing(module, str(record), notes)))
 
 
 def module_states(module: fx.GraphModule, inputs: Sequence[Any]) -> list[bool]:

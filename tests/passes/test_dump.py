@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import specdiff
+from specdiff import compiler, torch_adapter
 from specdiff.compiler import specdiff_backend
 from specdiff.inspect import export
 from specdiff.passes.base import PassRecord
@@ -193,6 +194,20 @@ def test_a_fault_in_a_drawing_stops_nothing(tmp_path, caplog, monkeypatch):
     assert "not complete" in caplog.text and "no such colour" in caplog.text
     assert specdiff.stats(model).selective == 1
     assert (tmp_path / "graph_0" / "08_program_selective_10.py").exists()
+
+
+def test_a_fault_in_a_trace_stops_nothing(caplog, monkeypatch):
+    def broken(*_: Any) -> str:
+        raise RuntimeError("no such name")
+
+    monkeypatch.setattr(compiler, "listing", broken)
+    monkeypatch.setattr(torch_adapter, "traces_artifacts", lambda: True)
+    monkeypatch.setattr(torch_adapter, "trace_artifact", lambda name, text: None)
+    model, inputs = flux(1, 0, rows=4, columns=5, batch=1)
+    with caplog.at_level(logging.WARNING, logger="specdiff"):
+        run(model, inputs)
+    assert "no such name" in caplog.text
+    assert specdiff.stats(model).selective == 1
 
 
 def test_constants_of_a_graph_are_stored_beside_it(tmp_path):
