@@ -191,7 +191,8 @@ class Options:
     dump_dir: str | os.PathLike[str] | None = _option(  # noqa: RUF009
         None, "a path, or None", lambda v: isinstance(v, (str, os.PathLike)), runtime=False
     )
-    """Directory for readable code, graphs and the report of each pass."""
+    """Directory for runnable code after each pass, drawings of the graph and a report; None: what
+    the environment variable SPECDIFF_DUMP names, if it is set."""
 
     def __post_init__(self) -> None:
         table = self.alphas_cumprod

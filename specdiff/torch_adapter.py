@@ -17,6 +17,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import CompileId, TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
+from torch._logging._internal import trace_log, trace_structured
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -238,6 +239,22 @@ def _restore_static_metadata(module: fx.GraphModule) -> None:
         if node.meta.get("static"):
             described["_dynamo_static_input_type"] = "unguarded"
         node.meta["tensor_dict"] = described
+
+
+def traces_artifacts() -> bool:
+    """Whether torch writes a structured trace (`TORCH_TRACE`), for `trace_artifact`."""
+    # before Dynamo's first record there is a handler that may turn out to write nothing
+    return bool(trace_log.handlers)
+
+
+def trace_artifact(name: str, text: str) -> None:
+    """Add a text to torch's structured trace, where tlparse shows it by its name."""
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": "string"},
+        payload_fn=lambda: text,
+        expect_trace_id=False,
+    )
 
 
 def _forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:

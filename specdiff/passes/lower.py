@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor, fx
 
+from specdiff.passes.base import PassRecord
 from specdiff.passes.emit import emit_block_dense, emit_dense, emit_tail
+from specdiff.passes.listing import kinds_of_ops
 from specdiff.passes.rows import emit_block_selective, emit_selective
 from specdiff.passes.selective import SelectivePlan
 from specdiff.passes.signature import cache_slots
@@ -45,9 +48,24 @@ class Lowered:
     def _run(self, name: str, emit: Emit, values: Sequence[Any]) -> Sequence[Tensor]:
         if name not in self._executables:
             start = time.perf_counter()
-            self._executables[name] = self._compiler(name, emit(), values)
+            program = emit()
+            program.meta["record"] = self._record(name, program, time.perf_counter() - start)
+            self._executables[name] = self._compiler(name, program, values)
             self._seconds[name] = time.perf_counter() - start
         return self._executables[name](values)
+
+    def _record(self, name: str, program: fx.GraphModule, seconds: float) -> PassRecord:
+        """Provenance of a program, for dumps."""
+        before, after = (Counter(kinds_of_ops(m.graph)) for m in (self._module, program))
+        changes = [f"+{n} {op}" for op, n in (after - before).items()]
+        changes += [f"-{n} {op}" for op, n in (before - after).items()]
+        return PassRecord(
+            f"program_{name}",
+            seconds,
+            len(self._module.graph.nodes),
+            len(program.graph.nodes),
+            ", ".join(changes) or "the same ops",
+        )
 
 
 class LoweredPrograms(Lowered):

@@ -19,6 +19,7 @@ from torch import fx
 from specdiff.errors import Unsupported
 from specdiff.passes.base import Pass, PassError, check_values
 from specdiff.passes.fuse import drops_nothing, fuse_attention
+from specdiff.passes.listing import kinds_of_ops
 from specdiff.passes.rewrite import call, replace
 from specdiff.passes.rules.attention import ATTENTION
 from specdiff.passes.rules.registry import argument, operand_at, operands_at
@@ -86,9 +87,11 @@ class NormalizePass(Pass[DynamoGraph, fx.GraphModule]):
             if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
                 raise PassError(f"{node.name} ({node.target}) mutates its input")
 
-    def render(self, result: fx.GraphModule) -> str:
-        """The generated code."""
-        return result.print_readable(print_output=False)
+    def summary(self, result: fx.GraphModule) -> str:
+        """The ops there are now."""
+        counts = kinds_of_ops(result.graph)
+        most = ", ".join(f"{count} {name}" for name, count in list(counts.items())[:5])
+        return f"{len(counts)} kinds of functional ops, most often {most}"
 
 
 def require_static_shapes(graph: fx.Graph) -> None:

@@ -66,11 +66,23 @@ class Schedule:
 
         `left` evaluations are left, this one included, as far as is known.
         """
+        return self.decide(index, left)[0]
+
+    def decide(self, index: int, left: float = math.inf) -> tuple[int, str]:
+        """What `count` says, and why so many."""
         since_dense = self._since_dense(index)
-        is_late = self.tapered and self.refresh_interval > 0 and left < LATE
-        if not since_dense or is_late or self.active == self.tokens:
-            return self.tokens
-        return self.active if since_dense % self.stride == 0 else 0
+        if index < self.warmup_steps:
+            return self.tokens, "warm-up"
+        if self.active == self.tokens:
+            return self.tokens, "no token may be left out"
+        if not since_dense:
+            how = "at most " if self.tapered else ""
+            return self.tokens, f"dense {how}every {self.refresh_interval}"
+        if self.tapered and self.refresh_interval and left < LATE:
+            return self.tokens, "near the end"
+        if self.active and since_dense % self.stride == 0:
+            return self.active, f"the {self.active} highest scores"
+        return 0, "forecast from earlier steps"
 
     def _since_dense(self, index: int) -> int:
         """Evaluations since the last dense one; 0 if this is one."""

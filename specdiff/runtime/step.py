@@ -30,6 +30,7 @@ from specdiff.runtime.prediction import (
     guided,
 )
 from specdiff.runtime.reading import Reading
+from specdiff.runtime.recording import StepRecord
 from specdiff.runtime.registry import ModelState
 from specdiff.runtime.schedule import Schedule
 from specdiff.runtime.speculation import landings, model_time, speculate
@@ -66,11 +67,13 @@ class Step:
     """All times of the run, if the session gave them."""
     candidates: tuple[Process, ...]
     """What the sampler may be doing."""
+    record: StepRecord | None = None
+    """What is to be kept of this evaluation, if anything records."""
 
     def run(self) -> list[Tensor]:
         """Answer the call: the graph's outputs, safe from later evaluations."""
         stream, counters = self.stream, self.state.counters
-        batch, count = self.programs.signature.batch, self._count()
+        batch, count = self.programs.signature.batch, self._decide()
         before = stream.history.computed[:1]
         self._settle()
         if count == self.schedule.tokens:
@@ -103,11 +106,29 @@ class Step:
         assert isinstance(latent, Tensor)
         return latent
 
-    def _count(self) -> int:
+    def _decide(self) -> int:
         """Tokens to compute; all of them if a selective step would have no caches."""
+        index, tokens = self.stream.history.evaluations, self.schedule.tokens
         left = evaluations_left([*self.stream.times, self.time], self.given)
-        count = self.schedule.count(self.stream.history.evaluations, left)
-        return count if count == 0 or self.stream.lease else self.schedule.tokens
+        count, reason = self.schedule.decide(index, left)
+        if 0 < count < tokens and not self.stream.lease:
+            count, reason = tokens, "no caches yet"
+        self._keep(
+            batch=self.programs.signature.batch,
+            tokens=tokens,
+            kind="dense" if count == tokens else "selective" if count else "skipped",
+            reason=reason,
+            generation=self.stream.number,
+            index=index,
+            time=self.time,
+        )
+        return count
+
+    def _keep(self, **found: object) -> None:
+        """Fill in fields of the record, if there is one."""
+        if self.record is not None:
+            for name, value in found.items():
+                setattr(self.record, name, value)
 
     def _dense(self) -> Tensor:
         stream = self.stream
@@ -120,6 +141,7 @@ class Step:
             evaluation = self.programs.dense(self.inputs, stream.lease.caches)
         tokens = evaluation.tokens.clone()  # the program's next run may overwrite them
         stream.importance = per_sample(evaluation.importance, self._shared)
+        self._keep(importance=stream.importance)
         stream.history.record_dense(self.time, tokens)
         return tokens
 
@@ -173,11 +195,13 @@ class Step:
             reused = least_important(scores, settings.reuse_share, active)
             previous = stream.history.steps[0].tokens
             predicted = torch.where(reused.unsqueeze(-1), previous, predicted)
+            self._keep(reused=reused)
         evaluation = self.programs.selective(self.inputs, stream.lease.caches, active)
         rows = active.unsqueeze(-1).expand_as(evaluation.tokens)
         merged = predicted.scatter(1, rows, evaluation.tokens.to(predicted.dtype))
         merged = self._with_invalid_rows(merged)
         stream.importance = per_sample(evaluation.importance, self._shared)
+        self._keep(active=active, scores=scores, importance=stream.importance)
         stream.history.record_selective(self.time, merged, active)
         return merged
 
@@ -250,6 +274,7 @@ class Step:
         places = [(landing, self._input_at(landing, time)) for landing in landed]
         speculate(self.programs, self.inputs, stream, prediction, places, self._shared)
         self.state.counters.speculative += len(places)
+        self._keep(speculative=len(places))
         tokens = self.programs.signature.batch * self.schedule.tokens
         self.state.counters.tokens_computed += len(places) * tokens
 

@@ -59,6 +59,8 @@ class Stream:
     def __init__(self, key: StreamKey, history: History) -> None:
         self.key = key
         self.history = history
+        self.number = 0
+        """Counts the streams of a graph."""
         self.times: list[float] = []
         """Time of every evaluation so far, in the unit of its source."""
         self.lease: Lease | None = None
