@@ -13,7 +13,8 @@ from torch import fx, nn
 from specdiff import torch_adapter
 from specdiff.compiler import Analysis, attempt
 from specdiff.options import Options
-from specdiff.passes.regions import Region, selective_flops
+from specdiff.passes.cost import Sizes
+from specdiff.passes.regions import Region, dense_work, selective_work
 from specdiff.program import Segment
 
 
@@ -33,11 +34,15 @@ class Report:
     whole: tuple[tuple[str, int], ...] = ()
     """Ops that mix tokens and therefore stay whole, with how often."""
 
+    sizes: Sizes | None = None
+    """What the symbols of costs stand for."""
+
     def step_flops(self, active: int | None = None) -> int:
         """FLOPs of a dense step, or of a selective one with `active` tokens."""
-        if active is None:
-            return sum(region.dense_flops for region in self.regions)
-        return selective_flops(self.regions, active)
+        if self.sizes is None:
+            return 0
+        work = dense_work(self.regions) if active is None else selective_work(self.regions)
+        return int(self.sizes.evaluate(work.flops, active))
 
     def __str__(self) -> str:
         """A page for a person."""
@@ -97,6 +102,7 @@ def report_of(found: Analysis | str) -> Report:
         regions=found.regions,
         cache_bytes=found.signature.cache_bytes,
         whole=_mixing_ops(found),
+        sizes=Sizes.of(found.plan),
     )
 
 

@@ -138,7 +138,9 @@ def test_convolutions_count():
     """SD3 embeds patches: of a latent [B, 4, 12, 16] in squares of two."""
     model, inputs = sd3()
     found = trace(model, inputs).analysis
-    (embed,) = [r for r in found.regions if r.kind == "embed" and r.path.startswith("pos_embed.proj")]
+    (embed,) = [
+        r for r in found.regions if r.kind == "embed" and r.path.startswith("pos_embed.proj")
+    ]
     width = model.config.num_attention_heads * model.config.attention_head_dim
     patches, channels = 6 * 8, inputs["hidden_states"].shape[1]
     assert sizes(found).evaluate(embed.dense.flops) == 2 * 2 * patches * width * channels * 4

@@ -7,12 +7,14 @@ classifier-free guidance in one batch where the model has no guidance of its own
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from specdiff.errors import SpecdiffError
 
 SHIFT = 3.0
 """Of the sampling times towards noise, as both families have it at these sizes."""
@@ -80,7 +82,7 @@ class Sampler:
     def _scheduler(self) -> Any:
         from diffusers import FlowMatchEulerDiscreteScheduler
 
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
+        scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
         scheduler.set_timesteps(self.steps, device=self.noise.device)
         return scheduler
 
@@ -88,16 +90,34 @@ class Sampler:
     def run(self, model: Callable[..., Any]) -> Tensor:
         """All steps with `model` (ours, or what compiles it); returns the denoised latent."""
         scheduler, latent = self._scheduler(), self.noise
-        guided = self.geometry.family == "sd3"
         for time in scheduler.timesteps:
-            batch = latent.repeat(2, 1, 1, 1) if guided else latent
-            times = (time / self.time_scale).to(latent.dtype).expand(len(batch))
-            velocity = model(hidden_states=batch, timestep=times, **self.conditions)[0]
-            if guided:
+            velocity = model(**self._call(latent, time))[0]
+            if self.guided:
                 uncond, cond = velocity.chunk(2)
                 velocity = uncond + GUIDANCE["sd3"] * (cond - uncond)
             latent = scheduler.step(velocity, time, latent, return_dict=False)[0]
         return latent
+
+    @property
+    def guided(self) -> bool:
+        """Whether a batch holds both halves of classifier-free guidance."""
+        return self.geometry.family == "sd3"
+
+    def first_call(self) -> dict[str, Any]:
+        """Keyword arguments of the model at the first step."""
+        return self._call(self.noise, self.timesteps()[0])
+
+    def _call(self, latent: Tensor, time: Tensor) -> dict[str, Any]:
+        batch = latent.repeat(2, 1, 1, 1) if self.guided else latent
+        times = (time / self.time_scale).to(latent.dtype).expand(len(batch))
+        return {"hidden_states": batch, "timestep": times, **self.conditions}
+
+
+def require_known(names: Sequence[str]) -> None:
+    """Raises SpecdiffError for a geometry that is none."""
+    for name in names:
+        if name not in GEOMETRIES:
+            raise SpecdiffError(f"no geometry {name!r}; there are {', '.join(GEOMETRIES)}")
 
 
 def build(name: str, device: torch.device, dtype: torch.dtype, steps: int = 28) -> Sampler:
@@ -137,10 +157,10 @@ def make_sampler(
     return Sampler(geometry, model, steps, conditions, noise, time_scale=1000.0)
 
 
-def _flux(geometry: Geometry) -> nn.Module:
+def _flux(geometry: Geometry) -> Any:
     from diffusers import FluxTransformer2DModel
 
-    model: nn.Module = FluxTransformer2DModel(
+    return FluxTransformer2DModel(
         num_layers=geometry.blocks,
         num_single_layers=geometry.single_blocks,
         attention_head_dim=geometry.head_width,
@@ -150,13 +170,12 @@ def _flux(geometry: Geometry) -> nn.Module:
         guidance_embeds=True,
         axes_dims_rope=tuple(geometry.head_width * share // 16 for share in (2, 7, 7)),
     )
-    return model
 
 
-def _sd3(geometry: Geometry) -> nn.Module:
+def _sd3(geometry: Geometry) -> Any:
     from diffusers import SD3Transformer2DModel
 
-    model: nn.Module = SD3Transformer2DModel(
+    return SD3Transformer2DModel(
         sample_size=2 * geometry.side,
         num_layers=geometry.blocks,
         attention_head_dim=geometry.head_width,
@@ -167,4 +186,3 @@ def _sd3(geometry: Geometry) -> nn.Module:
         pos_embed_max_size=3 * geometry.side,
         qk_norm=geometry.qk_norm,
     )
-    return model
