@@ -188,9 +188,17 @@ class Programs(Protocol):
         """Every token computed; the caches are overwritten in place."""
 
     def selective(
-        self, inputs: Sequence[object], caches: Sequence[Tensor], active: Tensor
+        self,
+        inputs: Sequence[object],
+        caches: Sequence[Tensor],
+        active: Tensor,
+        text: bool = True,
     ) -> Evaluation:
-        """Only `active` (int64 [B, K], ascending) computed; their cache rows updated in place."""
+        """Only `active` (int64 [B, K], ascending) computed; their cache rows updated in place.
+
+        Text tokens are computed too, unless `text` is false: then what the caches hold of them
+        serves.
+        """
 
     def tail(self, inputs: Sequence[object], tokens: Tensor) -> list[Tensor]:
         """The graph's outputs from the token-level output [B, N, C]."""

@@ -106,11 +106,15 @@ class TimedPrograms:
         return self._timed("dense", lambda: self._programs.dense(inputs, caches))
 
     def selective(
-        self, inputs: Sequence[object], caches: Sequence[Tensor], active: Tensor
+        self,
+        inputs: Sequence[object],
+        caches: Sequence[Tensor],
+        active: Tensor,
+        text: bool = True,
     ) -> Evaluation:
         """As `Programs.selective`."""
-        name = f"selective_{active.shape[1]}"
-        return self._timed(name, lambda: self._programs.selective(inputs, caches, active))
+        name = f"{'selective' if text else 'frozen'}_{active.shape[1]}"
+        return self._timed(name, lambda: self._programs.selective(inputs, caches, active, text))
 
     def tail(self, inputs: Sequence[object], tokens: Tensor) -> list[Tensor]:
         """As `Programs.tail`."""

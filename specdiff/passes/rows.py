@@ -48,7 +48,7 @@ class RowsEmitter(WholeEmitter):
         self.count = count
         shares = share_out(plan.lengths, count)
         self.counts: dict[ClassId, int] = dict(zip(plan.prunable, shares, strict=True))
-        """Active tokens of each prunable segment."""
+        """Rows of each segment that has not all of them: the active tokens of a prunable one."""
         self.rows: dict[fx.Node, fx.Node] = {}
         self._positions: dict[Layout, fx.Node] = {}
         self._causal: dict[tuple[Layout, int, int, int], fx.Node] = {}
@@ -95,6 +95,8 @@ class RowsEmitter(WholeEmitter):
     def _build_positions(self, layout: Layout) -> fx.Node:
         pieces = []
         for piece in layout:
+            if not self.counts.get(piece.segment, piece.length):
+                continue
             if piece.segment in self.counts:
                 pieces.append(self._active_positions(piece))
                 continue
@@ -109,7 +111,7 @@ class RowsEmitter(WholeEmitter):
         earlier = self.plan.prunable[: self.plan.prunable.index(piece.segment)]
         start = sum(self.counts[segment] for segment in earlier)
         active = self.active
-        if len(self.counts) > 1:
+        if len(self.plan.prunable) > 1:
             stop = start + self.counts[piece.segment]
             active = self.call(aten.slice.Tensor, active, 1, start, stop)
         shift = piece.offset - self.plan.first_token(piece.segment)

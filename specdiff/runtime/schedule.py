@@ -25,6 +25,8 @@ class Schedule:
     """Evaluations from one dense one to the next; 0: none after warm-up."""
     stride: int
     """Evaluations from one that computes any token to the next."""
+    text_refresh: int
+    """Selective evaluations from one that computes text to the next; 0: dense ones alone do."""
 
     @classmethod
     def of(cls, settings: Settings, lengths: Sequence[int]) -> Schedule:
@@ -34,7 +36,12 @@ class Schedule:
         if active:
             active = max(active, len(lengths))  # every segment has its share
         return cls(
-            tokens, active, settings.warmup_steps, settings.refresh_interval, settings.stride
+            tokens,
+            active,
+            settings.warmup_steps,
+            settings.refresh_interval,
+            settings.stride,
+            settings.text_refresh,
         )
 
     @property
@@ -44,11 +51,16 @@ class Schedule:
 
     def count(self, index: int) -> int:
         """Tokens to compute at evaluation `index` (from 0) of a generation."""
-        after_warmup = index - self.warmup_steps + 1
-        due = self.refresh_interval and after_warmup % self.refresh_interval == 0
-        if after_warmup <= 0 or due or self.active == self.tokens:
+        since_dense = self._since_dense(index)
+        if since_dense == 0 or self.active == self.tokens:
             return self.tokens
-        since_dense = (
-            after_warmup % self.refresh_interval if self.refresh_interval else after_warmup
-        )
         return self.active if since_dense % self.stride == 0 else 0
+
+    def text(self, index: int) -> bool:
+        """Whether a selective evaluation computes text."""
+        selective = self._since_dense(index) // self.stride
+        return bool(self.text_refresh and selective % self.text_refresh == 0)
+
+    def _since_dense(self, index: int) -> int:
+        after_warmup = max(index - self.warmup_steps + 1, 0)
+        return after_warmup % self.refresh_interval if self.refresh_interval else after_warmup

@@ -136,7 +136,8 @@ class Step:
             reused = least_important(scores, settings.reuse_share, active)
             previous = stream.history.steps[0].tokens
             predicted = torch.where(reused.unsqueeze(-1), previous, predicted)
-        evaluation = self.programs.selective(self.inputs, stream.lease.caches, active)
+        text = self.schedule.text(stream.history.evaluations)
+        evaluation = self.programs.selective(self.inputs, stream.lease.caches, active, text)
         rows = active.unsqueeze(-1).expand_as(evaluation.tokens)
         merged = predicted.scatter(1, rows, evaluation.tokens.to(predicted.dtype))
         merged = self._with_invalid_rows(merged)

@@ -71,7 +71,11 @@ class ToyPrograms:
         return self._in_buffers("dense", self._run(inputs, caches, None))
 
     def selective(
-        self, inputs: Sequence[object], caches: Sequence[Tensor], active: Tensor
+        self,
+        inputs: Sequence[object],
+        caches: Sequence[Tensor],
+        active: Tensor,
+        text: bool = True,
     ) -> Evaluation:
         self.calls.append(("selective", active))
         return self._in_buffers("selective", self._run(inputs, caches, active))
