@@ -75,7 +75,11 @@ class Segment:
 
 @dataclass(frozen=True)
 class CacheSlot:
-    """A tensor that selective steps update in place; batch and tokens are its first two axes."""
+    """A tensor that is kept between steps.
+
+    Batch and tokens are the first two axes of those that selective steps update in place. Dense
+    steps write all of them.
+    """
 
     name: str
     shape: tuple[int, ...]

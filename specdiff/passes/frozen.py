@@ -61,7 +61,7 @@ class FrozenEmitter(RowsEmitter):
             super()._emit_node(node, cache)
 
     def _is_absent(self, node: fx.Node) -> bool:
-        if node.op != "call_function":
+        if node.op != "call_function" or node in self.plan.fixed:
             return False
         if self.plan.extracted_from(node) is not None:
             return True

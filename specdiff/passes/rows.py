@@ -14,7 +14,7 @@ from specdiff.passes.emit import WholeEmitter, inverse, to_tokens
 from specdiff.passes.rules.attention import ATTENTION, Attention
 from specdiff.passes.rules.registry import operand_at, rank_of, shape_of
 from specdiff.passes.rules.shape import VIEWS
-from specdiff.passes.selective import SelectivePlan, cache_order, cache_shape
+from specdiff.passes.selective import SelectivePlan, cache_order
 from specdiff.program import share_out
 
 aten = torch.ops.aten
@@ -58,7 +58,8 @@ class RowsEmitter(WholeEmitter):
         """All values; inputs are the graph's, then the caches, then `active` [B, K]."""
         self.add_inputs()
         plan = self.plan
-        caches = {node: self.add_cache(cache_shape(plan, node), node) for node in plan.cached}
+        caches = self.add_caches()
+        self.whole.update((node, caches.pop(node)) for node in plan.fixed)
         batch = plan.axes.classes.size(plan.axes.batch)
         self.active = self.add_tensor("active", (batch, self.count), plan.cached[0], torch.int64)
         batch_rows = self.call(aten.arange.default, batch, device=self.device)
@@ -68,12 +69,13 @@ class RowsEmitter(WholeEmitter):
 
     def _emit_node(self, node: fx.Node, cache: fx.Node | None) -> None:
         plan = self.plan
-        token_wise = node in plan.rows and plan.is_token_wise(node)
+        fixed = node in plan.fixed
+        token_wise = node in plan.rows and plan.is_token_wise(node) and not fixed
         if token_wise:
             self.rows[node] = self._token_wise(node)
         if cache is not None:
             self.whole[node] = self._densify(node, cache)
-        elif node in plan.whole and node.op not in ("placeholder", "output"):
+        elif node in plan.whole and node.op not in ("placeholder", "output") and not fixed:
             source = plan.extracted_from(node)
             if source is None:
                 self.emit_whole(node)
