@@ -66,12 +66,12 @@ class ImportanceSum:
         call = self._writer.call
         rows = shape_of(query)[-2]
         stride = -(-rows // self._sample)
-        sampled = _every(self._writer, query, stride)
+        # scaled before the product: of all its values the logits are the most
+        sampled = call(aten.mul.Tensor, _every(self._writer, query, stride), found.scale)
         if found.grouped:
             groups = shape_of(query)[-3] // shape_of(key)[-3]
             key = call(aten.repeat_interleave.self_int, key, groups, rank_of(key) - 3)
         logits = call(aten.matmul.default, sampled, call(aten.transpose.int, key, -2, -1))
-        logits = call(aten.mul.Tensor, logits, found.scale)
         if mask is not None:
             logits = self._masked(logits, mask, stride)
         # a query that may attend to nothing gives no importance, rather than nan
