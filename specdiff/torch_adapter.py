@@ -19,6 +19,7 @@ from torch._guards import CompileId, TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from specdiff.errors import Unsupported
@@ -195,14 +196,21 @@ def compile_program(
     if backend == "eager":
         return lambda values: module(*values)
     _restore_static_metadata(module)
-    # A mode without a ShapeEnv: with one, AOTAutograd makes every size symbolic, parameters' too.
-    with tracing(TracingContext(FakeTensorMode())), torch.no_grad():
+    # Without a ShapeEnv Inductor caches nothing; of real inputs AOTAutograd would then make every
+    # size symbolic, parameters' too, so it gets fakes whose sizes are numbers.
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    fakes = [_static_fake(mode, value) for value in inputs]
+    with tracing(TracingContext(mode)), torch.no_grad():
         if backend == "aot_eager":
-            compiled = aot_eager(module, list(inputs))
+            compiled = aot_eager(module, fakes)
         else:
-            compiled = _inductor(module, inputs, settings)
+            compiled = _inductor(module, fakes, settings)
     # the GraphModule path of compile_fx takes its inputs one by one, whatever `_boxed_call` says
     return lambda values: compiled(*values)
+
+
+def _static_fake(mode: FakeTensorMode, value: Any) -> Any:
+    return mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value
 
 
 def compile_untouched(
