@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import FunctionType
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import CompileId, TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.utils import fresh_cache
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -178,6 +180,11 @@ def mode_settings(mode: str | None) -> dict[str, Any]:
 def inductor_keys() -> frozenset[str]:
     """Names of all Inductor settings."""
     return frozenset(torch._inductor.list_options())
+
+
+def cold_caches() -> AbstractContextManager[Any]:
+    """In here Inductor starts with an empty cache on disk, and leaves the usual one alone."""
+    return fresh_cache()
 
 
 def is_restart(error: BaseException) -> bool:

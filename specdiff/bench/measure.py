@@ -11,7 +11,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -164,16 +164,16 @@ def measure(
         on_run: called before each run with a line for a progress bar.
         backend: of the dense model.
     """
-    # cold: what a cache on disk has would not be compiled
-    cold = {**torch_adapter.mode_settings(mode), "force_disable_caches": True}
-    inductor = cold if backend == "inductor" else {}
+    inductor = torch_adapter.mode_settings(mode)
     torch.compiler.reset()
     trials = [Trial(0.0, compiled(sampler, backend, inductor))]
     rewritten = compiled(sampler, "specdiff", {**inductor, **options})
     trials += [Trial(ratio, rewritten) for ratio in ratios]
-    for trial in trials:
-        on_run(f"compiling {label(trial)}")
-        trial.first_seconds = run(sampler, trial)
+    for group in (trials[:1], trials[1:]):
+        with torch_adapter.cold_caches():
+            for trial in group:
+                on_run(f"compiling {label(trial)}")
+                trial.first_seconds = run(sampler, trial)
     for number in range(1, repeats + 1):
         for trial in trials:
             on_run(f"round {number}: {label(trial)}")
@@ -236,20 +236,25 @@ def programs_of(
             len(seconds),
             statistics.median(seconds),
             floor(name, analysis, rates),
-            programs.compile_seconds[name],
+            programs.compile_seconds.get(name, 0.0),
         )
         for name, seconds in watched.seconds.items()
     )
 
 
 def floor(name: str, analysis: Analysis, rates: MachineRates) -> float | None:
-    """The least time of a program, where the compiler knows what it takes."""
+    """The least time of a program, where the compiler knows what it takes.
+
+    Of one that computes no text it is what a model without text would take.
+    """
     if name == "tail":
         return None
-    _, _, active = name.partition("_")
+    kind, _, active = name.partition("_")
     count = int(active) if active else None
     work = selective_work(analysis.regions) if active else dense_work(analysis.regions)
     sizes = Sizes.of(analysis.plan)
+    if kind == "frozen":
+        sizes = replace(sizes, text=0)
     return rates.seconds(sizes.evaluate(work.flops, count), sizes.evaluate(work.moved, count))
 
 

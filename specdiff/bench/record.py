@@ -110,7 +110,7 @@ def _program_rows(methods: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]
             rows.append(
                 (
                     program["name"],
-                    f"{method['cache_ratio']:g}" if "selective" in program["name"] else "",
+                    f"{method['cache_ratio']:g}" if "_" in program["name"] else "",
                     f"{seconds * 1e3:.1f} ms",
                     f"{floor * 1e3:.1f} ms" if floor else "",
                     f"{seconds / floor:.2f}" if floor else "",
