@@ -60,7 +60,7 @@ class RowsEmitter(WholeEmitter):
         plan = self.plan
         caches = self.add_caches()
         self.whole.update((node, caches.pop(node)) for node in plan.fixed)
-        batch = plan.axes.classes.size(plan.axes.batch)
+        batch = plan.axes.samples
         self.active = self.add_tensor("active", (batch, self.count), plan.cached[0], torch.int64)
         batch_rows = self.call(aten.arange.default, batch, device=self.device)
         self.batch_rows = self.call(aten.unsqueeze.default, batch_rows, 1)
