@@ -28,7 +28,7 @@ from specdiff.methods import quiet_libraries
 from specdiff.options import Options
 from specdiff.passes.lower import LoweredPrograms
 
-QUERIES = (16, 32, 64, 128, 256)
+QUERIES = (32, 64, 128, 256, 512)
 KEPT = (0.5, 0.25, 0.1, 0.05)
 """Shares of tokens that a selective step computes."""
 STEPS = 28
