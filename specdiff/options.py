@@ -91,6 +91,7 @@ class Settings:
     refresh_interval: int
     tapered: bool
     stride: int
+    text_refresh: int
     reuse_share: float
     starvation: float
     forecast: str
@@ -131,6 +132,10 @@ class Options:
     stride: int | None = _option(None, "an integer of at least 1", _count(1))
     """Between dense evaluations only every so many compute any token; the others are skipped, that
     is forecast whole. 1: nothing is skipped."""
+
+    text_refresh: int = _option(1, "an integer of at least 0", _count(0))
+    """Every so many selective evaluations after a dense one also compute the text tokens; in
+    between, their cached keys and values serve. 1: all do; 0: only dense evaluations."""
 
     reuse_share: float | None = _option(None, "a number from 0 to 1", _share)
     """Share of the total score held by the lowest-scoring tokens, whose previous output is reused

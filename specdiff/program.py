@@ -80,7 +80,11 @@ class Segment:
 
 @dataclass(frozen=True)
 class CacheSlot:
-    """A tensor that selective steps update in place; batch and tokens are its first two axes."""
+    """A tensor that is kept between steps.
+
+    Batch and tokens are the first two axes of those that selective steps update in place. Dense
+    steps write all of them.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -196,9 +200,17 @@ class Programs(Protocol):
         """Every token computed; the caches are overwritten in place."""
 
     def selective(
-        self, inputs: Sequence[object], caches: Sequence[Tensor], active: Tensor
+        self,
+        inputs: Sequence[object],
+        caches: Sequence[Tensor],
+        active: Tensor,
+        text: bool = True,
     ) -> Evaluation:
-        """Only `active` (int64 [B, K], ascending) computed; their cache rows updated in place."""
+        """Only `active` (int64 [B, K], ascending) computed; their cache rows updated in place.
+
+        Text tokens are computed too, unless `text` is false: then what the caches hold of them
+        serves.
+        """
 
     def tail(self, inputs: Sequence[object], tokens: Tensor) -> list[Tensor]:
         """The graph's outputs from the token-level output [B, N, C]."""

@@ -31,6 +31,8 @@ class Schedule:
     """Evaluations from one dense one to the next; 0: none after warm-up."""
     stride: int
     """Evaluations from one that computes any token to the next."""
+    text_refresh: int
+    """Selective evaluations from one that computes text to the next; 0: dense ones alone do."""
     tapered: bool = False
     """Whether dense evaluations are close together at first, as errors made early grow, and the
     last two are dense, as nothing follows that could make their errors good."""
@@ -48,6 +50,7 @@ class Schedule:
             settings.warmup_steps,
             settings.refresh_interval,
             settings.stride,
+            settings.text_refresh,
             settings.tapered,
         )
 
@@ -83,6 +86,11 @@ class Schedule:
         if self.active and since_dense % self.stride == 0:
             return self.active, f"the {self.active} highest scores"
         return 0, "forecast from earlier steps"
+
+    def text(self, index: int) -> bool:
+        """Whether a selective evaluation computes text."""
+        selective = self._since_dense(index) // self.stride
+        return bool(self.text_refresh and selective % self.text_refresh == 0)
 
     def _since_dense(self, index: int) -> int:
         """Evaluations since the last dense one; 0 if this is one."""

@@ -196,7 +196,8 @@ class Step:
             previous = stream.history.steps[0].tokens
             predicted = torch.where(reused.unsqueeze(-1), previous, predicted)
             self._keep(reused=reused)
-        evaluation = self.programs.selective(self.inputs, stream.lease.caches, active)
+        text = self.schedule.text(stream.history.evaluations)
+        evaluation = self.programs.selective(self.inputs, stream.lease.caches, active, text)
         rows = active.unsqueeze(-1).expand_as(evaluation.tokens)
         merged = predicted.scatter(1, rows, evaluation.tokens.to(predicted.dtype))
         merged = self._with_invalid_rows(merged)

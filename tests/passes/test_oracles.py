@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specdiff.oracles import MaskedDense
+from specdiff.oracles import MaskedDense, as_tokens, pick, random_active
 from tests.models import MODELS, ZOO, changed
 from tests.oracles import trace
 from tests.passes.checks import (
     TOLERANCE,
     all_active,
     caches_of,
+    frozen_text,
     idempotence,
     masked_dense,
     probe_is_the_model,
@@ -48,6 +49,25 @@ def test_oracle_1_idempotence(traced):
 def test_oracle_2_masked_dense(traced):
     """With another input, stale rows are exactly those of the caches."""
     masked_dense(*traced[2:], **TOLERANCE)
+
+
+def test_text_kept(traced):
+    """A step that computes no text reads the keys and values of the last that did."""
+    found, programs = traced[2:]
+    assert frozen_text(found, programs, **TOLERANCE)
+    active = random_active(found.analysis.signature.batch, found.analysis.signature.lengths, 9)
+    with_text, without = (oracle_values(found, active, text) for text in (True, False))
+    # the oracle itself must differ from the one in which text is fresh
+    assert not torch.allclose(with_text, without, **TOLERANCE)
+
+
+def oracle_values(found, active, text):
+    flat, later = found.flat
+    first = MaskedDense(found.analysis, {}, active)
+    first.run(*flat)
+    second = MaskedDense(found.analysis, first.values, active, text=text)
+    second.run(*later)
+    return pick(as_tokens(found.analysis.plan, second.values), active)
 
 
 def test_oracle_3_all_active_is_the_model(traced):

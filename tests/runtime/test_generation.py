@@ -95,6 +95,24 @@ def test_stats_are_exact(options, counts):
     assert f"{counts[1]} selective" in str(stats)
 
 
+@pytest.mark.parametrize(
+    ("options", "texts"),
+    [
+        # selective are evaluations 3, 4, 6, 7 and 9, of which 5 and 8 are dense
+        ({}, [True] * 5),
+        ({"text_refresh": 2}, [False, True, False, True, False]),
+        ({"text_refresh": 0}, [False] * 5),
+        ({"text_refresh": 3, "refresh_interval": 0}, [False, False, True] * 2 + [False]),
+        # evaluations 4, 6 and 8, counted without those between them that are skipped
+        ({"text_refresh": 2, "refresh_interval": 0, "stride": 2}, [False, True, False]),
+    ],
+)
+def test_text_is_computed_every_so_many_selective_steps(options, texts):
+    model = toy(**{"method": "paper", "refresh_interval": 3, **options})
+    Euler(model, steps=10).run()
+    assert model.runtime.programs.texts == texts
+
+
 def test_whole_step_caching_is_linear_extrapolation():
     model = toy(cache_ratio=1.0, warmup_steps=2, refresh_interval=0, forecast="linear")
     run = Euler(model, steps=6).run(3)
