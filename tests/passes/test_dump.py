@@ -25,9 +25,15 @@ from specdiff.passes.base import PassRecord
 from specdiff.passes.dump import Dump
 from tests.models import flux
 
-PASSES = ["00_dynamo", "01_normalize", "02_axes", "03_selective", "04_regions"]
-PROGRAMS = ["05_program_probe", "06_program_tail", "07_program_dense", "08_program_selective_21"]
-OPTIONS = {"inner_backend": "eager", "cache_ratio": 0.5, "warmup_steps": 2, "speculative_steps": 0}
+PASSES = ["00_dynamo", "01_normalize", "02_axes", "03_selective", "04_invariant", "05_regions"]
+PROGRAMS = ["06_program_probe", "07_program_tail", "08_program_dense", "09_program_selective_21"]
+OPTIONS = {
+    "inner_backend": "eager",
+    "cache_ratio": 0.5,
+    "warmup_steps": 2,
+    "speculative_steps": 0,
+    "tapered": False,
+}
 
 
 @torch.no_grad()
@@ -123,12 +129,12 @@ def test_the_head_says_where_code_comes_from(dumped):
         assert head.startswith(f'"""{step}: ') and " nodes; " in head
     assert "segments of tokens: s0 of 42, s1 of 4" in heads["02_axes"]
     assert "42 prunable tokens" in heads["03_selective"]
-    program = (folder / "08_program_selective_21.py").read_text().split("\n", 1)[0]
+    program = (folder / "09_program_selective_21.py").read_text().split("\n", 1)[0]
     assert "index_put_" in program
 
 
 def test_notes_stand_above_what_they_are_about(dumped):
-    lines = (dumped[0] / "04_regions.py").read_text().splitlines()
+    lines = (dumped[0] / "05_regions.py").read_text().splitlines()
     index = next(i for i, line in enumerate(lines) if " linear: " in f" {line.strip()}")
     assert lines[index - 3 : index] == [
         "    # axes: [B, s0, 32]",
@@ -193,7 +199,7 @@ def test_a_fault_in_a_drawing_stops_nothing(tmp_path, caplog, monkeypatch):
         run(model, inputs, dump_dir=tmp_path)
     assert "not complete" in caplog.text and "no such colour" in caplog.text
     assert specdiff.stats(model).selective == 1
-    assert (tmp_path / "graph_0" / "08_program_selective_10.py").exists()
+    assert (tmp_path / "graph_0" / "09_program_selective_10.py").exists()
 
 
 def test_a_fault_in_a_trace_stops_nothing(caplog, monkeypatch):
@@ -230,7 +236,7 @@ PROGRAM = """
 import torch
 from tests.models import flux
 model, inputs = flux(1, 1, rows=4, columns=5, batch=1)
-options = {"inner_backend": "eager", "cache_ratio": 0.5, "warmup_steps": 2}
+options = {"inner_backend": "eager", "cache_ratio": 0.5, "warmup_steps": 2, "tapered": False}
 compiled = torch.compile(model, backend="specdiff", fullgraph=True, options=options)
 with torch.no_grad():
     for index in range(4):

@@ -12,7 +12,13 @@ from toy import Euler, N, ToyPrograms, noise, prompt, toy
 import specdiff
 from specdiff.runtime.recording import COMPUTED, FORECAST, REUSED
 
-PLAN = {"cache_ratio": 0.75, "warmup_steps": 3, "refresh_interval": 4, "stride": 2}
+PLAN = {
+    "cache_ratio": 0.75,
+    "warmup_steps": 3,
+    "refresh_interval": 4,
+    "tapered": False,
+    "stride": 2,
+}
 PAPER = {"method": "paper", "cache_ratio": 0.75}
 
 
