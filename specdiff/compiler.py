@@ -1,7 +1,8 @@
 """The entry point: what `torch.compile(model, backend="specdiff")` calls for each graph.
 
-normalize -> axes -> selective -> regions -> lower -> runtime. A graph that has no token-selective
-form runs as it came, through the same inner compiler, and the reason is kept and logged.
+normalize -> axes -> selective -> invariant -> regions -> lower -> runtime. A graph that has no
+token-selective form runs as it came, through the same inner compiler, and the reason is kept and
+logged.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from specdiff.passes.axes import AxesPass, AxisFacts
 from specdiff.passes.base import Notes, Observer, PassRecord, PassRunner
 from specdiff.passes.block import plan_block
 from specdiff.passes.dump import Dump, unfailing
+from specdiff.passes.invariant import InvariantPass
 from specdiff.passes.listing import listing
 from specdiff.passes.lower import BlockPrograms, LoweredPrograms
 from specdiff.passes.lower import Compiler as ProgramCompiler
 from specdiff.passes.normalize import DynamoGraph, NormalizePass
 from specdiff.passes.regions import Region, RegionsPass
 from specdiff.passes.selective import SelectivePass, SelectivePlan
-from specdiff.passes.signature import build_signature
+from specdiff.passes.signature import build_signature, varying_inputs
 from specdiff.passes.specialise import floats_of, specialise
 from specdiff.program import Signature
 from specdiff.runtime.dispatch import DenseOnly, Runtime
@@ -83,7 +85,9 @@ def analyse(traced: Traced, states: Sequence[bool], options: Options) -> Analysi
     `states[i]` says whether input i is a parameter or buffer of the model.
     """
     runner = traced.runner
-    plan = runner.run(SelectivePass(), traced.axes)
+    selected = runner.run(SelectivePass(), traced.axes)
+    varying = partial(varying_inputs, states=states, timestep_arg=options.timestep_arg)
+    plan = runner.run(InvariantPass(varying), selected)
     regions = runner.run(RegionsPass(), plan)
     signature = build_signature(plan, states, options.timestep_arg)
     records = tuple(runner.records)

@@ -115,7 +115,7 @@ class Report:
         plan = Schedule.of(self.settings, lengths)
         found = []
         for index in range(steps):
-            count, reason = plan.decide(index)
+            count, reason = plan.decide(index, steps - index)
             kind = "dense" if count == plan.tokens else "selective" if count else "skipped"
             found.append((kind, count, reason))
         return found

@@ -102,15 +102,20 @@ class CostModel:
 
     def caches(self, nodes: Collection[fx.Node]) -> sympy.Expr:
         """Bytes of the caches that a region fills: a dense step writes them, others read them."""
-        held = (node for node in nodes if node in self._plan.cached)
+        plan = self._plan
+        held = (node for node in nodes if node in plan.cached or node in plan.fixed)
         return sum((self._bytes(node, rows=False) for node in held), ZERO)
+
+    def flops(self, node: fx.Node) -> sympy.Expr:
+        """All rows of one node."""
+        return self._flops(node, rows=False)
 
     def _as_rows(self, node: fx.Node) -> bool:
         return node in self._plan.rows and self._plan.is_token_wise(node)
 
     def _as_whole(self, node: fx.Node) -> bool:
         plan = self._plan
-        computed = node in plan.whole and node not in plan.cached
+        computed = node in plan.whole and node not in plan.cached and node not in plan.fixed
         return computed and plan.extracted_from(node) is None
 
     def _size(self, node: fx.Node, axis: int, rows: bool) -> sympy.Expr:

@@ -70,6 +70,7 @@ class NormalizePass(Pass[DynamoGraph, fx.GraphModule]):
         remove_assertions(module.graph)
         replace_tuples(module.graph)
         replace_likeness(module.graph)
+        replace_permutations(module.graph)
         replace_writes(module.graph)
         fuse_attention(module.graph)
         share_equal_nodes(module.graph)
@@ -154,6 +155,16 @@ def replace_likeness(graph: fx.Graph) -> None:
         wanted = node.meta["val"]
         like = wanted.dtype if node.target is aten.type_as.default else list(wanted.shape)
         replace(node, call(node, LIKENESS[node.target], operand_at(node, 0), like))
+
+
+def replace_permutations(graph: fx.Graph) -> None:
+    """Rewrite an einsum of one operand whose letters only change places to a permutation."""
+    for node in graph.find_nodes(op="call_function", target=aten.einsum.default):
+        equation, operands = str(node.args[0]).replace(" ", ""), operands_at(node, 1)
+        letters, _, moved = equation.partition("->")
+        if len(operands) == 1 and sorted(letters) == sorted(set(moved)) and moved.isalpha():
+            order = [letters.index(letter) for letter in moved]
+            replace(node, call(node, aten.permute.default, operands[0], order))
 
 
 def replace_writes(graph: fx.Graph) -> None:

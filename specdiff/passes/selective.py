@@ -40,6 +40,8 @@ class SelectivePlan:
     whole: set[fx.Node] = field(default_factory=set)
     cached: list[fx.Node] = field(default_factory=list)
     """Values that live in caches, in graph order."""
+    fixed: tuple[fx.Node, ...] = ()
+    """Values that no step changes (`passes.invariant`), kept beside the caches."""
     stale: frozenset[fx.Node] = frozenset()
     """Inputs whose inactive rows are not up to date: streams of tokens between two blocks."""
 
@@ -286,6 +288,10 @@ def propagate(plan: SelectivePlan) -> None:
 
 def _propagate(plan: SelectivePlan, node: fx.Node) -> None:
     """Hand the needs of `node` on to its operands."""
+    if node in plan.fixed:
+        if node in plan.rows:
+            plan.whole.add(node)  # to be gathered from
+        return
     token_wise = plan.is_token_wise(node)
     cached = node in plan.whole and token_wise and _lives_in_cache(plan, node)
     if cached:
@@ -328,6 +334,12 @@ def cache_order(plan: SelectivePlan, node: fx.Node) -> list[int]:
     batch, tokens = plan.axes.batch_axis(node), plan.token_axis(node)
     assert batch is not None and tokens is not None
     return [batch, tokens, *(a for a in range(rank_of(node)) if a not in (batch, tokens))]
+
+
+def kept_shapes(plan: SelectivePlan) -> dict[fx.Node, tuple[int, ...]]:
+    """What a plan keeps between steps: caches, then values that no step changes."""
+    caches = {node: cache_shape(plan, node) for node in plan.cached}
+    return caches | {node: shape_of(node) for node in plan.fixed}
 
 
 def cache_shape(plan: SelectivePlan, node: fx.Node) -> tuple[int, ...]:
