@@ -74,7 +74,8 @@ def _installed(package: str) -> str | None:
         return None
 
 
-def _environment(device: torch.device) -> dict[str, Json]:
+def environment(device: torch.device) -> dict[str, Json]:
+    """What a measurement ran on: versions, processor, threads."""
     is_cuda = device.type == "cuda"
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -113,7 +114,7 @@ def record(
     """
     return {
         "schema": SCHEMA,
-        "environment": _environment(device),
+        "environment": environment(device),
         "repeats": repeats,
         "load_per_core_before": round(load, 2),
         "methods": [_method_record(comparison, trials) for trials in comparison.trials],
