@@ -91,7 +91,8 @@ def draw_loss(losses: list[tuple[int, int, float]], file: Path) -> None:
         points = [(step, loss) for step, at, loss in losses if at == stage]
         axis.plot(*zip(*points, strict=True), label=f"stage {stage + 1}")
     axis.set(xlabel="step", ylabel="flow-matching loss", yscale="log")
-    axis.legend()
+    if losses:
+        axis.legend()
     figure.savefig(file, dpi=120)
 
 

@@ -165,10 +165,12 @@ def evaluate_methods(
     ),
     out: Annotated[Path, typer.Option(help="Folder for results, table and plot.")] = Path("eval"),
     quick: Annotated[
-        bool, typer.Option("--quick", help="8 pictures, 3 pairs and no large set.")
+        bool, typer.Option("--quick", help="6 pictures, 3 of them timed, no large set.")
     ] = False,
     pictures: Annotated[int | None, typer.Option(min=1, help="Compared per method (32).")] = None,
-    pairs: Annotated[int | None, typer.Option(min=1, help="Behind each time ratio (8).")] = None,
+    pairs: Annotated[
+        int | None, typer.Option(min=1, help="Of them timed, in turn with dense (8).")
+    ] = None,
     large_set: Annotated[
         int | None, typer.Option(min=0, help="For the distance between sets (256); 0: not.")
     ] = None,
@@ -180,11 +182,14 @@ def evaluate_methods(
         list[str] | None, typer.Option(help="Only methods of this name or pattern; repeatable.")
     ] = None,
     measure: Annotated[
-        list[str] | None, typer.Option(help="Only this phase, quality or time; repeatable.")
+        list[str] | None, typer.Option(help="Only this phase, pictures or flops; repeatable.")
     ] = None,
     minutes: Annotated[
         float | None, typer.Option(min=0, help="Begin nothing after this; run again for the rest.")
     ] = None,
+    clock: Annotated[
+        str, typer.Option(help="wall; or cpu, for ratios on a machine that others keep busy.")
+    ] = "wall",
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.")] = "cpu",
 ) -> None:
     """Measure specdiff against fewer steps and every published cache, on equal terms.
@@ -204,7 +209,7 @@ def evaluate_methods(
         usual.large_set if large_set is None else large_set,
     )
     wanted = Wanted(
-        model, weights, device, sizes, seed, probe, out, method or (), measure or (), minutes
+        model, weights, device, sizes, seed, probe, out, method or (), measure or (), minutes, clock
     )
     left = evaluate(wanted, console)
     console.print(f"{out}: " + (f"{left} measurements left: run again" if left else "complete"))

@@ -15,9 +15,9 @@ from torch import Tensor
 from specdiff.errors import SpecdiffError
 from specdiff.evaluation.candidates import DENSE, Candidate
 from specdiff.evaluation.findings import Finding, Findings
-from specdiff.evaluation.measuring import Bench, measure_quality, measure_time
+from specdiff.evaluation.measuring import Bench, measure_flops, measure_pictures
 
-PHASES = ("quality", "time")
+PHASES = ("pictures", "flops")
 RESULTS, REFERENCE = "results.json", "dense.pt"
 WORDS_OF_A_REASON = 300
 """Letters of an error of a peer that the table keeps."""
@@ -47,7 +47,7 @@ class Campaign:
         for candidate, phase in self.left(candidates, phases):
             if self.deadline is not None and time.monotonic() > self.deadline:
                 return
-            if phase == "quality" and candidate is not DENSE:
+            if phase == "pictures" and candidate is not DENSE:
                 self._require_reference()
             self._measure(candidate, phase)
             self.findings.save(self.folder / RESULTS)
@@ -85,10 +85,10 @@ class Campaign:
         self.findings.methods[candidate.name] = finding
 
     def _values(self, candidate: Candidate, phase: str) -> dict[str, Any]:
-        if phase == "time":
-            return measure_time(self.bench, candidate)
+        if phase == "flops":
+            return measure_flops(self.bench, candidate)
         reference = None if candidate is DENSE else self._reference
-        values, latents = measure_quality(self.bench, candidate, reference)
+        values, latents = measure_pictures(self.bench, candidate, reference)
         if candidate is DENSE:
             self._reference = latents
             torch.save(latents, self.folder / REFERENCE)
@@ -105,8 +105,8 @@ class Campaign:
             return
         if DENSE.name in self.findings.methods and not file.exists():
             raise SpecdiffError(f"{file} is gone: remove {self.folder / RESULTS} or restore it")
-        if not self._finding(DENSE).has("quality"):
-            self._measure(DENSE, "quality")
+        if not self._finding(DENSE).has("pictures"):
+            self._measure(DENSE, "pictures")
         self._reference = torch.load(file, weights_only=True)
 
 

@@ -19,10 +19,8 @@ SPECDIFF: Mapping[str, Mapping[str, Any]] = {
     "specdiff, default": {},
     "specdiff, dense every 2": {"refresh_interval": 2},
     "specdiff, dense every 4": {"refresh_interval": 4},
-    "specdiff, ratio 0.5": {"cache_ratio": 0.5},
     "specdiff, ratio 0.75": {"cache_ratio": 0.75},
     "specdiff, ratio 0.9": {"cache_ratio": 0.9},
-    "specdiff, paper 0.5": {"method": "paper", "cache_ratio": 0.5},
     "specdiff, paper 0.75": {"method": "paper", "cache_ratio": 0.75},
     "specdiff, paper 0.9": {"method": "paper", "cache_ratio": 0.9},
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from specdiff.evaluation.table import markdown
 from specdiff.methods import usable_device
 from specdiff.summary import environment
 
+CLOCKS: Mapping[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 TABLE, PLOT = "table.md", "frontier.png"
 
 
@@ -40,7 +41,7 @@ class Sizes:
     large_set: int
 
 
-SIZES: Mapping[str, Sizes] = {"full": Sizes(32, 8, 256), "quick": Sizes(8, 3, 0)}
+SIZES: Mapping[str, Sizes] = {"full": Sizes(32, 8, 256), "quick": Sizes(6, 3, 0)}
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Wanted:
     methods: Sequence[str]
     phases: Sequence[str]
     minutes: float | None
+    clock: str
 
 
 def _bench(wanted: Wanted, subject: Subject) -> Bench:
@@ -68,6 +70,7 @@ def _bench(wanted: Wanted, subject: Subject) -> Bench:
         wanted.sizes.pictures,
         wanted.sizes.pairs,
         Probe.load(wanted.probe) if wanted.probe else None,
+        CLOCKS[wanted.clock],
     )
 
 
@@ -81,6 +84,7 @@ def _plan(wanted: Wanted) -> Plan:
         sizes.large_set,
         wanted.seed,
         wanted.device,
+        wanted.clock,
     )
 
 
@@ -96,6 +100,8 @@ def evaluate(wanted: Wanted, console: Console) -> int:
     phases = wanted.phases or PHASES
     if unknown := sorted(set(phases) - set(PHASES)):
         raise SpecdiffError(f"no phase {unknown[0]!r}: choose from {', '.join(PHASES)}")
+    if wanted.clock not in CLOCKS:
+        raise SpecdiffError(f"no clock {wanted.clock!r}: choose from {', '.join(CLOCKS)}")
     device = usable_device(wanted.device)
     subject = find_subject(wanted.model, wanted.weights, device)
     candidates = choose(all_candidates(subject), wanted.methods)

@@ -12,7 +12,7 @@ from specdiff.errors import SpecdiffError
 
 SCHEMA = 1
 """Number of the file's layout; grows when a field changes its meaning or goes away."""
-SPEEDUP, PSNR, FEATURES = "speedup", "psnr_db", "feature_distance"
+SPEEDUP, PSNR, FEATURES, FLOPS = "speedup", "psnr_db", "feature_distance", "flops_share"
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Plan:
         large_set: Pictures for the distance between sets and the probe; 0: neither.
         seed: Of the first picture.
         device: Where it runs.
+        clock: What the times are of: "wall", or "cpu" where others keep the machine busy.
     """
 
     model: str
@@ -36,6 +37,7 @@ class Plan:
     large_set: int
     seed: int
     device: str
+    clock: str
 
 
 @dataclass
@@ -51,7 +53,7 @@ class Finding:
     values: dict[str, Any] = field(default_factory=dict)
 
     def has(self, phase: str) -> bool:
-        """Whether a phase, "quality" or "time", is done or known to be impossible."""
+        """Whether a phase is done or known to be impossible."""
         return bool(self.reason) or phase in self.values.get("phases", ())
 
     def add(self, phase: str, values: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from specdiff.comparison import Request
 from specdiff.errors import SpecdiffError
 from specdiff.evaluation.candidates import DENSE, Candidate, Prepared
 from specdiff.evaluation.features import Probe, features, kernel_distance
+from specdiff.evaluation.findings import FEATURES, FLOPS, PSNR, SPEEDUP
 from specdiff.evaluation.measures import (
     PeakMemory,
     flop_counter,
@@ -43,7 +44,8 @@ class Bench:
         device: Where it runs.
         requests: The pictures, the large set included.
         pictures: How many of them each method is compared on.
-        pairs: Pairs behind a time ratio.
+        pairs: How many of those are drawn in turn with the dense model, for the time ratio.
+        clock: Tells seconds: of the wall, or of this process's processors where others are busy.
         probe: Recognises the prompts; None: that is not measured.
         tell: Told what is going on.
     """
@@ -54,41 +56,36 @@ class Bench:
     pictures: int
     pairs: int
     probe: Probe | None = None
+    clock: Callable[[], float] = time.perf_counter
     tell: Tell = lambda line: None
 
-    def draw(self, prepared: Prepared, candidate: Candidate, count: int) -> list[Tensor]:
-        """Latents of the first `count` requests."""
-        found = []
-        for index, request in enumerate(self.requests[:count]):
-            self.tell(f"{candidate.name}: picture {index + 1} of {count}")
-            found.append(self.subject.draw(prepared.pipeline, request, candidate.steps))
-        return found
 
-
-def _start(bench: Bench, candidate: Candidate) -> tuple[Prepared, float]:
+def _start(bench: Bench, candidate: Candidate, steps: int) -> tuple[Prepared, float]:
     """Compile a fresh pipeline by drawing one picture; returns it and how long that took."""
     bench.tell(f"{candidate.name}: compiling")
     prepared = candidate.prepare(bench.subject.load())
     started = time.perf_counter()
-    bench.subject.draw(prepared.pipeline, bench.requests[0], candidate.steps)
+    bench.subject.draw(prepared.pipeline, bench.requests[0], steps)
     return prepared, time.perf_counter() - started
 
 
-def _no_recompile(candidate: Candidate, before: int) -> None:
-    """Past a few variants torch runs eagerly in silence, so none is allowed while measuring.
+def _require_graphs(candidate: Candidate, prepared: Prepared, graphs: int) -> None:
+    """Past a few variants torch runs eagerly in silence, so nothing may compile while measured.
 
     Raises:
-        SpecdiffError: Something was compiled since `before`.
+        SpecdiffError: Something did, or one graph was promised and there are more.
     """
     now = torch_adapter.graphs_compiled()
-    if now != before:
-        raise SpecdiffError(f"{candidate.name}: {now - before} graphs recompiled while measured")
+    if prepared.compiled == "graph" and graphs != 1:
+        raise SpecdiffError(f"{candidate.name}: {graphs} graphs instead of one")
+    if now != graphs:
+        raise SpecdiffError(f"{candidate.name}: {now - graphs} graphs compiled while measured")
 
 
-def measure_quality(
+def measure_pictures(
     bench: Bench, candidate: Candidate, reference: Sequence[Tensor] | None
 ) -> tuple[Values, list[Tensor]]:
-    """Draw the pictures and compare them with the dense ones.
+    """Draw the pictures, some in turn with the dense model, and compare time and content.
 
     Args:
         bench: What to measure with.
@@ -99,33 +96,79 @@ def measure_quality(
         What was measured, and the latents drawn.
 
     Raises:
-        SpecdiffError: A graph was recompiled, or one graph was promised and there are more.
+        SpecdiffError: Something compiled on the way, or in more graphs than promised.
     """
     torch_adapter.forget_compiled()
     memory = PeakMemory(bench.device)
-    prepared, first_seconds = _start(bench, candidate)
+    prepared, first_seconds = _start(bench, candidate, candidate.steps)
     graphs = torch_adapter.graphs_compiled()
-    if prepared.compiled == "graph" and graphs != 1:
-        raise SpecdiffError(f"{candidate.name}: {graphs} graphs instead of one")
-    memory.restart()
     count = len(bench.requests) if candidate.in_large_set else bench.pictures
-    latents = bench.draw(prepared, candidate, count)
-    peak = memory.bytes
-    _no_recompile(candidate, graphs)
+    memory.restart()
+    alone = _draw(bench, candidate, prepared, range(bench.pairs, count))
+    peak = memory.bytes if alone else None
+    _require_graphs(candidate, prepared, graphs)
+    drawn = _draw_in_turn(bench, candidate, prepared)
+    drawn.latents += alone
+    expected = drawn.latents if reference is None else reference
     values: Values = {
-        "first_picture_s": round(first_seconds, 2),
+        **drawn.times(),
+        "first_picture_seconds": round(first_seconds, 2),
         "graphs": graphs,
         "peak_bytes": peak,
-        "flops_share": round(_flops_share(bench, candidate, prepared), 4),
-        **_fallbacks(prepared),
-        **_likeness(bench, latents, latents if reference is None else reference),
+        **_counters(prepared),
+        **_likeness(bench, drawn.latents, expected),
     }
     if count > bench.pictures:
-        values |= _sets(bench, latents, latents if reference is None else reference)
-    return values, latents
+        values |= _sets(bench, drawn.latents, expected)
+    return values, drawn.latents
 
 
-def _fallbacks(prepared: Prepared) -> Values:
+@dataclass
+class Drawn:
+    """Latents of a method's pictures, and seconds of those drawn in turn with the dense model."""
+
+    latents: list[Tensor] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    dense_seconds: list[float] = field(default_factory=list)
+
+    def times(self) -> Values:
+        """What is kept of the times."""
+        return {
+            SPEEDUP: round(time_ratio(self.dense_seconds, self.seconds), 4),
+            "seconds": round(statistics.median(self.seconds), 4),
+            "seconds_each": [round(second, 4) for second in self.seconds],
+            "dense_seconds_each": [round(second, 4) for second in self.dense_seconds],
+        }
+
+
+def _draw(bench: Bench, candidate: Candidate, prepared: Prepared, indices: range) -> list[Tensor]:
+    """Latents of some of the requests."""
+    latents = []
+    for index in indices:
+        bench.tell(f"{candidate.name}: picture {index + 1} of {indices.stop}")
+        request = bench.requests[index]
+        latents.append(bench.subject.draw(prepared.pipeline, request, candidate.steps))
+    return latents
+
+
+def _draw_in_turn(bench: Bench, candidate: Candidate, prepared: Prepared) -> Drawn:
+    """Draw the first pictures in turn with the dense model, compiled in the same process."""
+    shares_dense = candidate.prepare is DENSE.prepare
+    dense = prepared if shares_dense else _start(bench, DENSE, steps=2)[0]
+    graphs, drawn = torch_adapter.graphs_compiled(), Drawn()
+    for index in range(bench.pairs):
+        started = bench.clock()
+        _draw(bench, DENSE, dense, range(index, index + 1))
+        between = bench.clock()
+        drawn.latents += _draw(bench, candidate, prepared, range(index, index + 1))
+        drawn.dense_seconds.append(between - started)
+        drawn.seconds.append(bench.clock() - between)
+    if torch_adapter.graphs_compiled() != graphs:
+        raise SpecdiffError(f"{candidate.name}: a graph compiled while measured")
+    return drawn
+
+
+def _counters(prepared: Prepared) -> Values:
     if prepared.usage is None:
         return {}
     usage = prepared.usage()
@@ -146,11 +189,11 @@ def _likeness(bench: Bench, latents: Sequence[Tensor], reference: Sequence[Tenso
     psnr = [one.psnr for one in found]
     return {
         # JSON knows no infinity: equal pictures have no PSNR.
-        "psnr_db": _rounded(mean(psnr)),
+        PSNR: _rounded(mean(psnr)),
         "psnr_db_lowest": _rounded(min(psnr)),
         "psnr_db_each": [_rounded(value) for value in psnr],
         "ssim": _rounded(mean(one.ssim for one in found)),
-        "feature_distance": _rounded(mean(one.feature_distance for one in found)),
+        FEATURES: _rounded(mean(one.feature_distance for one in found)),
         "latent_error": _rounded(mean(one.latent_error for one in found)),
     }
 
@@ -175,20 +218,20 @@ def _sets(bench: Bench, latents: Sequence[Tensor], reference: Sequence[Tensor]) 
 
 
 @torch.no_grad()
-def _flops_share(bench: Bench, candidate: Candidate, prepared: Prepared) -> float:
-    """FLOPs of one picture over a dense one's."""
+def measure_flops(bench: Bench, candidate: Candidate) -> Values:
+    """FLOPs of one picture over a dense one's; nothing is compiled by Inductor."""
     bench.tell(f"{candidate.name}: counting FLOPs")
-    request = bench.requests[0]
-    if candidate.eager is None:
-        assert prepared.usage is not None
-        specdiff.reset(prepared.pipeline.transformer)
-        bench.subject.draw(prepared.pipeline, request, candidate.steps)
-        inputs = _inputs(bench.subject)
-        report = specdiff.explain(prepared.pipeline.transformer, **inputs)
-        return flops_share(report, prepared.usage(), STEPS)
-    if candidate.family in ("dense", "fewer steps"):
-        return candidate.steps / STEPS
-    return _flops(bench, candidate.eager, STEPS) / (STEPS * _flops(bench, lambda p: p, 1))
+    if candidate.eager is not None:
+        spent = _flops(bench, candidate.eager, candidate.steps)
+        return {FLOPS: round(spent / (STEPS * _flops(bench, lambda p: p, 1)), 4)}
+    torch_adapter.forget_compiled()
+    options = {**candidate.settings, "inner_backend": "eager"}
+    pipeline = bench.subject.load()
+    compiled: Any = torch.compile(pipeline.transformer, backend="specdiff", options=options)
+    pipeline.transformer = compiled
+    bench.subject.draw(pipeline, bench.requests[0], candidate.steps)
+    report = specdiff.explain(compiled, **_inputs(bench.subject))
+    return {FLOPS: round(flops_share(report, specdiff.stats(compiled), STEPS), 4)}
 
 
 def _flops(bench: Bench, change: Callable[[Any], Any], steps: int) -> int:
@@ -214,33 +257,3 @@ def _inputs(subject: Subject) -> Mapping[str, Any]:
     with contextlib.suppress(Seen):
         subject.draw(pipeline, subject.requests(1, 0)[0], 1)
     return seen
-
-
-def measure_time(bench: Bench, candidate: Candidate) -> Values:
-    """Draw pictures in turn with the dense model and the method, in one process.
-
-    Raises:
-        SpecdiffError: A graph was recompiled on the way.
-    """
-    torch_adapter.forget_compiled()
-    dense, _ = _start(bench, DENSE)
-    prepared, _ = _start(bench, candidate)
-    graphs = torch_adapter.graphs_compiled()
-    seconds: dict[str, list[float]] = {"dense": [], "own": []}
-    for index in range(bench.pairs):
-        bench.tell(f"{candidate.name}: pair {index + 1} of {bench.pairs}")
-        request = bench.requests[index % bench.pictures]
-        for name, pipeline, steps in (
-            ("dense", dense.pipeline, STEPS),
-            ("own", prepared.pipeline, candidate.steps),
-        ):
-            started = time.perf_counter()
-            bench.subject.draw(pipeline, request, steps)
-            seconds[name].append(time.perf_counter() - started)
-    _no_recompile(candidate, graphs)
-    return {
-        "speedup": round(time_ratio(seconds["dense"], seconds["own"]), 4),
-        "seconds": round(statistics.median(seconds["own"]), 4),
-        "seconds_each": [round(second, 4) for second in seconds["own"]],
-        "dense_seconds_each": [round(second, 4) for second in seconds["dense"]],
-    }

@@ -36,7 +36,7 @@ def _draw(axes: Axes, findings: Findings, measure: str, label: str, *, higher: b
             marker=MARKERS[index % len(MARKERS)], color=f"C{index % 10}", label=family,
             linewidth=2.2 if is_ours else 1.0, markersize=8 if is_ours else 5,
         )  # fmt: skip
-    axes.set(xlabel="speedup over dense, compiled (time)", ylabel=label)
+    axes.set(xlabel=f"speedup over dense, compiled ({findings.plan.clock} time)", ylabel=label)
     axes.grid(alpha=0.3)
 
 

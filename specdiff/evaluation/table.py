@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from specdiff.evaluation.findings import FEATURES, PSNR, SPEEDUP, Finding, Findings, frontier
+from specdiff.evaluation.findings import FEATURES, FLOPS, PSNR, SPEEDUP, Finding, Findings, frontier
 
 MEBIBYTE = 2**20
 Cell = Callable[[Mapping[str, Any]], str]
@@ -32,7 +32,7 @@ def _peak(values: Mapping[str, Any]) -> str:
 
 COLUMNS: Mapping[str, Cell] = {
     "speedup": _number(SPEEDUP, "{:.2f}x"),
-    "FLOPs": _number("flops_share", "{:.0%}"),
+    "FLOPs": _number(FLOPS, "{:.0%}"),
     "PSNR, dB": _psnr,
     "SSIM": _number("ssim", "{:.3f}"),
     "features": _number(FEATURES, "{:.3f}"),
