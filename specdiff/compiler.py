@@ -235,12 +235,18 @@ def parameters_among(states: Sequence[bool]) -> tuple[int, ...]:
 
 
 def selective_runtime(analysis: Analysis, options: Options, settings: Mapping[str, Any]) -> Runtime:
-    """The runtime of an analysed graph; its programs are compiled when they are first run."""
+    """The runtime of an analysed graph."""
+    return Runtime(programs_of(analysis, options, settings), options)
+
+
+def programs_of(
+    analysis: Analysis, options: Options, settings: Mapping[str, Any]
+) -> LoweredPrograms:
+    """The programs of an analysed graph, each compiled when it is first run."""
     compiler = program_compiler(analysis.dump_folder, options, settings)
-    programs = LoweredPrograms(
+    return LoweredPrograms(
         analysis.module, analysis.plan, analysis.signature, sample_of(options), compiler
     )
-    return Runtime(programs, options)
 
 
 def program_compiler(

@@ -19,8 +19,9 @@ InputRole = Literal["parameter", "latent", "time", "condition", "scalar"]
 scale: a pipeline may make it anew for each step, so it tells no two generations apart."""
 
 
-TIME_NAMES = ("timestep", "timesteps", "t")
-"""What a time input is called, unless the option `timestep_arg` says otherwise."""
+def time_names(timestep_arg: str | None) -> tuple[str, ...]:
+    """What a time input may be called: as the option of that name says, or as usual."""
+    return ("timestep", "timesteps", "t") if timestep_arg is None else (timestep_arg,)
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from specdiff import torch_adapter
-from specdiff.compiler import ALL_QUERIES, Analysis, attempt
+from specdiff.compiler import Analysis, attempt, programs_of
 from specdiff.options import Options
 from specdiff.oracles import Pair, all_active, idempotence, masked_dense, random_active
-from specdiff.passes.lower import LoweredPrograms
 from specdiff.report import Report, report_of
 
 TOLERANCES: Mapping[torch.dtype, float] = {
@@ -133,10 +132,7 @@ def _verdict(
 
 
 def _pairs(module: fx.GraphModule, found: Analysis, inputs: Sequence[Any]) -> Iterator[Pair]:
-    def compiler(name: str, program: fx.GraphModule, values: Sequence[Any]) -> Any:
-        return torch_adapter.compile_program(program, values, "eager", {})
-
-    programs = LoweredPrograms(found.module, found.plan, found.signature, ALL_QUERIES, compiler)
+    programs = programs_of(found, Options(importance_queries=None, inner_backend="eager"), {})
     signature = found.signature
     count = max(len(signature.lengths), round(ACTIVE_SHARE * signature.prunable_tokens))
     device = signature.tokens.device

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from specdiff import compiler, torch_adapter
-from specdiff.compiler import ALL_QUERIES, Analysis
+from specdiff import compiler
+from specdiff.compiler import Analysis
 from specdiff.options import Options
 from specdiff.passes.lower import LoweredPrograms
 
@@ -24,14 +24,8 @@ class Traced:
 
     def programs(self, inner_backend: str = "eager") -> LoweredPrograms:
         """Fresh programs of the analysis."""
-
-        def compile_eagerly(name: str, module: fx.GraphModule, values: Sequence[Any]) -> Any:
-            return torch_adapter.compile_program(module, values, inner_backend, {})
-
-        found = self.analysis
-        return LoweredPrograms(
-            found.module, found.plan, found.signature, ALL_QUERIES, compile_eagerly
-        )
+        options = Options(importance_queries=None, inner_backend=inner_backend)
+        return compiler.programs_of(self.analysis, options, {})
 
 
 def analyse_graph(module: fx.GraphModule, values: Sequence[Any]) -> Analysis:

@@ -135,6 +135,11 @@ class AxisFacts:
     """The axis that counts samples: in front of the queries, and of the output if it is there."""
     _layouts: dict[ClassId, Layout] = field(default_factory=dict)
 
+    @property
+    def samples(self) -> int:
+        """B."""
+        return self.classes.size(self.batch)
+
     def layout(self, node: fx.Node, axis: int) -> Layout:
         """The segments along one axis."""
         item = self.classes.class_of((node, axis))

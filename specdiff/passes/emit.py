@@ -52,9 +52,12 @@ class WholeEmitter(GraphWriter):
 
     def finish_block(self) -> fx.GraphModule:
         """Return the graph's own outputs, all whole, and importance."""
-        outputs = fx.map_arg(self.plan.axes.results(), lambda node: self.whole[node])
-        self.graph.output((*outputs, self.importance.result()))
+        self.graph.output((*self.results(), self.importance.result()))
         return self.to_module()
+
+    def results(self) -> tuple[Any, ...]:
+        """The graph's own outputs, all whole."""
+        return tuple(fx.map_arg(self.plan.axes.results(), lambda node: self.whole[node]))
 
 
 def emit_dense(
@@ -97,13 +100,13 @@ def emit_tail(module: fx.GraphModule, plan: SelectivePlan) -> fx.GraphModule:
     """Inputs and token-level output [B, N, C] to the graph's outputs."""
     emitter = WholeEmitter(module, plan, 1)
     emitter.add_inputs()
-    batch = cache_shape(plan, plan.slots[0])[0]
-    tokens = emitter.add_tensor("tokens", (batch, plan.tokens, plan.channels), plan.slots[0])
+    tokens = emitter.add_tensor(
+        "tokens", (plan.axes.samples, plan.tokens, plan.channels), plan.slots[0]
+    )
     emitter.whole.update(from_tokens(emitter, plan, tokens))
     for node in _needed(*plan.axes.outputs(), known=emitter.whole):
         emitter.emit_whole(node)
-    outputs = plan.axes.results()
-    emitter.graph.output(fx.map_arg(outputs, lambda node: emitter.whole[node]))
+    emitter.graph.output(emitter.results())
     return emitter.to_module()
 
 

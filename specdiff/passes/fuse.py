@@ -20,6 +20,7 @@ from specdiff.passes.rules.attention import ATTENTION
 from specdiff.passes.rules.registry import (
     argument,
     axis_index,
+    facts_of,
     is_tensor,
     operand_at,
     rank_of,
@@ -167,13 +168,10 @@ def _unscaled(node: fx.Node, result: fx.Node) -> tuple[fx.Node, float]:
 
 
 def _swaps_last_axes(node: fx.Node) -> bool:
+    if node.target not in (aten.permute.default, aten.transpose.int):
+        return False
     rank = rank_of(node)
-    order = list(range(rank))
-    if node.target is aten.permute.default:
-        order = [axis_index(axis, rank) for axis in argument(node, 1, "dims")]
-    elif node.target is aten.transpose.int:
-        first, second = (axis_index(argument(node, i, f"dim{i - 1}"), rank) for i in (1, 2))
-        order[first], order[second] = second, first
+    order = [link.in_axis for link in facts_of(node).links]
     return order == [*range(rank - 2), rank - 1, rank - 2]
 
 

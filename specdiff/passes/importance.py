@@ -45,7 +45,7 @@ class ImportanceSum:
 
     def result(self) -> fx.Node:
         """float32 [B, N]; ones for segments that no attention reads as keys."""
-        batch = self._plan.axes.classes.size(self._plan.axes.batch)
+        batch = self._plan.axes.samples
         call, device = self._writer.call, self._writer.device
         shares = [
             self._totals[segment]

@@ -19,6 +19,7 @@ from torch import fx
 from specdiff.errors import Unsupported
 from specdiff.passes.base import Pass, PassError, check_values
 from specdiff.passes.fuse import drops_nothing, fuse_attention
+from specdiff.passes.rewrite import call, replace
 from specdiff.passes.rules.attention import ATTENTION
 from specdiff.passes.rules.registry import argument, operand_at, operands_at
 
@@ -127,11 +128,7 @@ def replace_tuples(graph: fx.Graph) -> None:
         if rewritten is None:
             continue
         target, args = rewritten
-        with graph.inserting_before(node):
-            new = graph.call_function(target, args)
-        new.meta = dict(node.meta)
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
+        replace(node, call(node, target, *args))
 
 
 def _single_output(source: fx.Node, position: int) -> tuple[Any, tuple[Any, ...]] | None:
@@ -151,13 +148,9 @@ def replace_likeness(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target not in LIKENESS:
             continue
-        value, shape = operand_at(node, 0), list(node.meta["val"].shape)
-        with graph.inserting_before(node):
-            like = node.meta["val"].dtype if node.target is aten.type_as.default else shape
-            new = graph.call_function(LIKENESS[node.target], (value, like))
-        new.meta = dict(node.meta)
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
+        wanted = node.meta["val"]
+        like = wanted.dtype if node.target is aten.type_as.default else list(wanted.shape)
+        replace(node, call(node, LIKENESS[node.target], operand_at(node, 0), like))
 
 
 def replace_writes(graph: fx.Graph) -> None:
@@ -165,44 +158,38 @@ def replace_writes(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target in ALLOCATIONS:
             named = {k: v for k, v in node.kwargs.items() if k != "memory_format"}
-            rewritten = _inserted(graph, node, ALLOCATIONS[node.target], *node.args, **named)
+            replace(node, call(node, ALLOCATIONS[node.target], *node.args, **named))
         elif node.target is aten.copy.default:
-            rewritten = _copied(graph, node)
+            replace(node, _copied(node))
         elif node.target is aten.slice_scatter.default and argument(node, 5, "step", 1) == 1:
-            rewritten = _joined(graph, node)
-        else:
-            continue
-        node.replace_all_uses_with(rewritten)
-        graph.erase_node(node)
+            replace(node, _joined(node))
 
 
-def _copied(graph: fx.Graph, node: fx.Node) -> fx.Node:
+def _copied(node: fx.Node) -> fx.Node:
     """The source of a copy, in the dtype and shape of its destination."""
     value, source = node.meta["val"], operand_at(node, 1)
     if source.meta["val"].dtype != value.dtype:
-        source = _inserted(graph, node, aten._to_copy.default, source, dtype=value.dtype)
+        source = call(node, aten._to_copy.default, source, dtype=value.dtype)
     if source.meta["val"].shape != value.shape:
-        source = _inserted(graph, node, aten.expand.default, source, list(value.shape))
+        source = call(node, aten.expand.default, source, list(value.shape))
     return source
 
 
-def _joined(graph: fx.Graph, node: fx.Node) -> fx.Node:
+def _joined(node: fx.Node) -> fx.Node:
     """The destination in front of the written slice, the source, the destination behind it."""
     destination, source = operand_at(node, 0), operand_at(node, 1)
     dim, size = argument(node, 2, "dim", 0), node.meta["val"].shape
     start = slice(argument(node, 3, "start"), None).indices(size[dim])[0]
     stop = start + source.meta["val"].shape[dim]
     pieces = [
-        *_kept(graph, node, destination, dim, 0, start),
+        *_kept(node, destination, dim, 0, start),
         source,
-        *_kept(graph, node, destination, dim, stop, size[dim]),
+        *_kept(node, destination, dim, stop, size[dim]),
     ]
-    return pieces[0] if len(pieces) == 1 else _inserted(graph, node, aten.cat.default, pieces, dim)
+    return pieces[0] if len(pieces) == 1 else call(node, aten.cat.default, pieces, dim)
 
 
-def _kept(
-    graph: fx.Graph, node: fx.Node, value: fx.Node, dim: int, start: int, stop: int
-) -> Iterator[fx.Node]:
+def _kept(node: fx.Node, value: fx.Node, dim: int, start: int, stop: int) -> Iterator[fx.Node]:
     """What makes up `value` from `start` to `stop`: of a join, the pieces that lie there."""
     if start >= stop:
         return
@@ -215,21 +202,10 @@ def _kept(
             shape = piece.meta["val"].shape
             length = shape[dim] if len(shape) == value.meta["val"].dim() else 0
             first, last = max(start - offset, 0), min(stop - offset, length)
-            yield from _kept(graph, node, piece, dim, first, last)
+            yield from _kept(node, piece, dim, first, last)
             offset += length
     else:
-        yield _inserted(graph, node, aten.slice.Tensor, value, dim, start, stop)
-
-
-def _inserted(graph: fx.Graph, node: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-    """A new op in front of `node`, from which it descends."""
-    with graph.inserting_before(node):
-        new = graph.call_function(target, args, kwargs)
-    new.meta = dict(node.meta)
-    values, named = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-    with node.meta["val"].fake_mode, torch.no_grad():
-        new.meta["val"] = target(*values, **named)
-    return new
+        yield call(node, aten.slice.Tensor, value, dim, start, stop)
 
 
 def share_equal_nodes(graph: fx.Graph) -> None:

@@ -10,7 +10,7 @@ from torch import fx
 
 from specdiff.passes.rules.registry import operand_at, shape_of
 from specdiff.passes.rules.shape import VIEWS
-from specdiff.passes.writer import PROVENANCE
+from specdiff.passes.writer import PROVENANCE, STRIDED_VIEWS
 
 aten = torch.ops.aten
 # these ask how their operand is stored, so it must stay the one it is
@@ -72,7 +72,7 @@ def refresh(graph: fx.Graph, moved: set[fx.Node]) -> None:
     for node in graph.nodes:
         if node.op != "call_function" or moved.isdisjoint(node.all_input_nodes):
             continue
-        if node.target in (aten.view.default, aten._unsafe_view.default):
+        if node.target in STRIDED_VIEWS:
             node.target = aten.reshape.default
         old = node.meta["val"]
         _evaluate(node, modes[0])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from torch import fx
 
 from specdiff.errors import Unsupported
 from specdiff.passes.rules.registry import is_tensor, shape_of
 from specdiff.passes.selective import SelectivePlan
-from specdiff.program import TIME_NAMES, Denoised
+from specdiff.program import Denoised, time_names
 
 
 def find_denoised(
@@ -28,7 +28,7 @@ def find_denoised(
             (plan.carries(node), -i, node, found)
             for i, node in enumerate(placeholders)
             if is_tensor(value) and is_tensor(node) and not states[i] and i not in taken
-            for found in _match(plan, (i, node), (output, value))
+            if (found := _match(plan, (i, node), (output, value))) is not None
         ]
         if matches:
             pairs.append(_latent_among(matches))
@@ -52,33 +52,30 @@ def is_scalar(plan: SelectivePlan, node: fx.Node) -> bool:
     if not is_tensor(node):
         return isinstance(node.meta.get("val"), float)
     value = node.meta["val"]
-    samples = plan.axes.classes.size(plan.axes.batch)
+    samples = plan.axes.samples
     return bool(value.is_floating_point() and value.numel() <= samples)
 
 
 def _match(
     plan: SelectivePlan, latent: tuple[int, fx.Node], velocity: tuple[int, fx.Node]
-) -> Iterator[Denoised]:
-    """At most one."""
+) -> Denoised | None:
     node, value = latent[1], velocity[1]
     if not node.meta["val"].is_floating_point():
-        return
+        return None
     found = Denoised.match(latent[0], shape_of(node), velocity[0], shape_of(value))
-    if found is None:
-        return
-    if found.shared is not None:
+    if found is not None and found.shared is not None:
         # two lists of tokens that differ in number are two things
         axis = found.shared[0]
         if any(axis in plan.axes.axes_with(n, *plan.axes.segments) for n in (node, value)):
-            return
-    yield found
+            return None
+    return found
 
 
 def find_time(
     placeholders: Sequence[fx.Node], states: Sequence[bool], timestep_arg: str | None
 ) -> int | None:
     """The input that is named like a time, or as the option says."""
-    wanted = TIME_NAMES if timestep_arg is None else (timestep_arg,)
+    wanted = time_names(timestep_arg)
     for i, node in enumerate(placeholders):
         if not states[i] and is_tensor(node) and short_name(str(node.meta["source"])) in wanted:
             return i

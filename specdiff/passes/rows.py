@@ -59,7 +59,7 @@ class RowsEmitter(WholeEmitter):
         self.add_inputs()
         plan = self.plan
         caches = {node: self.add_cache(cache_shape(plan, node), node) for node in plan.cached}
-        batch = plan.axes.classes.size(plan.axes.batch)
+        batch = plan.axes.samples
         self.active = self.add_tensor("active", (batch, self.count), plan.cached[0], torch.int64)
         batch_rows = self.call(aten.arange.default, batch, device=self.device)
         self.batch_rows = self.call(aten.unsqueeze.default, batch_rows, 1)

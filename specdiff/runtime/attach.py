@@ -23,7 +23,6 @@ from torch.utils import _pytree as pytree
 from specdiff.errors import Unsupported
 from specdiff.options import Options
 from specdiff.program import (
-    TIME_NAMES,
     CacheSlot,
     Denoised,
     Evaluation,
@@ -31,10 +30,21 @@ from specdiff.program import (
     InputSpec,
     Segment,
     Signature,
+    time_names,
 )
 from specdiff.runtime.dispatch import Runtime
 from specdiff.runtime.patches import Patches, possible
-from specdiff.runtime.regional import Diverged, Kind, RootCall, Visit, enter, leave, under
+from specdiff.runtime.regional import (
+    Diverged,
+    Kind,
+    RootCall,
+    Visit,
+    enter,
+    identities,
+    leave,
+    under,
+)
+from specdiff.runtime.shapes import remember
 
 logger = logging.getLogger(__name__)
 
@@ -84,17 +94,17 @@ class RootPrograms:
 
     def probe(self, inputs: Sequence[object]) -> Evaluation:
         """Every token computed by every block, no cache read or written."""
-        return self._evaluation(inputs, self._call("probe"))
+        return self._evaluation(inputs, self._call("probe", inputs))
 
     def dense(self, inputs: Sequence[object], caches: Sequence[Tensor]) -> Evaluation:
         """Every token computed; the caches are overwritten in place."""
-        return self._evaluation(inputs, self._call("dense", caches))
+        return self._evaluation(inputs, self._call("dense", inputs, caches))
 
     def selective(
         self, inputs: Sequence[object], caches: Sequence[Tensor], active: Tensor
     ) -> Evaluation:
         """Only `active` computed by the blocks; what lies around them computes every token."""
-        found = self._evaluation(inputs, self._call("selective", caches, active))
+        found = self._evaluation(inputs, self._call("selective", inputs, caches, active))
         rows = active.unsqueeze(-1).expand(-1, -1, found.tokens.shape[2])
         return Evaluation(found.tokens.gather(1, rows), found.importance)
 
@@ -102,27 +112,25 @@ class RootPrograms:
         """The model's output of its tokens."""
         return [self._patches.join(tokens)]
 
-    def idle(self) -> RootCall:
+    def idle(self, inputs: Sequence[object]) -> RootCall:
         """A call in which blocks compute nothing."""
-        return self._call("skip")
+        return self._call("skip", inputs)
 
     def _call(
-        self, kind: Kind, caches: Sequence[Tensor] = (), active: Tensor | None = None
+        self,
+        kind: Kind,
+        inputs: Sequence[object],
+        caches: Sequence[Tensor] = (),
+        active: Tensor | None = None,
     ) -> RootCall:
-        parameters = frozenset(id(parameter) for parameter in self._root.parameters())
+        parameters = identities(inputs[self._arguments.num_leaves :])
         return RootCall(kind, parameters, self._patches.tokens, self._visits, caches, active)
 
     def _evaluation(self, inputs: Sequence[object], call: RootCall) -> Evaluation:
-        leaves = list(inputs[: self._arguments.num_leaves])
-        args, kwargs = pytree.tree_unflatten(leaves, self._arguments)
-        with under(call):
-            (output,) = pytree.tree_leaves(self._root.forward(*args, **kwargs))
+        (output,), _ = _forward(self._root, inputs, self._arguments, call)
         call.finish()
-        tokens = self._patches.split(output)
-        importance = call.importance
-        if importance is None:
-            importance = torch.ones(tokens.shape[:2], device=tokens.device)
-        return Evaluation(tokens, importance)
+        assert call.importance is not None  # its tokens are those of a block, which has plans
+        return Evaluation(self._patches.split(output), call.importance)
 
 
 @dataclass(frozen=True)
@@ -142,6 +150,8 @@ class Attachment:
         self._root = root
         self._options = options
         self._found: dict[Hashable, Found | str] = {}
+        forward = getattr(root, "_orig_mod", root).forward
+        self._argument_names = tuple(inspect.signature(forward).parameters)
         self._lost: Counter[Hashable] = Counter()
         """How often calls of a shape went through other blocks than before."""
         self._hooks = (
@@ -171,18 +181,17 @@ class Attachment:
             return
         key = self._key(leaves, arguments)
         if key not in self._found:
-            while len(self._found) >= MAX_SHAPES:
-                del self._found[next(iter(self._found))]
-            self._found[key] = self._look(leaves, arguments)
+            remember(self._found, key, self._look(leaves, arguments), MAX_SHAPES)
         found = self._found[key]
         if isinstance(found, str):
             return
+        inputs = (*leaves, *root.parameters())
         try:
-            outputs = found.runtime(*leaves, *root.parameters())
+            outputs = found.runtime(*inputs)
         except Diverged as error:
             self._forget(key, str(error))
             return
-        enter(found.programs.idle())
+        enter(found.programs.idle(inputs))
         _RESULT.set((self, pytree.tree_unflatten(outputs, found.structure)))
 
     def _after(self, root: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -213,10 +222,8 @@ class Attachment:
 
     def _look(self, leaves: Sequence[Any], arguments: pytree.TreeSpec) -> Found | str:
         """One forward with the blocks as they were traced; then what it allows."""
-        call = RootCall("plain", frozenset(id(p) for p in self._root.parameters()))
-        args, kwargs = pytree.tree_unflatten(list(leaves), arguments)
-        with under(call):
-            outputs, structure = pytree.tree_flatten(self._root.forward(*args, **kwargs))
+        call = RootCall("plain", identities(self._root.parameters()))
+        outputs, structure = _forward(self._root, leaves, arguments, call)
         try:
             patches = _patches_of(outputs, call.visits)
             signature = self._signature(leaves, arguments, patches, outputs[0], call.visits)
@@ -266,11 +273,18 @@ class Attachment:
     def _names(self, leaves: Sequence[Any], arguments: pytree.TreeSpec) -> list[str]:
         """The argument of the root's forward that each leaf belongs to."""
         args, kwargs = pytree.tree_unflatten(list(leaves), arguments)
-        forward = getattr(self._root, "_orig_mod", self._root).forward
-        parameters = list(inspect.signature(forward).parameters)
-        named = [*zip(parameters, args, strict=False), *kwargs.items()]
+        named = [*zip(self._argument_names, args, strict=False), *kwargs.items()]
         found = [name for name, value in named for _ in pytree.tree_leaves(value)]
         return found + [""] * (len(leaves) - len(found))
+
+
+def _forward(
+    root: nn.Module, inputs: Sequence[object], arguments: pytree.TreeSpec, call: RootCall
+) -> tuple[list[Any], pytree.TreeSpec]:
+    """The leaves of the root's output and their structure, its blocks answering to `call`."""
+    args, kwargs = pytree.tree_unflatten(list(inputs[: arguments.num_leaves]), arguments)
+    with under(call):
+        return pytree.tree_flatten(root.forward(*args, **kwargs))
 
 
 def _patches_of(outputs: Sequence[Any], visits: Sequence[Visit]) -> Patches:
@@ -305,7 +319,7 @@ def _denoised(leaves: Sequence[Any], output: Tensor) -> Denoised:
 
 
 def _time(names: Sequence[str], leaves: Sequence[Any], wanted: str | None) -> int | None:
-    accepted = TIME_NAMES if wanted is None else (wanted,)
+    accepted = time_names(wanted)
     return next((i for i, n in enumerate(names) if n in accepted and leaves[i] is not None), None)
 
 

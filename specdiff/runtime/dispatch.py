@@ -75,11 +75,11 @@ class Runtime:
         stream = table.find(conditions)
         reading = self._read(inputs, stream) if given is None else None
         candidates = processes(settings.prediction, settings.alphas_cumprod)
-        refusal = _suspicion(reading, stream, candidates)
+        refusal, begins = _place(stream, reading, given, candidates)
         if refusal is not None:
             _abandon(table, stream, refusal)
             return self._fall_back(inputs, state, refusal)
-        if stream is None or _is_over(stream, reading, given, candidates):
+        if stream is None or begins:
             stream = table.start(conditions, self._history(), replacing=stream)
         time = reading.time if reading is not None else (given or ())[len(stream.times)]
         step = Step(
@@ -168,23 +168,29 @@ class DenseOnly:
         return self._function(*inputs)
 
 
-def _suspicion(
-    reading: Reading | None, stream: Stream | None, candidates: Sequence[Process]
-) -> str | None:
-    """Why this evaluation cannot be trusted to belong to one trajectory, if so."""
+def _place(
+    stream: Stream | None,
+    reading: Reading | None,
+    given: tuple[float, ...] | None,
+    candidates: Sequence[Process],
+) -> tuple[str | None, bool]:
+    """Why an evaluation may belong to no trajectory, or None; whether it begins a generation."""
     if reading is None:
-        return None
+        return None, stream is None or (given is not None and len(stream.times) >= len(given))
     if stream is not None and stream.ambiguous:
-        return AMBIGUOUS
+        return AMBIGUOUS, False
     if not reading.finite:
-        return NOT_FINITE
+        return NOT_FINITE, False
     if not reading.same_time:
-        return ROWS_DIFFER
-    if stream is not None and stream.relation(reading, candidates) == "foreign":
-        return AMBIGUOUS
-    if stream is not None and reading.change == 0 and reading.time != stream.times[-1]:
-        return STILL  # a part of a broken model, whose conditions were taken for a latent
-    return None
+        return ROWS_DIFFER, False
+    if stream is None:
+        return None, True
+    relation = stream.relation(reading, candidates)
+    if relation == "foreign":
+        return AMBIGUOUS, False
+    if reading.change == 0 and reading.time != stream.times[-1]:
+        return STILL, False  # a part of a broken model, whose conditions were taken for a latent
+    return None, relation == "restarts"
 
 
 def _abandon(table: StreamTable, stream: Stream | None, reason: str) -> None:
@@ -193,15 +199,3 @@ def _abandon(table: StreamTable, stream: Stream | None, reason: str) -> None:
         stream.become_ambiguous()
     elif stream is not None:
         table.drop(stream)
-
-
-def _is_over(
-    stream: Stream,
-    reading: Reading | None,
-    given: tuple[float, ...] | None,
-    candidates: Sequence[Process],
-) -> bool:
-    """Whether this evaluation begins a new generation."""
-    if reading is not None:
-        return stream.relation(reading, candidates) == "restarts"
-    return given is not None and len(stream.times) >= len(given)

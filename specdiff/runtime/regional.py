@@ -7,7 +7,7 @@ active ones or none, each with caches of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from specdiff.errors import Unsupported
 from specdiff.program import CacheSlot
+from specdiff.runtime.registry import first_parameter
 
 _CALL: ContextVar[RootCall | None] = ContextVar("specdiff_root_call", default=None)
 
@@ -83,10 +84,10 @@ class Block:
     def __call__(self, *inputs: object) -> Any:
         """The graph's outputs for its flat inputs."""
         call = _CALL.get()
-        owner = next((id(inputs[i]) for i in self._parameters if _known(inputs[i])), None)
-        if call is None or owner not in call.parameters:
+        first = first_parameter(inputs, self._parameters)
+        if call is None or id(first) not in call.parameters:
             return self._alone(*inputs)
-        return call.answer(self, owner, inputs)
+        return call.answer(self, id(first), inputs)
 
     def planned(self, tokens: int) -> Programs:
         """The programs that prune the segment of this many tokens. Raises Unsupported."""
@@ -133,7 +134,10 @@ class RootCall:
             return outputs
         if self.kind == "skip":
             return self._pass(block, owner, inputs)
-        self._next(block, owner)
+        visit = self._next(owner)
+        # Dynamo may have traced a block again, for a guard on anything: its caches must be the same
+        if visit is None or not self._alike(block, visit.block):
+            raise Diverged(f"block call {self._visited - 1} is not the one of the first forward")
         if self.tokens not in block.lengths:
             return list(block.dense(*inputs))  # of other tokens, such as text
         *outputs, importance = self._run(block.planned(self.tokens), inputs)
@@ -147,20 +151,14 @@ class RootCall:
 
     def _pass(self, block: Block, owner: int, inputs: Sequence[object]) -> list[Any]:
         """Anything of the right form: the root's output is replaced."""
-        index, self._visited = self._visited, self._visited + 1
-        if index < len(self.known) and self.known[index].owner == owner:
-            return [blank() for blank in self.known[index].blanks]
-        return list(block.dense(*inputs))
+        visit = self._next(owner)
+        return list(block.dense(*inputs)) if visit is None else [b() for b in visit.blanks]
 
-    def _next(self, block: Block, owner: int) -> None:
-        """The visit of the first forward at this place must be one of the same block.
-
-        Dynamo may have traced it again, for a guard on anything: its caches must be the same.
-        """
+    def _next(self, owner: int) -> Visit | None:
+        """The visit of the first forward at this place, if it was one of the same owner."""
         index, self._visited = self._visited, self._visited + 1
-        visit = self.known[index] if index < len(self.known) else None
-        if visit is None or visit.owner != owner or not self._alike(block, visit.block):
-            raise Diverged(f"block call {index} is not the one of the first forward")
+        known = index < len(self.known) and self.known[index].owner == owner
+        return self.known[index] if known else None
 
     def _alike(self, block: Block, other: Block) -> bool:
         prunable = [self.tokens in b.lengths for b in (block, other)]
@@ -208,12 +206,13 @@ def leave() -> None:
     _CALL.set(None)
 
 
+def identities(parameters: Iterable[object]) -> frozenset[int]:
+    """By which a call of a block is known to be one of a root's."""
+    return frozenset(map(id, parameters))
+
+
 def _blank(output: object) -> Callable[[], Any]:
     if not isinstance(output, Tensor):
         return lambda: output
     shape, stride, dtype, device = output.shape, output.stride(), output.dtype, output.device
     return lambda: torch.empty_strided(shape, stride, dtype=dtype, device=device).zero_()
-
-
-def _known(value: object) -> bool:
-    return isinstance(value, torch.nn.Parameter)

@@ -121,6 +121,12 @@ def find_or_create(module: torch.nn.Module) -> ModelState:
     return state_of(parameters) or create(parameters)
 
 
+def first_parameter(inputs: Sequence[object], indices: Sequence[int]) -> torch.nn.Parameter | None:
+    """The first parameter among the inputs at these positions; buffers are passed over."""
+    values = (inputs[index] for index in indices)
+    return next((value for value in values if isinstance(value, torch.nn.Parameter)), None)
+
+
 def state_of_call(
     graph: object, inputs: Sequence[object], indices: Sequence[int], nameless: ModelState
 ) -> ModelState:
@@ -135,8 +141,8 @@ def state_of_call(
     Returns:
         The state of the first parameter: later ones may be shared with another model.
     """
-    first = next((inputs[i] for i in indices if isinstance(inputs[i], torch.nn.Parameter)), None)
-    if not isinstance(first, torch.nn.Parameter):
+    first = first_parameter(inputs, indices)
+    if first is None:
         return nameless
     state = state_of([first])
     if state is None or graph not in state.graphs:

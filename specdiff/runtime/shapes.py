@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 Answer = Callable[..., Any]
+Found = TypeVar("Found")
 MAX_SHAPES = 16
 """Shapes that are remembered, each with programs and caches of its own."""
 
@@ -37,10 +38,15 @@ class PerShape:
         sizes = [_size(inputs[index]) for index in self._symbolic]
         key = (*sizes, *(float(inputs[index]) for index in self._floats))  # type: ignore[arg-type]
         if key not in self._answers:
-            while len(self._answers) >= MAX_SHAPES:
-                del self._answers[next(iter(self._answers))]
-            self._answers[key] = self._specialise(inputs)
+            remember(self._answers, key, self._specialise(inputs), MAX_SHAPES)
         return self._answers[key](*inputs)
+
+
+def remember(known: dict[Hashable, Found], key: Hashable, value: Found, limit: int) -> None:
+    """Keep `value`, and of what was kept before at most the `limit - 1` newest."""
+    while len(known) >= limit:
+        del known[next(iter(known))]
+    known[key] = value
 
 
 def _size(value: object) -> Hashable:

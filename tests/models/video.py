@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import (
     AllegroTransformer3DModel,
@@ -27,6 +29,17 @@ from tests.models.case import Case, builders
 
 # Wan's attention takes the last 512 tokens of the context for text, whatever their number is.
 WAN_TEXT = 512
+WAN: dict[str, Any] = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 24,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 20,
+    "freq_dim": 32,
+    "ffn_dim": 60,
+    "num_layers": 2,
+}
+"""What the models of Wan's family have in common."""
 
 
 def padded(length: int, dtype: torch.dtype) -> torch.Tensor:
@@ -167,14 +180,7 @@ def any_flow_transformer() -> Case:
     """Frames before channels, and a time for each frame."""
     torch.manual_seed(0)
     model = AnyFlowTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=24,
-        in_channels=4,
-        out_channels=4,
-        text_dim=20,
-        freq_dim=32,
-        ffn_dim=60,
-        num_layers=2,
+        **WAN,
         rope_max_seq_len=16,
     )
     inputs = {
@@ -192,14 +198,7 @@ def any_flow_far_transformer() -> Case:
     torch.manual_seed(0)
     model = AnyFlowFARTransformer3DModel(
         full_chunk_limit=2,
-        num_attention_heads=2,
-        attention_head_dim=24,
-        in_channels=4,
-        out_channels=4,
-        text_dim=20,
-        freq_dim=32,
-        ffn_dim=60,
-        num_layers=2,
+        **WAN,
         rope_max_seq_len=16,
         chunk_partition=(1, 1, 2),
     )
@@ -227,14 +226,7 @@ def chrono_edit_transformer() -> Case:
     """Two frames: the first and the last, which the model puts at a distance."""
     torch.manual_seed(0)
     model = ChronoEditTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=24,
-        in_channels=12,
-        out_channels=4,
-        text_dim=20,
-        freq_dim=32,
-        ffn_dim=60,
-        num_layers=2,
+        **WAN | {"in_channels": 12},
         image_dim=18,
         added_kv_proj_dim=48,
         rope_max_seq_len=16,
@@ -374,14 +366,7 @@ def helios_transformer() -> Case:
     """A chunk of three frames, with history at three scales."""
     torch.manual_seed(0)
     model = HeliosTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=24,
-        in_channels=4,
-        out_channels=4,
-        text_dim=20,
-        freq_dim=32,
-        ffn_dim=60,
-        num_layers=2,
+        **WAN,
         rope_dim=(8, 8, 8),
     )
     prefix, long, mid, last, current = torch.arange(11).unsqueeze(0).split([1, 4, 2, 1, 3], dim=1)
@@ -504,14 +489,7 @@ def hunyuan_video_framepack_transformer() -> Case:
 def wan_transformer() -> Case:
     torch.manual_seed(0)
     model = WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=24,
-        in_channels=4,
-        out_channels=4,
-        text_dim=20,
-        freq_dim=32,
-        ffn_dim=60,
-        num_layers=2,
+        **WAN,
         rope_max_seq_len=16,
     )
     inputs = {
@@ -527,14 +505,7 @@ def wan_image_to_video() -> Case:
     """The latent with the channels of mask and image after it."""
     torch.manual_seed(0)
     model = WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=24,
-        in_channels=12,
-        out_channels=4,
-        text_dim=20,
-        freq_dim=32,
-        ffn_dim=60,
-        num_layers=2,
+        **WAN | {"in_channels": 12},
         image_dim=18,
         added_kv_proj_dim=48,
         rope_max_seq_len=16,
@@ -552,14 +523,7 @@ def wan_image_to_video() -> Case:
 def wan_vace_transformer() -> Case:
     torch.manual_seed(0)
     model = WanVACETransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=24,
-        in_channels=4,
-        out_channels=4,
-        text_dim=20,
-        freq_dim=32,
-        ffn_dim=60,
-        num_layers=3,
+        **WAN | {"num_layers": 3},
         rope_max_seq_len=16,
         vace_layers=[0, 2],
         vace_in_channels=10,

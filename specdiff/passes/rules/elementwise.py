@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from specdiff.passes.rules.registry import Facts, Link, is_tensor, shape_of, transfer
+from specdiff.passes.rules.registry import Facts, broadcast_links, is_tensor, transfer
 
 aten = torch.ops.aten
 
@@ -26,16 +26,5 @@ aten = torch.ops.aten
 )
 def elementwise(node: fx.Node) -> Facts:
     """Axis i of the output is axis i - (rank difference) of an operand that has its full size."""
-    out = shape_of(node)
-    links = []
-    for operand in node.all_input_nodes:
-        if not is_tensor(operand):
-            continue
-        shape = shape_of(operand)
-        shift = len(out) - len(shape)
-        links += [
-            Link(axis + shift, operand, axis)
-            for axis, size in enumerate(shape)
-            if size == out[axis + shift]
-        ]
-    return Facts(tuple(links))
+    operands = filter(is_tensor, node.all_input_nodes)
+    return Facts(tuple(link for value in operands for link in broadcast_links(node, value)))

@@ -8,6 +8,7 @@ from torch import fx
 from specdiff.passes.rules.registry import (
     Facts,
     Link,
+    broadcast_links,
     operand_at,
     operands_at,
     rank_of,
@@ -24,33 +25,19 @@ def matmul(node: fx.Node) -> Facts:
     left, right = operand_at(node, 0), operand_at(node, 1)
     if rank_of(left) < 2 or rank_of(right) < 2:
         return Facts()
-    out = shape_of(node)
-    links = [
-        Link(len(out) - 2, left, rank_of(left) - 2),
-        Link(len(out) - 1, right, rank_of(right) - 1),
-    ]
-    for operand in (left, right):
-        shift = len(out) - rank_of(operand)
-        links += [
-            Link(axis + shift, operand, axis)
-            for axis, size in enumerate(shape_of(operand)[:-2])
-            if size == out[axis + shift]
-        ]
-    return Facts(tuple(links))
+    rank = rank_of(node)
+    rows = Link(rank - 2, left, rank_of(left) - 2)
+    columns = Link(rank - 1, right, rank_of(right) - 1)
+    batch = [link for value in (left, right) for link in broadcast_links(node, value, trailing=2)]
+    return Facts((rows, columns, *batch))
 
 
 @transfer(aten.baddbmm.default)
 def baddbmm(node: fx.Node) -> Facts:
     """A batched product added to a value that broadcasts to it."""
     added, left, right = (operand_at(node, i) for i in range(3))
-    links = [Link(0, left, 0), Link(0, right, 0), Link(1, left, 1), Link(2, right, 2)]
-    shift = rank_of(node) - rank_of(added)
-    links += [
-        Link(axis + shift, added, axis)
-        for axis, size in enumerate(shape_of(added))
-        if size == shape_of(node)[axis + shift]
-    ]
-    return Facts(tuple(links))
+    product = (Link(0, left, 0), Link(0, right, 0), Link(1, left, 1), Link(2, right, 2))
+    return Facts((*product, *broadcast_links(node, added)))
 
 
 @transfer(aten.einsum.default)

@@ -125,3 +125,14 @@ def same_axes(node: fx.Node, operand: fx.Node, skip: tuple[int, ...] = ()) -> Fa
     rank = rank_of(node)
     skipped = {axis_index(axis, rank) for axis in skip}
     return Facts(tuple(Link(axis, operand, axis) for axis in range(rank) if axis not in skipped))
+
+
+def broadcast_links(node: fx.Node, operand: fx.Node, trailing: int = 0) -> list[Link]:
+    """Axes of `operand`, aligned from the right, that keep their size; its last ones left out."""
+    out, shape = shape_of(node), shape_of(operand)
+    shift = len(out) - len(shape)
+    return [
+        Link(axis + shift, operand, axis)
+        for axis, size in enumerate(shape[: len(shape) - trailing])
+        if size == out[axis + shift]
+    ]

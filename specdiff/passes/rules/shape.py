@@ -13,6 +13,7 @@ from specdiff.passes.rules.registry import (
     Part,
     argument,
     axis_index,
+    broadcast_links,
     operand_at,
     operands_at,
     rank_of,
@@ -114,15 +115,7 @@ def drop_axis(node: fx.Node) -> Facts:
 @transfer(aten.expand.default)
 def expand(node: fx.Node) -> Facts:
     """Axes aligned from the right that keep their size."""
-    operand, out = operand_at(node, 0), shape_of(node)
-    shift = len(out) - rank_of(operand)
-    return Facts(
-        tuple(
-            Link(axis + shift, operand, axis)
-            for axis, size in enumerate(shape_of(operand))
-            if size == out[axis + shift]
-        )
-    )
+    return Facts(tuple(broadcast_links(node, operand_at(node, 0))))
 
 
 @transfer(aten.repeat_interleave.self_int)

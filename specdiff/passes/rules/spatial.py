@@ -71,18 +71,19 @@ def resampled(node: fx.Node) -> Facts:
     return Facts((Link(0, operand, 0), Link(1, operand, 1)))
 
 
-@transfer(aten.roll.default, aten.flip.default, aten.cumsum.default, aten.cumprod.default)
+@transfer(aten.cumsum.default, aten.cumprod.default)
+def accumulated(node: fx.Node) -> Facts:
+    """All axes but the one along which values accumulate."""
+    return same_axes(node, operand_at(node, 0), skip=(argument(node, 1, "dim"),))
+
+
+@transfer(aten.roll.default, aten.flip.default)
 def moved(node: fx.Node) -> Facts:
-    """All axes but those along which positions change or accumulate."""
-    operand = operand_at(node, 0)
-    position, name = (2, "dims") if node.target is aten.roll.default else (1, "dims")
-    dims = argument(node, position, name, ())
-    if node.target in (aten.cumsum.default, aten.cumprod.default):
-        dims = argument(node, 1, "dim")
-    dims = (dims,) if isinstance(dims, int) else tuple(dims)
+    """All axes but those along which positions change."""
+    dims = argument(node, 2 if node.target is aten.roll.default else 1, "dims", ())
     if not dims:
         return Facts()  # a roll without axes runs over all of them
-    return same_axes(node, operand, skip=dims)
+    return same_axes(node, operand_at(node, 0), skip=tuple(dims))
 
 
 @transfer(aten.constant_pad_nd.default, aten.pad.default)
