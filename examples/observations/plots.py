@@ -25,7 +25,7 @@ def _bars(axes: Axes, values: Mapping[str, float], title: str) -> None:
     names = list(values)
     drawn = axes.barh(names, [values[name] for name in names])
     axes.bar_label(drawn, fmt="%.2f", fontsize=8, padding=2)
-    axes.margins(x=0.15)
+    axes.margins(x=0.2)
     axes.invert_yaxis()
     axes.set_title(title)
     axes.tick_params(axis="y", labelsize=8)
@@ -48,7 +48,8 @@ def _similarity(axes: Axes, found: Mapping[str, Any]) -> None:
         steps = [found["nearest_step"][count][index] for index in range(len(points))]
         axes.plot(steps, [cosine for _, cosine in points], "o", label=f"run of {count} steps")
     axes.set(title="figure 5c: cosine similarity\nof outputs", xlabel="step")
-    axes.legend(fontsize=8)
+    axes.margins(y=0.6)  # room for the legend
+    axes.legend(fontsize=8, loc="lower center")
 
 
 def draw(found: Mapping[str, Any], file: Path) -> None:
@@ -67,6 +68,6 @@ def draw(found: Mapping[str, Any], file: Path) -> None:
     quarter = {n: one["top_quarter_share"] for n, one in terms.items()}
     _bars(grid[6], quarter, "figure 5a: selections that go\nto a quarter of the tokens")
     never = {n: one["never_share"] for n, one in terms.items()}
-    _bars(grid[7], never, "figure 5a: tokens never selected")
+    _bars(grid[7], never, "figure 5a: tokens that are\nnever selected")
     figure.suptitle(f"{found['model']} model, {found['pictures']} pictures, {found['steps']} steps")
     figure.savefig(file, format="png")
