@@ -7,14 +7,14 @@ The weights do not ship with the package: they lie in `examples/textures`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
+
+from specdiff.demo import load_model
 
 if TYPE_CHECKING:
     from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -58,13 +58,7 @@ def load_transformer(weights: Path, device: str | torch.device = "cpu") -> SD3Tr
     """
     from diffusers import SD3Transformer2DModel
 
-    with safe_open(weights, framework="pt") as file:
-        config: dict[str, Any] = json.loads(file.metadata()["config"])
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    model = SD3Transformer2DModel(**config)
-    module: Any = model  # diffusers hides from type checkers that it is a torch module
-    module.load_state_dict(state)
-    module.to(device=device, dtype=torch.float32).eval()
+    model: SD3Transformer2DModel = load_model(SD3Transformer2DModel, weights, device)
     return model
 
 
