@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from specdiff.errors import NotCompiledError, OptionError, SpecdiffError
     from specdiff.options import Options
     from specdiff.report import Report, explain
-    from specdiff.runtime.api import attach, configure, reset, session, stats
+    from specdiff.runtime.api import attach, configure, record, reset, session, stats
     from specdiff.runtime.attach import Attachment
+    from specdiff.runtime.recording import Recording, StepRecord
     from specdiff.runtime.registry import Session
     from specdiff.runtime.stats import Stats
     from specdiff.verification import Verification, verify
@@ -25,14 +26,17 @@ _HOMES = {
     "backend": "specdiff.compiler",
     "configure": "specdiff.runtime.api",
     "explain": "specdiff.report",
+    "record": "specdiff.runtime.api",
     "reset": "specdiff.runtime.api",
     "session": "specdiff.runtime.api",
     "stats": "specdiff.runtime.api",
     "verify": "specdiff.verification",
     "Attachment": "specdiff.runtime.attach",
     "Options": "specdiff.options",
+    "Recording": "specdiff.runtime.recording",
     "Report": "specdiff.report",
     "Session": "specdiff.runtime.registry",
+    "StepRecord": "specdiff.runtime.recording",
     "Stats": "specdiff.runtime.stats",
     "Verification": "specdiff.verification",
     "NotCompiledError": "specdiff.errors",
@@ -45,14 +49,17 @@ __all__ = [
     "backend",
     "configure",
     "explain",
+    "record",
     "reset",
     "session",
     "stats",
     "verify",
     "Attachment",
     "Options",
+    "Recording",
     "Report",
     "Session",
+    "StepRecord",
     "Stats",
     "Verification",
     "NotCompiledError",

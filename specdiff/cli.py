@@ -1,4 +1,8 @@
+<<<<<<< HEAD
 """The command line, `specdiff demo` and `specdiff eval`: commands wire, modules do."""
+=======
+"""The command line: `specdiff demo`, `explain`, `bench`. Commands only wire other modules."""
+>>>>>>> main
 
 from __future__ import annotations
 
@@ -24,6 +28,9 @@ from specdiff.errors import OptionError, SpecdiffError
 
 if TYPE_CHECKING:
     from specdiff.comparison import Comparison, Method, Request
+    from specdiff.machine import MachineRates
+    from specdiff.methods import Setting
+    from specdiff.report import Report
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
@@ -119,6 +126,9 @@ def demo(
         list[int] | None,
         typer.Option(min=1, help="Also run the dense model for this many steps; repeatable."),
     ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Where a page that shows it all goes, as HTML.")
+    ] = None,
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.")] = "cpu",
 ) -> None:
     """Draw prompts with the same model compiled dense and with specdiff, and compare.
@@ -128,7 +138,7 @@ def demo(
     ratio = [] if cache_ratio is None else [f"cache_ratio={cache_ratio}"]
     options = parse_options([*ratio, *(option or [])])
     _require_compiler()
-    _make_folders([out, *([json_file] if json_file else [])])
+    _make_folders([file for file in (out, json_file, report) if file is not None])
     from specdiff.methods import (
         Setting,
         demo_methods,
@@ -145,16 +155,146 @@ def demo(
     requests = demo_requests(prompts or [], seed)
     setting = Setting(place, steps, options, embed(requests, place))
     load = load_per_core()
-    comparison = _measure(demo_methods(setting, fewer_steps or []), requests, repeats)
+    methods = demo_methods(setting, fewer_steps or [])
+    comparison = _measure(methods, requests, repeats)
     draw_comparison(comparison, out)
     console.print(table(comparison))
-    for warning in warnings(comparison, load):
-        errors.print(warning, style="yellow", markup=False, highlight=False)
+    hints = warnings(comparison, load)
+    for hint in hints:
+        errors.print(hint, style="yellow", markup=False, highlight=False)
     console.print(f"picture: {out}", highlight=False)
     if json_file is not None:
         figures = record(comparison, place, repeats, load)
         json_file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
         console.print(f"figures: {json_file}", highlight=False)
+    if report is not None:
+        _write_page(report, setting, comparison, hints)
+
+
+def _write_page(file: Path, setting: Setting, comparison: Comparison, hints: Sequence[str]) -> None:
+    """The comparison, recorded runs and what the compiler found, as one page."""
+    from specdiff.inspect.runs import comparison_page
+    from specdiff.inspect.target import demo_call
+    from specdiff.machine import measure_rates
+    from specdiff.methods import record_methods
+    from specdiff.report import explain as explain_model
+
+    methods = [trials.method for trials in comparison.trials]
+    runs = record_methods(methods, comparison.requests)
+    call = demo_call(setting.device)
+    found = explain_model(call.model, options=setting.options, **call.inputs)
+    rates = measure_rates(setting.device)
+    file.write_text(comparison_page(comparison, found, runs, rates, hints), encoding="utf-8")
+    console.print(f"page: {file}", highlight=False)
+
+
+@app.command()
+def explain(
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="What to look at: demo, or package.module:function or file.py:function, a function"
+            " that returns a model and a dict of its inputs."
+        ),
+    ] = "demo",
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of one picture.")] = 28,
+    option: Annotated[
+        list[str] | None, typer.Option(help="An option of the backend, as name=value; repeatable.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Where the page goes, as HTML.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Where the figures go, as JSON.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where the demo model is put.")] = "cpu",
+) -> None:
+    """Say what the compiler finds in a model, what steps cost and which would be skipped.
+
+    Traces the model once and compiles nothing. Times are bounds by this machine's measured rates.
+    """
+    options = parse_options(option or [])
+    _make_folders([file for file in (html, json_file) if file is not None])
+    from specdiff.inspect.page import report_page
+    from specdiff.inspect.plain import to_json
+    from specdiff.inspect.target import load_target
+    from specdiff.inspect.terminal import render
+    from specdiff.methods import quiet_libraries, usable_device
+    from specdiff.report import explain as explain_model
+
+    quiet_libraries()
+    call = load_target(target, usable_device(device))
+    found = explain_model(call.model, options=options, **call.inputs)
+    rates = _rates_of(found)
+    console.print(render(found, rates, steps))
+    if html is not None:
+        html.write_text(report_page(found, rates, steps, call.name), encoding="utf-8")
+        console.print(f"page: {html}", highlight=False)
+    if json_file is not None:
+        figures = json.dumps(to_json(found, rates, steps), indent=2, allow_nan=False)
+        json_file.write_text(figures + "\n", encoding="utf-8")
+        console.print(f"figures: {json_file}", highlight=False)
+
+
+def _rates_of(found: Report) -> MachineRates | None:
+    """The rates of the device and type that the model has."""
+    from specdiff.machine import measure_rates
+
+    if found.analysis is None:
+        return None
+    tokens = found.analysis.signature.tokens
+    return measure_rates(tokens.device, tokens.dtype)
+
+
+RATIOS = (0.5, 0.75, 0.85, 0.92, 0.95, 0.99)
+
+
+@app.command()
+def bench(
+    geometries: Annotated[
+        list[str], typer.Argument(help="flux-dev, sd3-medium, sd35-large; flux-cpu, sd3-cpu.")
+    ],
+    ratio: Annotated[
+        list[float] | None,
+        typer.Option(min=0.01, max=0.99, help="Cache ratio, repeatable; none: six from 0.5."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=4, help="Denoising steps of one run.")] = 28,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs behind each median.")] = 3,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(help="Any option of specdiff as name=value; repeatable."),
+    ] = None,
+    mode: Annotated[str | None, typer.Option(help="Of torch.compile, for every method.")] = None,
+    device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.")] = "cpu",
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the weights; none: bfloat16, on a CPU float32.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for a .json and a .md each.")] = Path("bench"),
+) -> None:
+    """Time random models of known sizes, dense and with specdiff, beside what the machine allows.
+
+    The method is "paper", whose every later step is selective, unless an option says otherwise.
+    """
+    options = {"method": "paper", **parse_options(option or [])}
+    _require_compiler()
+    from specdiff.bench.geometries import build, require_known
+    from specdiff.bench.measure import measure, type_of
+    from specdiff.bench.record import markdown, record
+    from specdiff.machine import measure_rates
+    from specdiff.methods import quiet_libraries, usable_device
+    from specdiff.summary import load_per_core
+
+    require_known(geometries)
+    place = usable_device(device)
+    kind = type_of(dtype, place)
+    quiet_libraries()
+    _make_folders([out / "bench.json"])
+    for name in geometries:
+        load, sampler = load_per_core(), build(name, place, kind, steps)
+        rates = measure_rates(place, kind)
+        found = measure(sampler, rates, ratio or RATIOS, repeats, options, mode, console.log)
+        figures = record(name, found, {"mode": mode, **options}, load)
+        (out / f"{name}.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        (out / f"{name}.md").write_text(markdown(figures), encoding="utf-8")
+        console.print(markdown(figures), markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command("eval")

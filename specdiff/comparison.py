@@ -66,6 +66,7 @@ class Method:
         usage: Reads the runtime's counters; None if every token is computed at every step.
         options: Options the method was compiled with, as they are to be written down.
         compiles: Whether its first picture pays for a compilation of its own.
+        model: The compiled model, where the steps of its runtime can be recorded.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Method:
     usage: Callable[[], Usage] | None = None
     options: Mapping[str, object] = field(default_factory=dict)
     compiles: bool = True
+    model: torch.nn.Module | None = None
 
 
 @dataclass(frozen=True)

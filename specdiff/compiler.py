@@ -1,12 +1,12 @@
 """The entry point: what `torch.compile(model, backend="specdiff")` calls for each graph.
 
-normalize -> axes -> selective -> regions -> lower -> runtime. A graph that has no token-selective
-form runs as it came, through the same inner compiler, and the reason is kept and logged.
+normalize -> axes -> selective -> invariant -> regions -> lower -> runtime. A graph that has no
+token-selective form runs as it came, through the same inner compiler, and the reason is kept and
+logged.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -22,14 +22,17 @@ from specdiff import torch_adapter
 from specdiff.errors import Unsupported
 from specdiff.options import Options
 from specdiff.passes.axes import AxesPass, AxisFacts
-from specdiff.passes.base import PassRecord, PassRunner
+from specdiff.passes.base import Notes, Observer, PassRecord, PassRunner
 from specdiff.passes.block import plan_block
+from specdiff.passes.dump import Dump, unfailing
+from specdiff.passes.invariant import InvariantPass
+from specdiff.passes.listing import listing
 from specdiff.passes.lower import BlockPrograms, LoweredPrograms
 from specdiff.passes.lower import Compiler as ProgramCompiler
 from specdiff.passes.normalize import DynamoGraph, NormalizePass
 from specdiff.passes.regions import Region, RegionsPass
 from specdiff.passes.selective import SelectivePass, SelectivePlan
-from specdiff.passes.signature import build_signature
+from specdiff.passes.signature import build_signature, varying_inputs
 from specdiff.passes.specialise import floats_of, specialise
 from specdiff.program import Signature
 from specdiff.runtime.dispatch import DenseOnly, Runtime
@@ -51,7 +54,7 @@ class Analysis:
     regions: tuple[Region, ...]
     signature: Signature
     records: tuple[PassRecord, ...]
-    dump_folder: Path | None = None
+    dump: Dump | None = None
 
 
 @dataclass(frozen=True)
@@ -61,19 +64,19 @@ class Traced:
     module: fx.GraphModule
     axes: AxisFacts
     runner: PassRunner
-    dump_folder: Path | None
+    dump: Dump | None
 
 
 def trace(
     module: fx.GraphModule, inputs: Sequence[Any], options: Options, verify: bool = False
 ) -> Traced:
     """Normalize and find tokens. Raises Unsupported if there are none."""
-    folder = next_dump_folder(options.dump_dir)
-    runner = PassRunner(folder, verify)
+    dump = dump_of(options)
+    runner = PassRunner(module, observers(dump), verify)
     normalized = runner.run(
         NormalizePass(torch_adapter.export_functional), DynamoGraph(module, inputs)
     )
-    return Traced(normalized, runner.run(AxesPass(), normalized), runner, folder)
+    return Traced(normalized, runner.run(AxesPass(), normalized), runner, dump)
 
 
 def analyse(traced: Traced, states: Sequence[bool], options: Options) -> Analysis:
@@ -82,19 +85,35 @@ def analyse(traced: Traced, states: Sequence[bool], options: Options) -> Analysi
     `states[i]` says whether input i is a parameter or buffer of the model.
     """
     runner = traced.runner
-    plan = runner.run(SelectivePass(), traced.axes)
+    selected = runner.run(SelectivePass(), traced.axes)
+    varying = partial(varying_inputs, states=states, timestep_arg=options.timestep_arg)
+    plan = runner.run(InvariantPass(varying), selected)
     regions = runner.run(RegionsPass(), plan)
     signature = build_signature(plan, states, options.timestep_arg)
     records = tuple(runner.records)
-    return Analysis(traced.module, plan, regions, signature, records, traced.dump_folder)
+    for record in records:
+        log.debug("%s", record)
+    return Analysis(traced.module, plan, regions, signature, records, traced.dump)
 
 
-def next_dump_folder(dump_dir: str | os.PathLike[str] | None) -> Path | None:
-    """A folder of its own for each graph: graph_0, graph_1 ..."""
-    if dump_dir is None:
-        return None
-    folders = (Path(dump_dir) / f"graph_{number}" for number in itertools.count())
-    return next(folder for folder in folders if not folder.exists())
+def dump_of(options: Options) -> Dump | None:
+    """Where this graph is dumped: below `dump_dir`, or else below the variable SPECDIFF_DUMP."""
+    place = options.dump_dir or os.environ.get("SPECDIFF_DUMP")
+    return Dump.below(Path(place)) if place else None
+
+
+def observers(dump: Dump | None) -> list[Observer]:
+    """Who is told what each pass left."""
+    found: list[Observer] = [] if dump is None else [dump.observe]
+    if torch_adapter.traces_artifacts():
+        found.append(trace_pass)
+    return found
+
+
+def trace_pass(record: PassRecord, module: fx.GraphModule, notes: Notes) -> None:
+    """The code after a pass, for tlparse."""
+    name = f"specdiff_{record.name}"
+    unfailing(lambda: torch_adapter.trace_artifact(name, listing(module, str(record), notes)))
 
 
 def module_states(module: fx.GraphModule, inputs: Sequence[Any]) -> list[bool]:
@@ -124,7 +143,30 @@ def attempt(
     found = guarded(lambda: trace(module, inputs, options, verify))
     if isinstance(found, str):
         return found
-    return guarded(lambda: analyse(found, module_states(module, inputs), options))
+    return concluded(found, module_states(module, inputs), options)
+
+
+def concluded(traced: Traced, states: Sequence[bool], options: Options) -> Analysis | str:
+    """The analysis of a graph with tokens, or why it has none, told to whoever watches."""
+    found = guarded(lambda: analyse(traced, states, options))
+    log.debug("%s", f"runs dense: {found}" if isinstance(found, str) else "has a selective form")
+    publish(found, traced.dump, options)
+    return found
+
+
+def publish(found: Analysis | str, dump: Dump | None, options: Options) -> None:
+    """Drawings and report of a graph, for the dump and for tlparse; nothing it does can fail."""
+    if dump is None and not torch_adapter.traces_artifacts():
+        return
+    from specdiff.inspect import export
+
+    def work() -> None:
+        for name, text in export.texts(found, options):
+            torch_adapter.trace_artifact(f"specdiff_{name}", text)
+            if dump is not None:
+                (dump.folder / name).write_text(text, encoding="utf-8")
+
+    unfailing(work)
 
 
 def guarded(work: Callable[[], Found]) -> Found | str:
@@ -195,13 +237,13 @@ def answer(
     """
     parameters = parameters_among(states)
     dense = when_needed(module, options, settings)
-    found = guarded(lambda: analyse(traced, states, options))
+    found = concluded(traced, states, options)
     alone: Callable[..., Any]
     if isinstance(found, Analysis):
         alone = selective_runtime(found, options, settings)
     else:
         alone = DenseOnly(dense, found, parameters)
-    compiler = program_compiler(traced.dump_folder, options, settings)
+    compiler = program_compiler(traced.dump, options, settings)
 
     def planned(tokens: int) -> BlockPrograms:
         plan = guarded(lambda: plan_block(traced.axes, tokens, states))
@@ -243,21 +285,22 @@ def programs_of(
     analysis: Analysis, options: Options, settings: Mapping[str, Any]
 ) -> LoweredPrograms:
     """The programs of an analysed graph, each compiled when it is first run."""
-    compiler = program_compiler(analysis.dump_folder, options, settings)
+    compiler = program_compiler(analysis.dump, options, settings)
     return LoweredPrograms(
         analysis.module, analysis.plan, analysis.signature, sample_of(options), compiler
     )
 
 
 def program_compiler(
-    folder: Path | None, options: Options, settings: Mapping[str, Any]
+    dump: Dump | None, options: Options, settings: Mapping[str, Any]
 ) -> ProgramCompiler:
-    """Hands emitted programs to the inner compiler, and writes them to `folder` if there is one."""
+    """Hands emitted programs to the inner compiler, after telling the observers."""
 
     def compiler(name: str, program: fx.GraphModule, values: Sequence[Any]) -> Any:
-        if folder is not None:
-            code = program.print_readable(print_output=False)
-            (folder / f"program_{name}.py").write_text(code)
+        record: PassRecord = program.meta["record"]
+        log.debug("%s", record)
+        for observer in observers(dump):
+            observer(record, program, {})
         return torch_adapter.compile_program(program, values, options.inner_backend, settings)
 
     return compiler

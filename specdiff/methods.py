@@ -19,6 +19,7 @@ from specdiff.demo import (
     to_pixels,
 )
 from specdiff.errors import SpecdiffError
+from specdiff.runtime.recording import StepRecord
 
 BUILT_IN = 4
 """Built-in prompts drawn when none is given: as many rows as a screen shows."""
@@ -129,7 +130,14 @@ def _selective(setting: Setting, name: str, options: Mapping[str, object]) -> Me
     pipeline = compiled_pipeline(setting, backend="specdiff", options=dict(options))
     compiled = pipeline.transformer
     generate = picture_maker(pipeline, setting, setting.steps)
-    return Method(name, setting.steps, generate, lambda: specdiff.stats(compiled), options)
+    return Method(
+        name,
+        setting.steps,
+        generate,
+        lambda: specdiff.stats(compiled),
+        options,
+        model=compiled,
+    )
 
 
 def demo_methods(setting: Setting, fewer_steps: Sequence[int] = ()) -> list[Method]:
@@ -141,3 +149,17 @@ def demo_methods(setting: Setting, fewer_steps: Sequence[int] = ()) -> list[Meth
     default = _selective(setting, "specdiff", setting.options)
     paper = _selective(setting, "specdiff, paper", {**setting.options, "method": "paper"})
     return [reference, default, paper, *shorter]
+
+
+def record_methods(
+    methods: Sequence[Method], requests: Sequence[Request]
+) -> dict[str, list[list[StepRecord]]]:
+    """Draw every picture once more and keep what each step did, of methods that can be recorded."""
+    recorded: dict[str, list[list[StepRecord]]] = {}
+    for method in methods:
+        for request in requests if method.model is not None else ():
+            assert method.model is not None
+            with specdiff.record(method.model) as recording:
+                method.generate(request)
+            recorded.setdefault(method.name, []).append(recording.steps)
+    return recorded

@@ -24,19 +24,25 @@ INNER_BACKENDS = ("inductor", "aot_eager", "eager")
 METHOD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "history": {
         "cache_ratio": 1.0,
-        "refresh_interval": 3,
+        "warmup_steps": 1,
+        "refresh_interval": 4,
+        "tapered": True,
         "stride": 1,
         "reuse_share": 0.0,
         "starvation": 0.0,
         "forecast": "linear",
+        "correction": True,
     },
     "paper": {
         "cache_ratio": 0.9,
+        "warmup_steps": 3,
         "refresh_interval": 0,
+        "tapered": False,
         "stride": 1,
         "reuse_share": 0.1,
         "starvation": 3.0,
         "forecast": "mean",
+        "correction": False,
     },
 }
 
@@ -71,6 +77,10 @@ def _choice(default: str | None, names: tuple[str, ...], *, runtime: bool = True
     return _option(default, valid, names.__contains__, runtime=runtime)
 
 
+def _switch() -> Any:
+    return _option(None, "True or False", lambda v: isinstance(v, bool))
+
+
 @dataclass(frozen=True)
 class Settings:
     """The options that the runtime reads at every evaluation, with no default left open."""
@@ -79,10 +89,13 @@ class Settings:
     warmup_steps: int
     speculative_steps: int
     refresh_interval: int
+    tapered: bool
     stride: int
+    text_refresh: int
     reuse_share: float
     starvation: float
     forecast: str
+    correction: bool
     method: str
     guidance_scale: float | None
     prediction: str
@@ -102,7 +115,7 @@ class Options:
     """Share of image tokens that a selective step does not compute (the paper's CR). 0: all steps
     dense; 1: whole steps are skipped and forecast."""
 
-    warmup_steps: int = _option(3, "an integer of at least 1", _count(1))
+    warmup_steps: int | None = _option(None, "an integer of at least 1", _count(1))
     """Dense evaluations at the start of every generation, the first included."""
 
     speculative_steps: int = _option(2, "an integer of at least 0", _count(0))
@@ -112,9 +125,17 @@ class Options:
     refresh_interval: int | None = _option(None, "an integer of at least 0", _count(0))
     """Every so many evaluations after warm-up are dense; 0: never, 1: all of them."""
 
+    tapered: bool | None = _switch()
+    """Whether dense evaluations follow each other closely at first, further and further apart up to
+    `refresh_interval`, and the last two are dense; that they come is read off the times."""
+
     stride: int | None = _option(None, "an integer of at least 1", _count(1))
     """Between dense evaluations only every so many compute any token; the others are skipped, that
     is forecast whole. 1: nothing is skipped."""
+
+    text_refresh: int = _option(1, "an integer of at least 0", _count(0))
+    """Every so many selective evaluations after a dense one also compute the text tokens; in
+    between, their cached keys and values serve. 1: all do; 0: only dense evaluations."""
 
     reuse_share: float | None = _option(None, "a number from 0 to 1", _share)
     """Share of the total score held by the lowest-scoring tokens, whose previous output is reused
@@ -129,6 +150,10 @@ class Options:
     """How tokens that are not computed are predicted. From a token's own last computed outputs:
     "reuse", "linear", "quadratic". Equation 6 over the last three steps: "mean" with T in [0, 1],
     "mean-1000" with T in [0, 1000]."""
+
+    correction: bool | None = _switch()
+    """Whether what forecasts have cost the latent is made good when tokens are next computed: the
+    output then is the model's own and what the latent is short of (`runtime.correction`)."""
 
     method: str = _choice("history", METHODS)
     """How tokens are scored: "history" by attention times squared staleness, "paper" by
@@ -171,7 +196,8 @@ class Options:
     dump_dir: str | os.PathLike[str] | None = _option(  # noqa: RUF009
         None, "a path, or None", lambda v: isinstance(v, (str, os.PathLike)), runtime=False
     )
-    """Directory for readable code, graphs and the report of each pass."""
+    """Directory for runnable code after each pass, drawings of the graph and a report; None: what
+    the environment variable SPECDIFF_DUMP names, if it is set."""
 
     def __post_init__(self) -> None:
         table = self.alphas_cumprod

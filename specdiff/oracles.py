@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from specdiff.compiler import Analysis
-from specdiff.passes.selective import SelectivePlan
+from specdiff.passes.lower import LoweredPrograms
+from specdiff.passes.selective import SelectivePlan, cache_order
 from specdiff.passes.writer import STRIDED_VIEWS
 from specdiff.program import Programs, share_out
 
@@ -74,6 +75,34 @@ def masked_dense(
     second.run(*later)
     expected = as_tokens(analysis.plan, second.values)
     yield Pair("masked dense", selective.tokens, pick(expected, active))
+
+
+def frozen_text(
+    analysis: Analysis,
+    programs: LoweredPrograms,
+    inputs: Sequence[Any],
+    later: Sequence[Any],
+    active: Tensor,
+) -> Iterator[Pair]:
+    """Oracles 1 and 2 of a step that computes no text: its rows, too, are those of the caches.
+
+    Yields nothing of a model whose text cannot be left out.
+    """
+    for values, name in ((inputs, "idempotence, text kept"), (later, "masked dense, text kept")):
+        caches = _caches(analysis)
+        programs.dense(inputs, caches)
+        found = programs.selective(values, caches, active, text=False)
+        if not programs.freezes:
+            return
+        first = MaskedDense(analysis, {}, active)
+        first.run(*inputs)
+        second = MaskedDense(analysis, first.values, active, text=False)
+        second.run(*values)
+        yield Pair(name, found.tokens, pick(as_tokens(analysis.plan, second.values), active))
+        # after them come values that no step changes
+        for cache, node in zip(caches, analysis.plan.cached, strict=False):
+            expected = second.values[node.name].permute(cache_order(analysis.plan, node))
+            yield Pair(name, cache, expected)
 
 
 def all_active(
@@ -139,8 +168,10 @@ class MaskedDense(fx.Interpreter):
         cached: dict[str, Tensor],
         active: Tensor,
         every: bool = False,
+        text: bool = True,
     ) -> None:
         super().__init__(analysis.module)
+        self._text = text
         self._kept = None if every else {*analysis.plan.cached, *analysis.plan.slots}
         self._plan = analysis.plan
         self._cached = cached
@@ -158,19 +189,19 @@ class MaskedDense(fx.Interpreter):
         """The node's value, mixed with the cache where the plan keeps it in one."""
         value = super().run_node(n)
         if n in self._plan.cached and self._cached:
-            fresh = fresh_rows(self._plan, n, self._active)
+            fresh = fresh_rows(self._plan, n, self._active, self._text)
             value = torch.where(fresh, value, self._cached[n.name])
         if self._kept is None or n in self._kept:
             self.values[n.name] = value
         return value
 
 
-def fresh_rows(plan: SelectivePlan, node: fx.Node, active: Tensor) -> Tensor:
+def fresh_rows(plan: SelectivePlan, node: fx.Node, active: Tensor, text: bool = True) -> Tensor:
     """Boolean, broadcastable to `node`: which of its rows a selective step computes."""
     axis, batch = plan.token_axis(node), plan.axes.batch_axis(node)
     assert axis is not None and batch is not None
     shape = node.meta["val"].shape
-    mask = torch.ones(active.shape[0], shape[axis], dtype=torch.bool, device=active.device)
+    mask = active.new_full((active.shape[0], shape[axis]), text, dtype=torch.bool)
     fresh = torch.zeros(active.shape[0], plan.tokens, dtype=torch.bool, device=active.device)
     fresh.scatter_(1, active, True)
     for piece in plan.layout(node):

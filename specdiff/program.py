@@ -60,6 +60,10 @@ class Denoised:
         fits = here[axis] > there[axis] or 2 * here[axis] == there[axis]
         return cls(latent, velocity, (axis, min(here[axis], there[axis]))) if fits else None
 
+    def is_all_of(self, velocity: Tensor) -> bool:
+        """Whether the latent takes all channels of the output: a learned variance moves nothing."""
+        return self.shared is None or velocity.shape[self.shared[0]] == self.shared[1]
+
     def part(self, tensor: Tensor) -> Tensor:
         """What latent and velocity have in common, as a view of either."""
         return tensor if self.shared is None else tensor.narrow(self.shared[0], 0, self.shared[1])
@@ -76,7 +80,11 @@ class Segment:
 
 @dataclass(frozen=True)
 class CacheSlot:
-    """A tensor that selective steps update in place; batch and tokens are its first two axes."""
+    """A tensor that is kept between steps.
+
+    Batch and tokens are the first two axes of those that selective steps update in place. Dense
+    steps write all of them.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -130,6 +138,9 @@ class Signature:
     """What is denoised, the main one (image, video) first."""
     time: int | None
     """Index of the time input, or None if none was found."""
+    additive: bool
+    """Whether what is added to the token-level output is added to what moves the latents, and
+    nothing else changes."""
 
     @property
     def batch(self) -> int:
@@ -189,9 +200,17 @@ class Programs(Protocol):
         """Every token computed; the caches are overwritten in place."""
 
     def selective(
-        self, inputs: Sequence[object], caches: Sequence[Tensor], active: Tensor
+        self,
+        inputs: Sequence[object],
+        caches: Sequence[Tensor],
+        active: Tensor,
+        text: bool = True,
     ) -> Evaluation:
-        """Only `active` (int64 [B, K], ascending) computed; their cache rows updated in place."""
+        """Only `active` (int64 [B, K], ascending) computed; their cache rows updated in place.
+
+        Text tokens are computed too, unless `text` is false: then what the caches hold of them
+        serves.
+        """
 
     def tail(self, inputs: Sequence[object], tokens: Tensor) -> list[Tensor]:
         """The graph's outputs from the token-level output [B, N, C]."""

@@ -3,18 +3,63 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 import torch
 from torch import fx, nn
 
 from specdiff import torch_adapter
 from specdiff.compiler import Analysis, attempt
-from specdiff.options import Options
-from specdiff.passes.regions import Region, selective_flops
+from specdiff.machine import MachineRates
+from specdiff.options import Options, Settings
+from specdiff.passes.base import PassRecord
+from specdiff.passes.cost import Sizes, Work
+from specdiff.passes.listing import name_of
+from specdiff.passes.regions import Region, dense_work, selective_work
+from specdiff.passes.signature import module_path
 from specdiff.program import Segment
+from specdiff.runtime.schedule import Schedule
+
+RATIOS = (0.5, 0.75, 0.9, 0.95)
+"""Shares of tokens left out for which costs are shown."""
+FORECAST_PASSES = 5
+"""Times that a skipped step reads or writes the token-level output: a line through two outputs is
+written, handed through the tail and copied."""
+
+
+@dataclass(frozen=True)
+class WholeOp:
+    """Ops of one kind that hold image tokens and that a selective step computes for all of them."""
+
+    op: str
+    count: int
+    why: str
+    where: str
+    """Module path of the first."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What steps should take by the rates of a machine: bounds that real programs stay behind."""
+
+    dense: float
+    """Seconds of a dense step."""
+    selective: float | None
+    """Seconds of a selective step, if the schedule has any."""
+    skipped: float
+    """Seconds of a step that is forecast whole."""
+    run: float
+    """Seconds of a generation by the schedule, look-ahead included."""
+    dense_run: float
+    """Seconds of a generation whose steps are all dense."""
+
+    @property
+    def speedup(self) -> float:
+        """Of a generation."""
+        return self.dense_run / self.run
 
 
 @dataclass(frozen=True)
@@ -30,14 +75,76 @@ class Report:
     regions: tuple[Region, ...] = ()
     cache_bytes: int = 0
     """Bytes of the caches of one generation."""
-    whole: tuple[tuple[str, int], ...] = ()
-    """Ops that mix tokens and therefore stay whole, with how often."""
+    whole: tuple[WholeOp, ...] = ()
+    """Ops that mix tokens and therefore stay whole."""
+    sizes: Sizes = field(default_factory=lambda: Sizes(0, 0, 0))
+    """What B, N and T stand for."""
+    passes: tuple[PassRecord, ...] = ()
+    settings: Settings = field(default_factory=lambda: Options().resolve())
+    """Those that the schedule follows."""
+    analysis: Analysis | None = field(default=None, repr=False)
+    """What the drawings are made of."""
+
+    @property
+    def dense_work(self) -> Work:
+        """Of a dense step, in B, N and T."""
+        return dense_work(self.regions)
+
+    @property
+    def selective_work(self) -> Work:
+        """Of a selective step, in B, N, K and T."""
+        return selective_work(self.regions)
+
+    @property
+    def speedup(self) -> sympy.Expr:
+        """How many times fewer FLOPs a selective step has, in B, N, K and T."""
+        return sympy.cancel(self.dense_work.flops / self.selective_work.flops)
 
     def step_flops(self, active: int | None = None) -> int:
         """FLOPs of a dense step, or of a selective one with `active` tokens."""
-        if active is None:
-            return sum(region.dense_flops for region in self.regions)
-        return selective_flops(self.regions, active)
+        work = self.dense_work if active is None else self.selective_work
+        return int(self.sizes.evaluate(work.flops, active))
+
+    def active_at(self, ratio: float) -> int:
+        """Tokens that a selective step computes if this share is left out."""
+        return round((1 - ratio) * self.sizes.tokens)
+
+    def schedule(self, steps: int) -> list[tuple[str, int, str]]:
+        """Kind, tokens computed and reason of each step of a generation."""
+        lengths = [segment.length for segment in self.segments if segment.prunable]
+        plan = Schedule.of(self.settings, lengths)
+        found = []
+        for index in range(steps):
+            count, reason = plan.decide(index, steps - index)
+            kind = "dense" if count == plan.tokens else "selective" if count else "skipped"
+            found.append((kind, count, reason))
+        return found
+
+    def predict(self, rates: MachineRates, steps: int) -> Prediction:
+        """Time of each program and of a generation: each region by the slower of its two bounds.
+
+        Work that overlaps between regions, and what a library's kernels lose, is not in it.
+        """
+        assert self.analysis is not None, self.reason
+        tokens = self.analysis.signature.tokens
+        skipped = rates.seconds(0, FORECAST_PASSES * tokens.nbytes)
+        dense = self.step_seconds(rates, None)
+        plan = self.schedule(steps)
+        counts = {count for kind, count, _ in plan if kind == "selective"}
+        partial = {count: self.step_seconds(rates, count) for count in counts}
+        seconds = {self.sizes.tokens: dense, 0: skipped, **partial}
+        ahead = max(self.settings.speculative_steps - 1, 0) * dense if partial else 0.0
+        run = sum(seconds[count] for _, count, _ in plan) + ahead
+        return Prediction(dense, next(iter(partial.values()), None), skipped, run, steps * dense)
+
+    def step_seconds(self, rates: MachineRates, active: int | None) -> float:
+        """Least time of a dense step, or of a selective one with `active` tokens."""
+        evaluate = self.sizes.evaluate
+        works = (r.dense if active is None else r.selective for r in self.regions)
+        return sum(
+            rates.seconds(evaluate(work.flops, active), evaluate(work.moved, active))
+            for work in works
+        )
 
     def __str__(self) -> str:
         """A page for a person."""
@@ -51,27 +158,37 @@ class Report:
         lines.append("regions: " + ", ".join(f"{n} {kind}" for kind, n in kinds.items()))
         lines.append(f"caches: {self.cache_bytes / 2**20:.1f} MiB a generation")
         lines.append(f"dense step: {self.step_flops() / 1e9:.2f} GFLOP")
-        tokens = sum(s.length for s in self.segments if s.prunable)
-        for ratio in (0.5, 0.75, 0.9, 0.95):
-            active = round((1 - ratio) * tokens)
-            gain = self.step_flops() / self.step_flops(active)
+        for ratio in RATIOS:
+            gain = self.step_flops() / self.step_flops(self.active_at(ratio))
             lines.append(f"  {ratio:.0%} cached: a selective step has {gain:.1f}x fewer FLOPs")
         if self.whole:
-            lines.append("whole: " + ", ".join(f"{n} {op}" for op, n in self.whole))
+            lines.append("whole:")
+            lines += [f"  {w.count} {w.op} from {w.where or '-'}: {w.why}" for w in self.whole]
         return "\n".join(lines)
 
 
-def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
+def explain(
+    model: nn.Module, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any
+) -> Report:
     """Trace `model` on these inputs and report what would be skipped.
 
     The model runs once, eagerly. Models that break into several graphs are reported by their
     first graph that has attention, or else by their first.
+
+    Args:
+        model: The model, compiled or not.
+        args: Its inputs, and `kwargs` those by name.
+        options: As of `torch.compile(options=...)`, for the schedule and the dumps.
+        kwargs: Inputs by name.
+
+    Raises:
+        OptionError: An unknown option or a value out of range.
     """
+    known, _ = Options.parse(dict(options or {}), torch_adapter.inductor_keys())
     reports: list[Report] = []
 
     def collect(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        found = attempt(module, inputs, Options())
-        reports.append(report_of(found))
+        reports.append(report_of(attempt(module, inputs, known), known))
         return module.forward
 
     with torch.no_grad():
@@ -81,7 +198,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
     return next((report for report in reports if report.selective), reports[0])
 
 
-def report_of(found: Analysis | str) -> Report:
+def report_of(found: Analysis | str, options: Options | None = None) -> Report:
     """What `explain` says of one graph, given its analysis or why it has none."""
     if isinstance(found, str):
         return Report(False, found)
@@ -96,21 +213,30 @@ def report_of(found: Analysis | str) -> Report:
         segments=found.signature.segments,
         regions=found.regions,
         cache_bytes=found.signature.cache_bytes,
-        whole=_mixing_ops(found),
+        whole=_whole_ops(found),
+        sizes=Sizes.of(found.plan),
+        passes=found.records,
+        settings=(options or Options()).resolve(),
+        analysis=found,
     )
 
 
-def _mixing_ops(found: Analysis) -> tuple[tuple[str, int], ...]:
+def _whole_ops(found: Analysis) -> tuple[WholeOp, ...]:
     """Ops on whole prunable tokens that the selective program still runs, tables left out."""
     plan = found.plan
-    ops = Counter(
-        str(node.target)
-        for node in plan.axes.graph.nodes
-        if node.op == "call_function"
-        and node in plan.whole
-        and node not in plan.cached
-        and node in plan.attention_dependent
-        and any(plan.carries(operand) for operand in node.all_input_nodes)
-        and plan.extracted_from(node) is None
+    groups: dict[tuple[str, str], list[fx.Node]] = {}
+    for node in plan.axes.graph.nodes:
+        if (
+            node.op == "call_function"
+            and node in plan.whole
+            and node not in plan.cached
+            and node in plan.attention_dependent
+            and any(plan.carries(operand) for operand in node.all_input_nodes)
+            and plan.extracted_from(node) is None
+        ):
+            why = plan.why_whole(node) or "what reads it needs all of its tokens"
+            groups.setdefault((name_of(node.target), why), []).append(node)
+    ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
+    return tuple(
+        WholeOp(op, len(nodes), why, module_path(nodes[0])) for (op, why), nodes in ordered
     )
-    return tuple(ops.most_common())

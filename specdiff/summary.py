@@ -29,7 +29,8 @@ def _finite(value: float, digits: int = 4) -> float | None:
     return round(value, digits) if math.isfinite(value) else None
 
 
-def _plain(options: Mapping[str, object]) -> dict[str, Json]:
+def plain(options: Mapping[str, object]) -> dict[str, Json]:
+    """Options that are set, as JSON takes them."""
     return {
         name: value if isinstance(value, bool | int | float | str) else str(value)
         for name, value in options.items()
@@ -52,7 +53,7 @@ def _method_record(comparison: Comparison, trials: Trials) -> dict[str, Json]:
     ]
     return {
         "name": trials.method.name,
-        "options": _plain(trials.method.options),
+        "options": plain(trials.method.options),
         "steps": trials.method.steps,
         "seconds_median": _finite(trials.median_seconds),
         "speedup": _finite(comparison.speedup(trials)),
@@ -75,7 +76,11 @@ def _installed(package: str) -> str | None:
 
 
 def environment(device: torch.device) -> dict[str, Json]:
+<<<<<<< HEAD
     """What a measurement ran on: versions, processor, threads."""
+=======
+    """Date, versions and machine of a measurement."""
+>>>>>>> main
     is_cuda = device.type == "cuda"
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

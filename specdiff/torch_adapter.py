@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import FunctionType
 from typing import Any
 
@@ -18,8 +19,11 @@ from torch._dynamo.utils import counters
 from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import CompileId, TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.utils import fresh_cache
+from torch._logging._internal import trace_log, trace_structured
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from specdiff.errors import Unsupported
@@ -180,6 +184,11 @@ def inductor_keys() -> frozenset[str]:
     return frozenset(torch._inductor.list_options())
 
 
+def cold_caches() -> AbstractContextManager[Any]:
+    """In here Inductor starts with an empty cache on disk, and leaves the usual one alone."""
+    return fresh_cache()
+
+
 def is_restart(error: BaseException) -> bool:
     """Whether an exception is Dynamo's own control flow, which must reach Dynamo."""
     return isinstance(error, TorchDynamoException)
@@ -196,14 +205,21 @@ def compile_program(
     if backend == "eager":
         return lambda values: module(*values)
     _restore_static_metadata(module)
-    # A mode without a ShapeEnv: with one, AOTAutograd makes every size symbolic, parameters' too.
-    with tracing(TracingContext(FakeTensorMode())), torch.no_grad():
+    # Without a ShapeEnv Inductor caches nothing; of real inputs AOTAutograd would then make every
+    # size symbolic, parameters' too, so it gets fakes whose sizes are numbers.
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    fakes = [_static_fake(mode, value) for value in inputs]
+    with tracing(TracingContext(mode)), torch.no_grad():
         if backend == "aot_eager":
-            compiled = aot_eager(module, list(inputs))
+            compiled = aot_eager(module, fakes)
         else:
-            compiled = _inductor(module, inputs, settings)
+            compiled = _inductor(module, fakes, settings)
     # the GraphModule path of compile_fx takes its inputs one by one, whatever `_boxed_call` says
     return lambda values: compiled(*values)
+
+
+def _static_fake(mode: FakeTensorMode, value: Any) -> Any:
+    return mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value
 
 
 def compile_untouched(
@@ -239,6 +255,22 @@ def _restore_static_metadata(module: fx.GraphModule) -> None:
         if node.meta.get("static"):
             described["_dynamo_static_input_type"] = "unguarded"
         node.meta["tensor_dict"] = described
+
+
+def traces_artifacts() -> bool:
+    """Whether torch writes a structured trace (`TORCH_TRACE`), for `trace_artifact`."""
+    # before Dynamo's first record there is a handler that may turn out to write nothing
+    return bool(trace_log.handlers)
+
+
+def trace_artifact(name: str, text: str) -> None:
+    """Add a text to torch's structured trace, where tlparse shows it by its name."""
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": "string"},
+        payload_fn=lambda: text,
+        expect_trace_id=False,
+    )
 
 
 def _forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -17,7 +17,14 @@ from torch import Tensor, fx, nn
 from specdiff import torch_adapter
 from specdiff.compiler import Analysis, attempt, programs_of
 from specdiff.options import Options
-from specdiff.oracles import Pair, all_active, idempotence, masked_dense, random_active
+from specdiff.oracles import (
+    Pair,
+    all_active,
+    frozen_text,
+    idempotence,
+    masked_dense,
+    random_active,
+)
 from specdiff.report import Report, report_of
 
 TOLERANCES: Mapping[torch.dtype, float] = {
@@ -141,6 +148,7 @@ def _pairs(module: fx.GraphModule, found: Analysis, inputs: Sequence[Any]) -> It
     outputs = module(*later)
     yield from idempotence(found, programs, inputs, active)
     yield from masked_dense(found, programs, inputs, later, active)
+    yield from frozen_text(found, programs, inputs, later, active)
     yield from all_active(found, programs, inputs, later, outputs)
 
 

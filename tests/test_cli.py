@@ -15,6 +15,7 @@ from torch import Tensor
 from specdiff import cli, picture, summary
 from specdiff.comparison import Comparison, Method, Request, compare, count_images, psnr, ssim
 from specdiff.errors import OptionError
+from specdiff.inspect import target
 from specdiff.options import Options
 
 SIDE = 32
@@ -221,11 +222,84 @@ def test_demo_writes_picture_and_figures(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert [one["prompt"] for one in pictures] == ["a red apple", "a cat"]
 
 
+MODEL = """
+from tests.models import flux
+
+def build():
+    return flux(1, 0, rows=4, columns=5, batch=1)
+
+def wrong():
+    return flux
+"""
+
+
+@pytest.fixture(name="model_file")
+def _model_file(tmp_path: Path) -> Path:
+    file = tmp_path / "model.py"
+    file.write_text(MODEL)
+    return file
+
+
+def test_explain_writes_page_and_figures(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    model_file: Path,
+) -> None:
+    page, figures = tmp_path / "new" / "page.html", tmp_path / "figures.json"
+    files = ["--html", str(page), "--json", str(figures), "--option", "cache_ratio=0.5"]
+    assert run_cli(monkeypatch, "explain", f"{model_file}:build", "--steps", "9", *files) == 0
+    assert "encoder_hidden_states" in capsys.readouterr().out
+    assert "FluxTransformer2DModel" in page.read_text()
+    found = json.loads(figures.read_text())
+    assert found["sizes"] == {"B": 1, "N": 20, "T": 4}
+    assert len(found["schedule"]) == 9
+    assert found["prediction"]["dense"] > found["prediction"]["selective"] > 0
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ("model", "expected demo, package.module:function or file.py:function"),
+        ("no_such_module:build", "cannot import no_such_module"),
+        ("no_such_file.py:build", "cannot import no_such_file.py"),
+        ("FILE:absent", "has no function absent"),
+        ("FILE:wrong", "must return a model and a dict of its inputs"),
+    ],
+)
+def test_explain_names_what_is_wrong_with_a_target(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model_file: Path,
+    named: str,
+    message: str,
+) -> None:
+    assert run_cli(monkeypatch, "explain", named.replace("FILE", str(model_file))) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_demo_writes_a_page(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_file: Path
+) -> None:
+    call = target.load_target(f"{model_file}:build", torch.device("cpu"))
+    monkeypatch.setattr("specdiff.inspect.target.demo_call", lambda device: call)
+    monkeypatch.setattr("specdiff.methods.demo_methods", lambda setting, fewer: stand_ins())
+    monkeypatch.setattr("specdiff.methods.embed", lambda requests, device: {})
+    page = tmp_path / "new" / "page.html"
+    files = ["--out", str(tmp_path / "demo.png"), "--report", str(page)]
+    assert run_cli(monkeypatch, "demo", "a red apple", "--repeats", "1", *files) == 0
+    assert "a red apple" in page.read_text()
+
+
 @pytest.mark.slow
 def test_real_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     out, file = tmp_path / "demo.png", tmp_path / "demo.json"
-    files = ["--out", str(out), "--json", str(file)]
+    page = tmp_path / "demo.html"
+    files = ["--out", str(out), "--json", str(file), "--report", str(page)]
     assert run_cli(monkeypatch, "demo", "--repeats", "1", "--fewer-steps", "14", *files) == 0
+    assert page.read_text().count('class="viewer"') == 2 * len(
+        json.loads(file.read_text())["methods"][0]["pictures"]
+    )
     figures = json.loads(file.read_text())
     dense, default, paper, shorter = figures["methods"]
     assert dense["tokens_share"] == 1

@@ -15,9 +15,11 @@ from torch._inductor.graph import GraphLowering
 from specdiff import torch_adapter
 from specdiff.oracles import pick, random_active
 from specdiff.passes.lower import LoweredPrograms
+from specdiff.passes.rows import emit_selective
 from tests.models import changed, flux, sd3
 from tests.oracles import Traced, trace
 
+aten = torch.ops.aten
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 ACTIVE = 5
 
@@ -44,7 +46,7 @@ def run(found: Traced, programs: LoweredPrograms, name: str) -> Any:
             return programs.probe(flat)
         if name == "dense":
             return programs.dense(flat, caches)
-        return programs.selective(flat, caches, active)
+        return programs.selective(flat, caches, active, text=name != "frozen")
 
 
 def inductor_code(found: Traced, name: str, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -69,9 +71,16 @@ def allocations(code: str) -> list[int]:
     return [prod(int(size) for size in shape.split(",") if size.strip()) for shape in shapes]
 
 
-def test_selective_program_allocates_nothing_of_a_caches_size(wide, monkeypatch):
-    code = inductor_code(wide, "selective", monkeypatch)
-    smallest = min(prod(slot.shape) for slot in wide.analysis.signature.caches)
+def smallest_cache(found: Traced) -> int:
+    """Elements of the smallest that is updated in place."""
+    count = len(found.analysis.plan.cached)
+    return min(prod(slot.shape) for slot in found.analysis.signature.caches[:count])
+
+
+@pytest.mark.parametrize("name", ["selective", "frozen"])
+def test_selective_program_allocates_nothing_of_a_caches_size(wide, name, monkeypatch):
+    code = inductor_code(wide, name, monkeypatch)
+    smallest = smallest_cache(wide)
     # rotary tables [N, D] are smaller than a cache [B, N, H, D] already with two heads
     assert max(allocations(code)) < smallest
     assert "copy_(" not in code
@@ -83,10 +92,26 @@ def test_selective_program_allocates_nothing_of_a_caches_size(wide, monkeypatch)
 def test_allocations_are_seen(wide, monkeypatch):
     """The test above can fail: a dense program does hold buffers as large as a cache."""
     code = inductor_code(wide, "dense", monkeypatch)
-    assert max(allocations(code)) >= min(prod(s.shape) for s in wide.analysis.signature.caches)
+    assert max(allocations(code)) >= smallest_cache(wide)
 
 
-@pytest.mark.parametrize("name", ["probe", "dense", "selective"])
+def test_tables_are_neither_made_nor_gathered_block_by_block(monkeypatch):
+    """Whatever the number of blocks: one gather a rotary table, and no cosine but the time's."""
+    monkeypatch.setattr("specdiff.passes.invariant.LEAST", 0)
+    gathered = []
+    for layers in (1, 2):
+        model, inputs = flux(layers=layers, single_layers=layers)
+        with torch.no_grad():
+            found = trace(model, inputs).analysis
+        graph = emit_selective(found.module, found.plan, 8, ACTIVE).graph
+        gathered.append(len(graph.find_nodes(op="call_function", target=aten.index.Tensor)))
+        for function in (aten.cos.default, aten.sin.default):
+            assert len(graph.find_nodes(op="call_function", target=function)) == 1
+    # two tables, and the rows of the latent
+    assert gathered == [3, 3]
+
+
+@pytest.mark.parametrize("name", ["probe", "dense", "selective", "frozen"])
 def test_parameters_and_caches_are_static_inputs(wide, name, monkeypatch):
     compile_fx = torch_adapter.compile_fx
     seen: list[tuple[list[Any], set[int]]] = []
@@ -109,7 +134,7 @@ def test_parameters_and_caches_are_static_inputs(wide, name, monkeypatch):
     [(placeholders, static)] = seen
     assert len(signature.indices("parameter")) > 40
     caches = 0 if name == "probe" else len(signature.caches)
-    assert len(placeholders) == len(signature.inputs) + caches + (name == "selective")
+    assert len(placeholders) == len(signature.inputs) + caches + (name in ("selective", "frozen"))
     assert static == expected
     for node in placeholders:
         assert all(isinstance(size, int) for size in node.meta["val"].shape)

@@ -12,6 +12,7 @@ from specdiff.errors import SpecdiffError
 
 SCHEMA = 1
 """Number of the file's layout; grows when a field changes its meaning or goes away."""
+REFERENCE_FAMILY = "dense"
 SPEEDUP, PSNR, FEATURES, FLOPS = "speedup", "psnr_db", "feature_distance", "flops_share"
 
 
@@ -99,19 +100,20 @@ class Findings:
         part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         part.replace(file)
 
-    def measured(self, *fields: str) -> dict[str, Finding]:
-        """The methods for which all of these values are known, by name."""
+    def rivals(self, *fields: str) -> dict[str, Finding]:
+        """The methods but the dense one for which all of these values are known, by name."""
         return {
             name: finding
             for name, finding in self.methods.items()
-            if all(finding.values.get(field) is not None for field in fields)
+            if finding.family != REFERENCE_FAMILY
+            and all(finding.values.get(field) is not None for field in fields)
         }
 
 
 def frontier(findings: Findings, measure: str, *, higher_is_better: bool) -> list[str]:
     """Names of the methods that no other beats in both speedup and the measure, fastest first."""
     sign = 1 if higher_is_better else -1
-    points = findings.measured(SPEEDUP, measure)
+    points = findings.rivals(SPEEDUP, measure)
     ordered = sorted(points, key=lambda name: -points[name].values[SPEEDUP])
     best, kept = float("-inf"), []
     for name in ordered:

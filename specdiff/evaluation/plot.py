@@ -8,25 +8,26 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from specdiff.evaluation.findings import FEATURES, PSNR, SPEEDUP, Finding, Findings, frontier
+from specdiff.evaluation.findings import FEATURES, PSNR, SPEEDUP, Findings, frontier
 
 MARKERS = "os^Dv<>Ph*Xd"
 OURS = "specdiff"
 
 
-def _families(points: dict[str, Finding]) -> list[str]:
-    return list(dict.fromkeys(finding.family for finding in points.values()))
+def _families(findings: Findings) -> list[str]:
+    """In one order for both plots, so that a colour means the same in both."""
+    return list(dict.fromkeys(finding.family for finding in findings.rivals(SPEEDUP).values()))
 
 
 def _draw(axes: Axes, findings: Findings, measure: str, label: str, *, higher: bool) -> None:
-    points = findings.measured(SPEEDUP, measure)
+    points = findings.rivals(SPEEDUP, measure)
     best = [points[name] for name in frontier(findings, measure, higher_is_better=higher)]
     axes.plot(
         [one.values[SPEEDUP] for one in best],
         [one.values[measure] for one in best],
         color="0.75", linewidth=6, zorder=0, solid_capstyle="round", label="best of all",
     )  # fmt: skip
-    for index, family in enumerate(_families(points)):
+    for index, family in enumerate(_families(findings)):
         own = [one for one in points.values() if one.family == family]
         own.sort(key=lambda one: float(one.values[SPEEDUP]))
         is_ours = family.startswith(OURS)
@@ -40,8 +41,8 @@ def _draw(axes: Axes, findings: Findings, measure: str, label: str, *, higher: b
     axes.grid(alpha=0.3)
 
 
-def draw_frontier(findings: Findings, file: Path) -> None:
-    """Write both plots side by side as a PNG file."""
+def frontier_figure(findings: Findings) -> Figure:
+    """Both plots side by side."""
     figure = Figure(figsize=(13, 5.5), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
@@ -55,4 +56,9 @@ def draw_frontier(findings: Findings, file: Path) -> None:
         f"{plan.model} model, {plan.steps} steps, {plan.pictures} pictures, {plan.device}:"
         " up and to the right is better"
     )
-    figure.savefig(file, format="png")
+    return figure
+
+
+def draw_frontier(findings: Findings, file: Path) -> None:
+    """Write both plots as a PNG file."""
+    frontier_figure(findings).savefig(file, format="png")

@@ -224,13 +224,19 @@ class AxesPass(Pass[fx.GraphModule, AxisFacts]):
                 if position != size:
                     raise PassError(f"{node.name}: the layout of axis {axis} is not its size")
 
-    def render(self, result: AxisFacts) -> str:
-        """One line a node: the segments along each of its axes."""
+    def summary(self, result: AxisFacts) -> str:
+        """The segments that were found, s0 the longest."""
+        sizes = [f"s{i} of {result.classes.size(s)}" for i, s in enumerate(result.segments)]
+        return f"segments of tokens: {', '.join(sizes)}"
+
+    def notes(self, result: AxisFacts) -> dict[fx.Node, str]:
+        """The segments along each axis, of values that hold any; B counts samples."""
         known = {segment: f"s{i}" for i, segment in enumerate(result.segments)}
-        lines = [f"{name}: {result.classes.size(s)} tokens" for s, name in known.items()]
-        tensors = filter(is_tensor, result.graph.nodes)
-        lines += [f"{node.name}: {_axes_text(node, result, known)}" for node in tensors]
-        return "\n".join(lines)
+        return {
+            node: _axes_text(node, result, known)
+            for node in result.graph.nodes
+            if result.axes_with(node, *result.segments)
+        }
 
 
 def _batch_of(classes: AxisClasses, graph: fx.Graph, attentions: list[Attention]) -> ClassId:

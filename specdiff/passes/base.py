@@ -1,17 +1,20 @@
-"""What every pass shares: a name, a verifier, a printable result; and their timed runner."""
+"""What every pass shares: a name, a verifier, what it says of itself; and their timed runner."""
 
 from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Generic, TypeVar
 
 from torch import fx
 
 In = TypeVar("In")
 Out = TypeVar("Out")
+Notes = Mapping[fx.Node, list[str]]
+"""What passes found out about each node of the latest graph, a line each."""
 
 
 class PassError(AssertionError):
@@ -30,9 +33,13 @@ class Pass(ABC, Generic[In, Out]):
     def verify(self, value: In, result: Out) -> None:
         """Raise PassError if `result` breaks an invariant of this pass."""
 
-    def render(self, result: Out) -> str:
-        """`result` as readable text for a dump."""
-        return str(result)
+    @abstractmethod
+    def summary(self, result: Out) -> str:
+        """What the pass changed or found, in one line."""
+
+    def notes(self, result: Out) -> Mapping[fx.Node, str]:
+        """What a pass that leaves the graph as it is says of its nodes."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -41,33 +48,65 @@ class PassRecord:
 
     name: str
     seconds: float
+    before: int
+    """Nodes of the graph that it was given."""
+    after: int
+    """Nodes of the graph that it left."""
+    summary: str
+
+    def __str__(self) -> str:
+        """One line of provenance."""
+        took = f"{self.seconds * 1e3:.1f} ms, {self.before} -> {self.after} nodes"
+        return f"{self.name}: {took}; {self.summary}"
+
+
+Observer = Callable[[PassRecord, fx.GraphModule, Notes], None]
+"""(what a pass did, the graph it left, notes of this and the passes before) -> nothing."""
 
 
 class PassRunner:
-    """Runs passes in order; times each, verifies it if asked, dumps it if a folder is given."""
+    """Runs passes in order; times each, verifies it if asked, tells observers.
 
-    def __init__(self, dump_dir: Path | None = None, verify: bool = False) -> None:
+    Args:
+        module: the graph as it came, of which observers are told first.
+        observers: called after each pass; they must not change what they are given.
+        verify: whether passes check their invariants.
+    """
+
+    def __init__(
+        self, module: fx.GraphModule, observers: Sequence[Observer] = (), verify: bool = False
+    ) -> None:
         self.records: list[PassRecord] = []
-        self._dump_dir = dump_dir
+        self._module = module
+        self._notes: defaultdict[fx.Node, list[str]] = defaultdict(list)
+        self._observers = observers
         self._verify = verify
+        count = len(module.graph.nodes)
+        self._tell(PassRecord("dynamo", 0.0, count, count, "the graph as Dynamo hands it over"))
 
     def run(self, step: Pass[In, Out], value: In) -> Out:
         """`step.apply(value)`, recorded."""
+        before = len(self._module.graph.nodes)
         start = time.perf_counter()
         result = step.apply(value)
         seconds = time.perf_counter() - start
         if self._verify:
             step.verify(value, result)
-        self._dump(step, result, seconds)
-        self.records.append(PassRecord(step.name, seconds))
+        if isinstance(result, fx.GraphModule):
+            self._module = result
+            self._notes.clear()
+        after = len(self._module.graph.nodes)
+        record = PassRecord(step.name, seconds, before, after, step.summary(result))
+        self.records.append(record)
+        if self._observers:
+            for node, note in step.notes(result).items():
+                self._notes[node].append(f"{step.name}: {note}")
+        self._tell(record)
         return result
 
-    def _dump(self, step: Pass[In, Out], result: Out, seconds: float) -> None:
-        if self._dump_dir is None:
-            return
-        self._dump_dir.mkdir(parents=True, exist_ok=True)
-        path = self._dump_dir / f"{len(self.records):02d}_{step.name}.txt"
-        path.write_text(f"# {step.name}: {seconds * 1e3:.1f} ms\n{step.render(result)}\n")
+    def _tell(self, record: PassRecord) -> None:
+        for observer in self._observers:
+            observer(record, self._module, self._notes)
 
 
 def check_values(graph: fx.Graph) -> None:

@@ -17,7 +17,7 @@ from torch import fx
 from specdiff.passes.importance import ImportanceSum
 from specdiff.passes.rules.attention import ATTENTION, Attention
 from specdiff.passes.rules.registry import shape_of
-from specdiff.passes.selective import SelectivePlan, cache_order, cache_shape
+from specdiff.passes.selective import SelectivePlan, cache_order, cache_shape, kept_shapes
 from specdiff.passes.writer import GraphWriter
 
 aten = torch.ops.aten
@@ -36,6 +36,11 @@ class WholeEmitter(GraphWriter):
         """One placeholder for each input of the traced graph."""
         for node in self.plan.axes.graph.find_nodes(op="placeholder"):
             self.whole[node] = self.copy_placeholder(node)
+
+    def add_caches(self) -> dict[fx.Node, fx.Node]:
+        """One further placeholder for each value that is kept between steps."""
+        kept = kept_shapes(self.plan)
+        return {node: self.add_cache(shape, node) for node, shape in kept.items()}
 
     def emit_whole(self, node: fx.Node) -> None:
         """`node` with whole operands."""
@@ -86,13 +91,15 @@ def _emit_whole(
     emitter.add_inputs()
     caches = {}
     if fill:
-        caches = {node: emitter.add_cache(cache_shape(plan, node), node) for node in plan.cached}
+        caches = emitter.add_caches()
     for node in _needed(*targets):
         if node.op != "placeholder":
             emitter.emit_whole(node)
         if node in caches:
-            ordered = emitter.permute(emitter.whole[node], cache_order(plan, node))
-            emitter.call(aten.copy_.default, caches[node], ordered)
+            value = emitter.whole[node]
+            if node not in plan.fixed:
+                value = emitter.permute(value, cache_order(plan, node))
+            emitter.call(aten.copy_.default, caches[node], value)
     return emitter
 
 

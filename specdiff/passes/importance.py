@@ -17,6 +17,8 @@ from specdiff.passes.selective import SelectivePlan
 from specdiff.passes.writer import GraphWriter
 
 aten = torch.ops.aten
+GOLDEN = (5**0.5 - 1) / 2
+"""Multiples of it, modulo 1, fill the range from 0 to 1 evenly, however many are taken."""
 
 
 class ImportanceSum:
@@ -27,6 +29,7 @@ class ImportanceSum:
         self._plan = plan
         self._sample = sample
         self._totals: dict[ClassId, fx.Node] = {}
+        self._observed = 0
 
     def observe(self, found: Attention, query: fx.Node, key: fx.Node, mask: fx.Node | None) -> None:
         """Add one attention, given its emitted operands (query may be rows)."""
@@ -65,15 +68,15 @@ class ImportanceSum:
     ) -> fx.Node:
         call = self._writer.call
         rows = shape_of(query)[-2]
-        stride = -(-rows // self._sample)
-        sampled = _every(self._writer, query, stride)
+        every = self._sampled_rows(rows)
+        # scaled before the product: of all its values the logits are the most
+        sampled = call(aten.mul.Tensor, _every(self._writer, query, every), found.scale)
         if found.grouped:
             groups = shape_of(query)[-3] // shape_of(key)[-3]
             key = call(aten.repeat_interleave.self_int, key, groups, rank_of(key) - 3)
         logits = call(aten.matmul.default, sampled, call(aten.transpose.int, key, -2, -1))
-        logits = call(aten.mul.Tensor, logits, found.scale)
         if mask is not None:
-            logits = self._masked(logits, mask, stride)
+            logits = self._masked(logits, mask, every)
         # a query that may attend to nothing gives no importance, rather than nan
         softmax = aten.softmax.int if mask is None else aten._safe_softmax.default
         weights = call(softmax, logits, -1, torch.float32)
@@ -82,17 +85,28 @@ class ImportanceSum:
         mean = call(aten.mean.dim, weights, [rank_of(weights) - 2])
         return call(aten.sum.dim_IntList, mean, heads) if heads else mean
 
-    def _masked(self, logits: fx.Node, mask: fx.Node, stride: int) -> fx.Node:
+    def _sampled_rows(self, rows: int) -> range:
+        """Evenly strided, from another row in each attention.
+
+        Attention is mostly local: what lies near one and the same sample would win.
+        """
+        stride = -(-rows // self._sample)
+        start = int(self._observed * GOLDEN % 1 * stride)
+        self._observed += 1
+        return range(start, rows, stride)
+
+    def _masked(self, logits: fx.Node, mask: fx.Node, every: range) -> fx.Node:
         call = self._writer.call
         if rank_of(mask) > 1 and shape_of(mask)[-2] != 1:
-            mask = _every(self._writer, mask, stride)
+            mask = _every(self._writer, mask, every)
         if mask.meta["val"].dtype is not torch.bool:
             return call(aten.add.Tensor, logits, mask)
         blocked = call(aten.logical_not.default, mask)
         return call(aten.masked_fill.Scalar, logits, blocked, float("-inf"))
 
 
-def _every(writer: GraphWriter, value: fx.Node, stride: int) -> fx.Node:
-    if stride == 1:
+def _every(writer: GraphWriter, value: fx.Node, rows: range) -> fx.Node:
+    if rows.step == 1:
         return value
-    return writer.call(aten.slice.Tensor, value, rank_of(value) - 2, 0, 2**63 - 1, stride)
+    axis = rank_of(value) - 2
+    return writer.call(aten.slice.Tensor, value, axis, rows.start, rows.stop, rows.step)

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor, fx
 
+from specdiff.errors import Unsupported
+from specdiff.passes.base import PassRecord
 from specdiff.passes.emit import emit_block_dense, emit_dense, emit_tail
+from specdiff.passes.frozen import emit_frozen, joins_text
+from specdiff.passes.listing import kinds_of_ops
 from specdiff.passes.rows import emit_block_selective, emit_selective
 from specdiff.passes.selective import SelectivePlan
 from specdiff.passes.signature import cache_slots
 from specdiff.program import CacheSlot, Evaluation, Signature
+
+log = logging.getLogger(__name__)
 
 Executable = Callable[[Sequence[Any]], Sequence[Tensor]]
 Emit = Callable[[], fx.GraphModule]
@@ -45,9 +53,24 @@ class Lowered:
     def _run(self, name: str, emit: Emit, values: Sequence[Any]) -> Sequence[Tensor]:
         if name not in self._executables:
             start = time.perf_counter()
-            self._executables[name] = self._compiler(name, emit(), values)
+            program = emit()
+            program.meta["record"] = self._record(name, program, time.perf_counter() - start)
+            self._executables[name] = self._compiler(name, program, values)
             self._seconds[name] = time.perf_counter() - start
         return self._executables[name](values)
+
+    def _record(self, name: str, program: fx.GraphModule, seconds: float) -> PassRecord:
+        """Provenance of a program, for dumps."""
+        before, after = (Counter(kinds_of_ops(m.graph)) for m in (self._module, program))
+        changes = [f"+{n} {op}" for op, n in (after - before).items()]
+        changes += [f"-{n} {op}" for op, n in (before - after).items()]
+        return PassRecord(
+            f"program_{name}",
+            seconds,
+            len(self._module.graph.nodes),
+            len(program.graph.nodes),
+            ", ".join(changes) or "the same ops",
+        )
 
 
 class LoweredPrograms(Lowered):
@@ -63,6 +86,8 @@ class LoweredPrograms(Lowered):
     ) -> None:
         super().__init__(module, plan, sample, compiler)
         self._signature = signature
+        self.freezes = joins_text(plan)
+        """Whether `text=False` is heeded, as far as is known before the first such run."""
 
     @property
     def signature(self) -> Signature:
@@ -78,12 +103,23 @@ class LoweredPrograms(Lowered):
         return Evaluation(*self._run("dense", self._emit(emit_dense, True), [*inputs, *caches]))
 
     def selective(
-        self, inputs: Sequence[object], caches: Sequence[Tensor], active: Tensor
+        self,
+        inputs: Sequence[object],
+        caches: Sequence[Tensor],
+        active: Tensor,
+        text: bool = True,
     ) -> Evaluation:
-        """K active tokens; one program for each K."""
-        count = active.shape[1]
+        """K active tokens; one program for each K, with and without text."""
+        count, values = active.shape[1], [*inputs, *caches, active]
+        if not text and self.freezes:
+            try:
+                emit = self._emit(emit_frozen, count)
+                return Evaluation(*self._run(f"frozen_{count}", emit, values))
+            except Unsupported as reason:
+                log.warning("text_refresh has no effect: %s", reason)
+                self.freezes = False
         emit = self._emit(emit_selective, count)
-        return Evaluation(*self._run(f"selective_{count}", emit, [*inputs, *caches, active]))
+        return Evaluation(*self._run(f"selective_{count}", emit, values))
 
     def tail(self, inputs: Sequence[object], tokens: Tensor) -> list[Tensor]:
         """The graph's outputs."""

@@ -19,6 +19,7 @@ from torch import fx
 from specdiff.errors import Unsupported
 from specdiff.passes.base import Pass, PassError, check_values
 from specdiff.passes.fuse import drops_nothing, fuse_attention
+from specdiff.passes.listing import kinds_of_ops
 from specdiff.passes.rewrite import call, replace
 from specdiff.passes.rules.attention import ATTENTION
 from specdiff.passes.rules.registry import argument, operand_at, operands_at
@@ -69,6 +70,7 @@ class NormalizePass(Pass[DynamoGraph, fx.GraphModule]):
         remove_assertions(module.graph)
         replace_tuples(module.graph)
         replace_likeness(module.graph)
+        replace_permutations(module.graph)
         replace_writes(module.graph)
         fuse_attention(module.graph)
         share_equal_nodes(module.graph)
@@ -85,9 +87,11 @@ class NormalizePass(Pass[DynamoGraph, fx.GraphModule]):
             if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
                 raise PassError(f"{node.name} ({node.target}) mutates its input")
 
-    def render(self, result: fx.GraphModule) -> str:
-        """The generated code."""
-        return result.print_readable(print_output=False)
+    def summary(self, result: fx.GraphModule) -> str:
+        """The ops there are now."""
+        counts = kinds_of_ops(result.graph)
+        most = ", ".join(f"{count} {name}" for name, count in list(counts.items())[:5])
+        return f"{len(counts)} kinds of functional ops, most often {most}"
 
 
 def require_static_shapes(graph: fx.Graph) -> None:
@@ -151,6 +155,16 @@ def replace_likeness(graph: fx.Graph) -> None:
         wanted = node.meta["val"]
         like = wanted.dtype if node.target is aten.type_as.default else list(wanted.shape)
         replace(node, call(node, LIKENESS[node.target], operand_at(node, 0), like))
+
+
+def replace_permutations(graph: fx.Graph) -> None:
+    """Rewrite an einsum of one operand whose letters only change places to a permutation."""
+    for node in graph.find_nodes(op="call_function", target=aten.einsum.default):
+        equation, operands = str(node.args[0]).replace(" ", ""), operands_at(node, 1)
+        letters, _, moved = equation.partition("->")
+        if len(operands) == 1 and sorted(letters) == sorted(set(moved)) and moved.isalpha():
+            order = [letters.index(letter) for letter in moved]
+            replace(node, call(node, aten.permute.default, operands[0], order))
 
 
 def replace_writes(graph: fx.Graph) -> None:

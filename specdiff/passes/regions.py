@@ -2,14 +2,16 @@
 
 Between the attentions and the residual additions lie token-wise connected components. A component
 that feeds or drains an attention belongs to that attention's region; one with an activation between
-linears is an MLP; what holds no tokens is modulation. Regions carry their cost: FLOPs of a dense
-step, and of a selective step as a formula in K, the number of active tokens.
+linears is an MLP; what holds no tokens is modulation, or a table (of positions) if nothing in it is
+learned. Regions carry their cost (`passes.cost`).
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import networkx
 import sympy
@@ -17,13 +19,15 @@ import torch
 from torch import fx
 
 from specdiff.passes.base import Pass, PassError
-from specdiff.passes.rules.attention import ATTENTION, Attention
-from specdiff.passes.rules.registry import is_tensor, operand_at, shape_of
+from specdiff.passes.cost import NOTHING, CostModel, Work
+from specdiff.passes.rules.attention import ATTENTION
+from specdiff.passes.rules.registry import is_tensor
+from specdiff.passes.rules.spatial import CONVOLUTIONS
 from specdiff.passes.selective import SelectivePlan
 from specdiff.passes.signature import module_path
+from specdiff.passes.trunk import PROJECTIONS, residual_additions
 
 aten = torch.ops.aten
-ACTIVE = sympy.Symbol("K", integer=True, nonnegative=True)
 ACTIVATIONS = (
     aten.gelu.default,
     aten.silu.default,
@@ -39,13 +43,32 @@ class Region:
     """A connected piece of the model."""
 
     kind: str
-    """attention, mlp, attention+mlp, modulation, embed, head or other."""
+    """attention, mlp, attention+mlp, modulation, table, embed, head or other."""
     path: str
     """Common module path of its nodes."""
     nodes: tuple[fx.Node, ...]
-    dense_flops: int
-    selective_flops: sympy.Expr
-    """In K."""
+    cost: CostModel = field(repr=False)
+    """Counts when it is asked: a compilation does not need to know."""
+
+    @cached_property
+    def dense(self) -> Work:
+        """What a dense step takes, in B, N and T."""
+        return self.cost.dense(self.nodes)
+
+    @cached_property
+    def selective(self) -> Work:
+        """What a selective step takes, in B, N, K and T."""
+        return self.cost.selective(self.nodes)
+
+    @cached_property
+    def cache_bytes(self) -> sympy.Expr:
+        """Bytes of the caches that it fills, in B, N and T."""
+        return self.cost.caches(self.nodes)
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether a selective step computes less of it than a dense one."""
+        return bool(self.selective.flops != self.dense.flops)
 
 
 class RegionsPass(Pass[SelectivePlan, tuple[Region, ...]]):
@@ -61,17 +84,20 @@ class RegionsPass(Pass[SelectivePlan, tuple[Region, ...]]):
         computed = [n for n in graph.nodes if n.op == "call_function" and is_tensor(n)]
         links.add_nodes_from(computed)
         tokens = _token_streams(value, computed)
-        residual = {n for n in tokens if _is_residual(n, tokens)}
+        residual = residual_additions(computed, tokens)
+        starts = {o for n in residual for o in n.all_input_nodes} - value.attention_dependent
         links.remove_nodes_from(residual)
         for node in computed:
             for operand in node.all_input_nodes:
                 both = node in links and operand in links
-                if both and (node in tokens) == (operand in tokens):
+                within = operand not in starts  # an embedding ends where the trunk begins
+                if both and within and (node in tokens) == (operand in tokens):
                     links.add_edge(operand, node)
         connected = networkx.connected_components(links)
         components = [sorted(nodes, key=order.__getitem__) for nodes in connected]
         components.sort(key=lambda c: order[c[0]])
-        return tuple(_region(value, tuple(nodes), tokens) for nodes in components)
+        cost = CostModel(value)
+        return tuple(_region(cost, tuple(c), _kind(value, c, tokens)) for c in components)
 
     def verify(self, value: SelectivePlan, result: tuple[Region, ...]) -> None:
         """Every attention lies in exactly one region."""
@@ -82,92 +108,51 @@ class RegionsPass(Pass[SelectivePlan, tuple[Region, ...]]):
         if missing:
             raise PassError(f"no region holds {', '.join(n.name for n in missing)}")
 
-    def render(self, result: tuple[Region, ...]) -> str:
-        """One line a region."""
-        return "\n".join(
-            f"{r.kind:14} {r.path or '-':40} {len(r.nodes):4} nodes "
-            f"{r.dense_flops / 1e6:10.2f} MFLOP dense, {r.selective_flops} selective"
-            for r in result
-        )
+    def summary(self, result: tuple[Region, ...]) -> str:
+        """How many regions of each kind."""
+        kinds = Counter(region.kind for region in result)
+        return ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+
+    def notes(self, result: tuple[Region, ...]) -> dict[fx.Node, str]:
+        """The region of each node."""
+        return {
+            node: f"{number} {region.kind} {region.path}".rstrip()
+            for number, region in enumerate(result)
+            for node in region.nodes
+        }
 
 
-def selective_flops(regions: tuple[Region, ...], active: int) -> int:
-    """FLOPs of a selective step with `active` tokens."""
-    total = sympy.Add(*(region.selective_flops for region in regions))
-    return int(total.subs(ACTIVE, active))
+def dense_work(regions: Sequence[Region]) -> Work:
+    """Of all regions, in B, N and T."""
+    return sum((region.dense for region in regions), NOTHING)
+
+
+def selective_work(regions: Sequence[Region]) -> Work:
+    """Of all regions, in B, N, K and T."""
+    return sum((region.selective for region in regions), NOTHING)
 
 
 def _token_streams(plan: SelectivePlan, computed: list[fx.Node]) -> set[fx.Node]:
     """Values that hold tokens and learned features of them: not masks, nor position tables."""
-    streams: set[fx.Node] = set()
+    learned: set[fx.Node] = set()
     for node in computed:
-        if not any(plan.axes.axes_with(node, segment) for segment in plan.axes.segments):
-            continue
-        if node.target is aten.linear.default or any(o in streams for o in node.all_input_nodes):
-            streams.add(node)
-    return streams
+        if node.target in PROJECTIONS or not learned.isdisjoint(node.all_input_nodes):
+            learned.add(node)
+    return {node for node in learned if plan.axes.axes_with(node, *plan.axes.segments)}
 
 
-def _is_residual(node: fx.Node, tokens: set[fx.Node]) -> bool:
-    """An addition to the trunk that all blocks share: a gated or plain linear's output is added.
-
-    RoPE, too, adds two token values, but neither is a linear's output.
-    """
-    if node.target is not aten.add.Tensor:
-        return False
-    operands = [o for o in node.args[:2] if isinstance(o, fx.Node)]
-    same = all(o in tokens and shape_of(o) == shape_of(node) for o in operands)
-    return len(operands) == 2 and same and any(_is_branch_end(o) for o in operands)
-
-
-def _is_branch_end(node: fx.Node) -> bool:
-    while node.target in (aten.mul.Tensor, aten.dropout.default, aten.div.Tensor):
-        streams = [o for o in node.all_input_nodes if shape_of(o) == shape_of(node)]
-        if len(streams) != 1:
-            return False
-        node = streams[0]
-    return node.target is aten.linear.default
-
-
-def _region(plan: SelectivePlan, nodes: tuple[fx.Node, ...], tokens: set[fx.Node]) -> Region:
-    dense, selective = 0, sympy.Integer(0)
-    for node in nodes:
-        full = _flops(node)
-        dense += full
-        if node in plan.rows and plan.is_token_wise(node):
-            selective += full * _row_share(plan, node)
-        elif node in plan.rows or node in plan.whole:
-            selective += full
+def _region(cost: CostModel, nodes: tuple[fx.Node, ...], kind: str) -> Region:
     paths = [path for node in nodes if (path := module_path(node))]
-    return Region(_kind(plan, nodes, tokens), _common_path(paths), nodes, dense, selective)
+    return Region(kind, _common_path(paths), nodes, cost)
 
 
-def _row_share(plan: SelectivePlan, node: fx.Node) -> sympy.Expr:
-    """Share of the rows of `node` that a selective step computes, in K."""
-    layout = plan.layout(node)
-    prunable = sum(piece.length for piece in layout if piece.segment in plan.prunable)
-    others = sum(piece.length for piece in layout) - prunable
-    active = ACTIVE * sympy.Rational(prunable, plan.tokens)
-    return (active + others) / (prunable + others)
-
-
-def _flops(node: fx.Node) -> int:
-    """FLOPs of all rows of a node."""
-    if node.target is aten.linear.default:
-        columns = shape_of(operand_at(node, 1))[1]
-        return int(2 * node.meta["val"].numel() * columns)
-    if node.target is ATTENTION:
-        found = Attention.of(node)
-        keys = shape_of(found.key)[-2]
-        return int(2 * keys * (found.query.meta["val"].numel() + node.meta["val"].numel()))
-    return 0
-
-
-def _kind(plan: SelectivePlan, nodes: tuple[fx.Node, ...], tokens: set[fx.Node]) -> str:
+def _kind(plan: SelectivePlan, nodes: Sequence[fx.Node], tokens: set[fx.Node]) -> str:
     if set(plan.slots) & set(nodes):
         return "head"
     if not set(nodes) & tokens:
-        return "modulation"
+        if any(n.target in CONVOLUTIONS for n in nodes):
+            return "embed"
+        return "modulation" if any(n.target in PROJECTIONS for n in nodes) else "table"
     attention = any(n.target is ATTENTION for n in nodes)
     mlp = any(n.target in ACTIVATIONS for n in nodes)
     if attention or mlp:

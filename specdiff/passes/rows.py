@@ -14,7 +14,7 @@ from specdiff.passes.emit import WholeEmitter, inverse, to_tokens
 from specdiff.passes.rules.attention import ATTENTION, Attention
 from specdiff.passes.rules.registry import operand_at, rank_of, shape_of
 from specdiff.passes.rules.shape import VIEWS
-from specdiff.passes.selective import SelectivePlan, cache_order, cache_shape
+from specdiff.passes.selective import SelectivePlan, cache_order
 from specdiff.program import share_out
 
 aten = torch.ops.aten
@@ -48,7 +48,7 @@ class RowsEmitter(WholeEmitter):
         self.count = count
         shares = share_out(plan.lengths, count)
         self.counts: dict[ClassId, int] = dict(zip(plan.prunable, shares, strict=True))
-        """Active tokens of each prunable segment."""
+        """Rows of each segment that has not all of them: the active tokens of a prunable one."""
         self.rows: dict[fx.Node, fx.Node] = {}
         self._positions: dict[Layout, fx.Node] = {}
         self._causal: dict[tuple[Layout, int, int, int], fx.Node] = {}
@@ -58,7 +58,8 @@ class RowsEmitter(WholeEmitter):
         """All values; inputs are the graph's, then the caches, then `active` [B, K]."""
         self.add_inputs()
         plan = self.plan
-        caches = {node: self.add_cache(cache_shape(plan, node), node) for node in plan.cached}
+        caches = self.add_caches()
+        self.whole.update((node, caches.pop(node)) for node in plan.fixed)
         batch = plan.axes.samples
         self.active = self.add_tensor("active", (batch, self.count), plan.cached[0], torch.int64)
         batch_rows = self.call(aten.arange.default, batch, device=self.device)
@@ -68,12 +69,13 @@ class RowsEmitter(WholeEmitter):
 
     def _emit_node(self, node: fx.Node, cache: fx.Node | None) -> None:
         plan = self.plan
-        token_wise = node in plan.rows and plan.is_token_wise(node)
+        fixed = node in plan.fixed
+        token_wise = node in plan.rows and plan.is_token_wise(node) and not fixed
         if token_wise:
             self.rows[node] = self._token_wise(node)
         if cache is not None:
             self.whole[node] = self._densify(node, cache)
-        elif node in plan.whole and node.op not in ("placeholder", "output"):
+        elif node in plan.whole and node.op not in ("placeholder", "output") and not fixed:
             source = plan.extracted_from(node)
             if source is None:
                 self.emit_whole(node)
@@ -95,6 +97,8 @@ class RowsEmitter(WholeEmitter):
     def _build_positions(self, layout: Layout) -> fx.Node:
         pieces = []
         for piece in layout:
+            if not self.counts.get(piece.segment, piece.length):
+                continue
             if piece.segment in self.counts:
                 pieces.append(self._active_positions(piece))
                 continue
@@ -109,7 +113,7 @@ class RowsEmitter(WholeEmitter):
         earlier = self.plan.prunable[: self.plan.prunable.index(piece.segment)]
         start = sum(self.counts[segment] for segment in earlier)
         active = self.active
-        if len(self.counts) > 1:
+        if len(self.plan.prunable) > 1:
             stop = start + self.counts[piece.segment]
             active = self.call(aten.slice.Tensor, active, 1, start, stop)
         shift = piece.offset - self.plan.first_token(piece.segment)

@@ -40,6 +40,8 @@ class SelectivePlan:
     whole: set[fx.Node] = field(default_factory=set)
     cached: list[fx.Node] = field(default_factory=list)
     """Values that live in caches, in graph order."""
+    fixed: tuple[fx.Node, ...] = ()
+    """Values that no step changes (`passes.invariant`), kept beside the caches."""
     stale: frozenset[fx.Node] = frozenset()
     """Inputs whose inactive rows are not up to date: streams of tokens between two blocks."""
 
@@ -93,20 +95,30 @@ class SelectivePlan:
 
     def is_token_wise(self, node: fx.Node) -> bool:
         """Whether rows of `node` are proved to depend on the same rows of its operands alone."""
+        return self.why_whole(node) is None
+
+    def why_whole(self, node: fx.Node) -> str | None:
+        """What keeps `node` from being computed row by row, or None if nothing does."""
         axis = self.token_axis(node)
-        if node.op != "call_function" or axis is None:
-            return False
+        if node.op != "call_function":
+            return "it is an input"
+        if axis is None:
+            return "its tokens lie along several axes" if self.carries(node) else "it has no tokens"
         if self.axes.batch_axis(node) in (None, axis):
-            return False
+            return "no axis of it counts samples"
         if node.target is ATTENTION and axis != rank_of(node) - 2:
-            return False  # each token has an attention of its own, so its keys would be rows too
+            return "each token attends within itself"  # so its keys would be rows too
         joined = [p for p in self.axes.facts[node].parts if p.whole == (node, axis)]
         if not all(self.axes.is_exact(part) for part in joined):
-            return False  # some operand has its tokens at other places than the joined value
+            return "it joins tokens that overlap"  # at other places than in the joined value
         operands = self.token_operands(node)
         if not operands:
-            return node.target is aten.expand.default
-        return all(self._aligned(node, axis, operand) for operand in operands)
+            expands = node.target is aten.expand.default
+            return None if expands else "it makes tokens out of what has none"
+        for operand in operands:
+            if not self._aligned(node, axis, operand):
+                return "it mixes tokens, or nothing proves that it does not"
+        return None
 
     def _aligned(self, node: fx.Node, axis: int, operand: fx.Node) -> bool:
         in_axis = self.token_axis(operand)
@@ -171,16 +183,25 @@ class SelectivePass(Pass[AxisFacts, SelectivePlan]):
                 if operand not in result.rows:
                     raise PassError(f"{node.name}: operand {operand.name} is not there as rows")
 
-    def render(self, result: SelectivePlan) -> str:
-        """One line a node: the forms it is needed in."""
+    def summary(self, result: SelectivePlan) -> str:
+        """How many values are needed in which form."""
         names = ", ".join(slot.name for slot in result.slots)
-        lines = [f"prunable: {result.tokens} tokens, token-level output: {names}"]
+        rows, whole = (sum(n.op == "call_function" for n in s) for s in (result.rows, result.whole))
+        return (
+            f"{result.tokens} prunable tokens, output by token: {names};"
+            f" {rows} values as rows, {whole} whole, {len(result.cached)} cached"
+        )
+
+    def notes(self, result: SelectivePlan) -> dict[fx.Node, str]:
+        """The forms a value is needed in, and why it stays whole although it holds tokens."""
+        forms = (("rows", result.rows), ("whole", result.whole), ("cached", set(result.cached)))
+        found = {}
         for node in result.axes.graph.nodes:
-            forms = [n for n, s in (("rows", result.rows), ("whole", result.whole)) if node in s]
-            forms += ["cached"] if node in result.cached else []
-            if forms and node.op == "call_function":
-                lines.append(f"{node.name} = {node.target}: {', '.join(forms)}")
-        return "\n".join(lines)
+            texts = [name for name, members in forms if node in members]
+            if texts and result.carries(node) and "rows" not in texts:
+                texts += [reason] if (reason := result.why_whole(node)) else []
+            found[node] = ", ".join(texts) or "not needed"
+        return found
 
 
 def find_output(axes: AxisFacts) -> SelectivePlan:
@@ -267,6 +288,10 @@ def propagate(plan: SelectivePlan) -> None:
 
 def _propagate(plan: SelectivePlan, node: fx.Node) -> None:
     """Hand the needs of `node` on to its operands."""
+    if node in plan.fixed:
+        if node in plan.rows:
+            plan.whole.add(node)  # to be gathered from
+        return
     token_wise = plan.is_token_wise(node)
     cached = node in plan.whole and token_wise and _lives_in_cache(plan, node)
     if cached:
@@ -309,6 +334,12 @@ def cache_order(plan: SelectivePlan, node: fx.Node) -> list[int]:
     batch, tokens = plan.axes.batch_axis(node), plan.token_axis(node)
     assert batch is not None and tokens is not None
     return [batch, tokens, *(a for a in range(rank_of(node)) if a not in (batch, tokens))]
+
+
+def kept_shapes(plan: SelectivePlan) -> dict[fx.Node, tuple[int, ...]]:
+    """What a plan keeps between steps: caches, then values that no step changes."""
+    caches = {node: cache_shape(plan, node) for node in plan.cached}
+    return caches | {node: shape_of(node) for node in plan.fixed}
 
 
 def cache_shape(plan: SelectivePlan, node: fx.Node) -> tuple[int, ...]:

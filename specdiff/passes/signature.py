@@ -11,8 +11,28 @@ from torch import fx
 from specdiff.passes.axes import ClassId
 from specdiff.passes.roles import find_denoised, find_time, is_scalar, short_name
 from specdiff.passes.rules.attention import ATTENTION, Attention
-from specdiff.passes.selective import SelectivePlan, cache_shape
-from specdiff.program import CacheSlot, InputRole, InputSpec, Segment, Signature
+from specdiff.passes.rules.registry import is_tensor
+from specdiff.passes.rules.shape import VIEWS
+from specdiff.passes.selective import SelectivePlan, cache_shape, kept_shapes
+from specdiff.program import CacheSlot, Denoised, InputRole, InputSpec, Segment, Signature
+
+aten = torch.ops.aten
+REARRANGEMENTS = (
+    *VIEWS,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.cat.default,
+    aten.stack.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten._to_copy.default,
+    aten.to.dtype,
+)
+"""What moves numbers and leaves them what they are."""
 
 
 def module_path(node: fx.Node) -> str:
@@ -36,12 +56,7 @@ def build_signature(
     placeholders = graph.find_nodes(op="placeholder")
     denoised = find_denoised(plan, placeholders, states)
     time = find_time(placeholders, states, timestep_arg)
-    roles: dict[int, InputRole] = {
-        i: "scalar" for i, node in enumerate(placeholders) if is_scalar(plan, node)
-    }
-    roles.update((pair.latent, "latent") for pair in denoised)
-    if time is not None:
-        roles[time] = "time"
+    roles = _roles(plan, denoised, time)
     inputs = tuple(
         InputSpec(
             i, str(node.meta["source"]), "parameter" if states[i] else roles.get(i, "condition")
@@ -56,7 +71,49 @@ def build_signature(
         lengths=plan.lengths,
         denoised=denoised,
         time=time,
+        additive=_is_additive(plan, denoised),
     )
+
+
+def _is_additive(plan: SelectivePlan, denoised: Sequence[Denoised]) -> bool:
+    """Whether the tail only rearranges, and all that it returns moves a latent."""
+    pairs = {pair.velocity: pair for pair in denoised}
+    values = {i: v for i, v in enumerate(plan.axes.results()) if is_tensor(v)}
+    if pairs.keys() != values.keys():
+        return False
+    if not all(pair.is_all_of(values[i].meta["val"]) for i, pair in pairs.items()):
+        return False
+    carried = set(plan.slots)
+    for node in plan.tail:
+        if carried.intersection(node.all_input_nodes):
+            carried.add(node)
+            if node.target not in REARRANGEMENTS:
+                return False
+    return True
+
+
+def varying_inputs(
+    plan: SelectivePlan, states: Sequence[bool], timestep_arg: str | None
+) -> list[fx.Node]:
+    """Inputs that may change from step to step: latents, time and other scalars."""
+    placeholders = plan.axes.graph.find_nodes(op="placeholder")
+    denoised = find_denoised(plan, placeholders, states)
+    roles = _roles(plan, denoised, find_time(placeholders, states, timestep_arg))
+    return [node for i, node in enumerate(placeholders) if i in roles and not states[i]]
+
+
+def _roles(
+    plan: SelectivePlan, denoised: Sequence[Denoised], time: int | None
+) -> dict[int, InputRole]:
+    """Of the inputs that are neither parameters nor conditions."""
+    placeholders = plan.axes.graph.find_nodes(op="placeholder")
+    roles: dict[int, InputRole] = {
+        i: "scalar" for i, node in enumerate(placeholders) if is_scalar(plan, node)
+    }
+    roles.update((pair.latent, "latent") for pair in denoised)
+    if time is not None:
+        roles[time] = "time"
+    return roles
 
 
 def _segment(
@@ -81,12 +138,12 @@ def _segment(
 
 def cache_slots(plan: SelectivePlan) -> tuple[CacheSlot, ...]:
     """What a plan keeps between steps."""
-    return tuple(_cache(plan, node) for node in plan.cached)
+    return tuple(_cache(node, shape) for node, shape in kept_shapes(plan).items())
 
 
-def _cache(plan: SelectivePlan, node: fx.Node) -> CacheSlot:
+def _cache(node: fx.Node, shape: tuple[int, ...]) -> CacheSlot:
     value: torch.Tensor = node.meta["val"]
-    return CacheSlot(cache_name(node), cache_shape(plan, node), value.dtype, value.device)
+    return CacheSlot(cache_name(node), shape, value.dtype, value.device)
 
 
 def cache_name(node: fx.Node) -> str:

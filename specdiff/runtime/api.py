@@ -1,4 +1,4 @@
-"""What users call: `stats`, `reset`, `configure`, `session`, `attach`, by a model's parameters."""
+"""What users call, by a model's parameters: `stats`, `reset`, `configure`, `session` and others."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from specdiff.errors import NotCompiledError, OptionError
 from specdiff.options import Options, check_overrides
 from specdiff.runtime.attach import Attachment
 from specdiff.runtime.dispatch import Runtime
+from specdiff.runtime.recording import Recording
 from specdiff.runtime.registry import (
     ModelState,
     Session,
@@ -74,6 +75,17 @@ def configure(compiled: torch.nn.Module, **settings: Any) -> None:
     """
     overrides = check_overrides(settings)
     find_or_create(compiled).overrides.update(overrides)
+
+
+def record(compiled: torch.nn.Module) -> Recording:
+    """A context that keeps what every evaluation of the model does: `Recording.steps`.
+
+    Nothing waits for the device until something is read. Keeps a few tensors of [B, N] a step.
+
+    Raises:
+        NotCompiledError: the module has no parameters to be known by.
+    """
+    return Recording(find_or_create(compiled).recordings)
 
 
 def attach(model: torch.nn.Module, **options: Any) -> Attachment:

@@ -101,9 +101,16 @@ class RootPrograms:
         return self._evaluation(inputs, self._call("dense", inputs, caches))
 
     def selective(
-        self, inputs: Sequence[object], caches: Sequence[Tensor], active: Tensor
+        self,
+        inputs: Sequence[object],
+        caches: Sequence[Tensor],
+        active: Tensor,
+        text: bool = True,
     ) -> Evaluation:
-        """Only `active` computed by the blocks; what lies around them computes every token."""
+        """Only `active` computed by the blocks; what lies around them computes every token.
+
+        Text always is: a block hands it on to the next.
+        """
         found = self._evaluation(inputs, self._call("selective", inputs, caches, active))
         rows = active.unsqueeze(-1).expand(-1, -1, found.tokens.shape[2])
         return Evaluation(found.tokens.gather(1, rows), found.importance)
@@ -268,6 +275,7 @@ class Attachment:
             lengths=(patches.tokens,),
             denoised=(denoised,),
             time=time,
+            additive=denoised.is_all_of(output),
         )
 
     def _names(self, leaves: Sequence[Any], arguments: pytree.TreeSpec) -> list[str]:

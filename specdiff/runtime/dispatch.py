@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from specdiff.runtime.history import History
 from specdiff.runtime.noise import Process, processes
 from specdiff.runtime.prediction import Displacement
 from specdiff.runtime.reading import Reading, read
+from specdiff.runtime.recording import StepRecord, recorded
 from specdiff.runtime.registry import (
     ModelState,
     Session,
@@ -57,18 +60,25 @@ class Runtime:
         self._parameters = programs.signature.indices("parameter")
         self._conditions = programs.signature.indices("condition")
         self._nameless = ModelState()
+        self._generations = itertools.count()
 
     @torch.no_grad()
     def __call__(self, *inputs: object) -> list[Tensor]:
         """The graph's outputs for its flat inputs, by a dense, selective or skipped evaluation."""
         state = state_of_call(self, inputs, self._parameters, self._nameless)
+        device = self.programs.signature.tokens.device
+        return recorded(state.recordings, device, partial(self._answer, inputs, state))
+
+    def _answer(
+        self, inputs: Sequence[object], state: ModelState, record: StepRecord | None
+    ) -> list[Tensor]:
         session = active_session(state)
         settings = self._settings(state, session)
         schedule = Schedule.of(settings, self.programs.signature.lengths)
         given = session.times if session is not None else None
         refusal = self._refusal(settings, schedule, given)
         if refusal is not None:
-            return self._fall_back(inputs, state, refusal)
+            return self._fall_back(inputs, state, refusal, record)
         owner: ModelState | Session = state if session is None else session
         table = owner.table(self)
         conditions = [inputs[index] for index in self._conditions]
@@ -78,13 +88,14 @@ class Runtime:
         refusal, begins = _place(stream, reading, given, candidates)
         if refusal is not None:
             _abandon(table, stream, refusal)
-            return self._fall_back(inputs, state, refusal)
+            return self._fall_back(inputs, state, refusal, record)
         if stream is None or begins:
             stream = table.start(conditions, self._history(), replacing=stream)
+            stream.number = next(self._generations)
         time = reading.time if reading is not None else (given or ())[len(stream.times)]
         step = Step(
             self.programs, self.pool, table, stream, state, settings, schedule, inputs, time,
-            reading, given, candidates,
+            reading, given, candidates, record,
         )  # fmt: skip
         try:
             return step.run()
@@ -128,8 +139,18 @@ class Runtime:
         tokens = self.programs.signature.tokens
         return History(tokens.shape[0], tokens.shape[1], tokens.device)
 
-    def _fall_back(self, inputs: Sequence[object], state: ModelState, reason: str) -> list[Tensor]:
+    def _fall_back(
+        self,
+        inputs: Sequence[object],
+        state: ModelState,
+        reason: str,
+        record: StepRecord | None,
+    ) -> list[Tensor]:
         """A dense evaluation that touches no stream, counted with its reason."""
+        if record is not None:
+            record.reason = reason
+            record.batch = self.programs.signature.batch
+            record.tokens = self.programs.signature.prunable_tokens
         state.counters.dense += 1
         state.counters.fallbacks[reason] += 1
         tokens = self.programs.signature.batch * self.programs.signature.prunable_tokens
@@ -165,7 +186,14 @@ class DenseOnly:
         state.counters.dense += 1
         state.counters.fallbacks[self._reason] += 1
         state.say(logger, f"running dense: {self._reason}")
-        return self._function(*inputs)
+
+        def answer(record: StepRecord | None) -> Any:
+            if record is not None:
+                record.reason = self._reason
+            return self._function(*inputs)
+
+        device = next((i.device for i in inputs if isinstance(i, Tensor)), torch.device("cpu"))
+        return recorded(state.recordings, device, answer)
 
 
 def _place(

@@ -67,7 +67,7 @@ def _quadratic(history: History, time: float, unit: float) -> Tensor:
     # Newton's divided differences; where a time is repeated there is no parabola, but a line.
     span = first.times - third.times
     distinct = (first.times != second.times) & (second.times != third.times) & (span != 0)
-    bend = (_slope(first, second) - _slope(second, third)) / _nonzero(span).unsqueeze(-1)
+    bend = (slope(first, second) - slope(second, third)) / _nonzero(span).unsqueeze(-1)
     product = (time - first.times) * (time - second.times)
     parabola = _along(first, second, time - first.times) + bend * product.unsqueeze(-1)
     return torch.where(distinct.unsqueeze(-1), parabola, _linear(history, time, unit))
@@ -100,10 +100,10 @@ def _weighted_mean(history: History, time: float, scale: float) -> Tensor:
 
 def _along(newer: ComputedOutput, older: ComputedOutput, ahead: Tensor) -> Tensor:
     """The line through two outputs, `ahead` (float32 [B, N], in time) of the newer."""
-    return newer.tokens + _slope(newer, older) * ahead.unsqueeze(-1)
+    return newer.tokens + slope(newer, older) * ahead.unsqueeze(-1)
 
 
-def _slope(newer: ComputedOutput, older: ComputedOutput) -> Tensor:
+def slope(newer: ComputedOutput, older: ComputedOutput) -> Tensor:
     """Change per unit of time, float32 [B, N, C]; zero where the two times are equal."""
     span = newer.times - older.times
     change = newer.tokens.float() - older.tokens.float()

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ POOR_FIT = 0.5
 Two unrelated latents give 0.7 or more, Euler in bf16 a few hundredths, and separate CFG calls,
 of which each sees only its own half of the guided velocity, up to about 0.5.
 """
+GOOD_FIT = 0.1
+"""Residual up to which a measured step of a flow is more exact than one from rounded times."""
 RATE_TOLERANCE = 3.0
 """Factor by which a flow's fitted step may differ from the step in time, which bf16 rounds."""
 
@@ -39,11 +41,6 @@ of 20 steps, the sampler's own by a few hundredths, in tiny latents."""
 
 Ways = tuple[tuple[Tensor, ...], ...]
 """The predictions for all latents, float32, once for each way to read guidance from the batch."""
-
-
-def time_unit(times: Iterable[float]) -> Literal[1, 1000]:
-    """The time at which sigma (or 1 - sigma) is 1, from its size."""
-    return 1000 if max(abs(time) for time in times) > 1.5 else 1
 
 
 def guided(prediction: Tensor, scale: float | None) -> list[Tensor]:
@@ -112,6 +109,12 @@ class Displacement:
     def factors(self) -> Tensor:
         """[W]: least squares of the step on each prediction alone."""
         return self.products[0, 2:] / self._safe(self.products.diagonal()[2:])
+
+    @property
+    def unexplained(self) -> Tensor:
+        """[W]: share of the step that no multiple of a prediction explains."""
+        explained = self.factors * self.products[0, 2:] / self._safe(self.products[0, 0])
+        return (1 - explained).clamp_min(0).sqrt()
 
     def fits(self, candidates: Sequence[Process], start: float, end: float) -> Fits:
         """How well each candidate explains the step from one time to another."""
@@ -193,14 +196,37 @@ class Prediction:
             start: a time.
             end: where to go.
         """
-        kept, moved = _columns([each.jump(start, end) for each in self.candidates], self.rates)
-        moved = torch.where(_free(self.candidates, self.rates), moved * self.rates, moved)
-        chosen = torch.arange(moved.numel(), device=moved.device).reshape(moved.shape) == self.best
+        rows = [each.jump(start, end) for each in self.candidates]
+        kept, moved = self._of_best(rows, self.rates)
         # Scalars that were fetched stay on the host: they multiply a tensor on any device.
-        result = (kept * chosen).sum() * latent.float()
-        for weight, prediction in zip((moved * chosen).sum(0), ways, strict=True):
+        result = kept * latent.float()
+        for weight, prediction in zip(moved, ways, strict=True):
             result = result + weight * prediction
         return result.to(latent.dtype)
+
+    def step(
+        self, start: float, end: float, seen: Displacement | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Scalars a and b of the sampler's step x' = a x + b p (+ noise); b is 0 if none fits.
+
+        Args:
+            start: a time.
+            end: the time of the next evaluation.
+            seen: the step, if it was taken: a flow's b is then measured, as times may be rounded.
+        """
+        rates = self.rates
+        if seen is not None and end != start:
+            rates = torch.where(seen.unexplained < GOOD_FIT, seen.factors / (end - start), rates)
+        rows = [each.step(start, end)[:2] for each in self.candidates]
+        kept, moved = self._of_best(rows, rates)
+        return kept, moved.sum() * self.trusted
+
+    def _of_best(self, rows: Sequence[tuple[float, ...]], rates: Tensor) -> tuple[Tensor, Tensor]:
+        """Of (a, b) for every candidate the best one's a, and b by way [W], 0 but for its own."""
+        kept, moved = _columns(rows, rates)
+        moved = torch.where(_free(self.candidates, rates), moved * rates, moved)
+        chosen = torch.arange(moved.numel(), device=moved.device).reshape(moved.shape) == self.best
+        return (kept * chosen).sum(), (moved * chosen).sum(0)
 
 
 def _columns(rows: Sequence[tuple[float, ...]], like: Tensor) -> tuple[Tensor, ...]:

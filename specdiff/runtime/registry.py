@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from specdiff.errors import NotCompiledError
 from specdiff.options import Options, Settings, check_overrides
+from specdiff.runtime.recording import Recording
 from specdiff.runtime.stats import Counters
 from specdiff.runtime.streams import StreamTable
 
@@ -47,6 +48,7 @@ class ModelState(StreamOwner):
     def __init__(self) -> None:
         super().__init__(keep_values=False)
         self.counters = Counters()
+        self.recordings: list[Recording] = []
         self.sessions: weakref.WeakSet[StreamOwner] = weakref.WeakSet()
         self.attachment: Any = None
         """What hooks the model's root (`runtime.attach.Attachment`), if anything does."""

@@ -6,10 +6,16 @@ mixture of the two are points of one space.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from specdiff.options import Settings
+
+TAPER = 4
+"""Evaluations after which a tapered plan leaves one more between two dense ones."""
+LATE = 2.6
+"""Evaluations to the end below which a tapered plan is dense: the last two, if a guess is right."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,11 @@ class Schedule:
     """Evaluations from one dense one to the next; 0: none after warm-up."""
     stride: int
     """Evaluations from one that computes any token to the next."""
+    text_refresh: int
+    """Selective evaluations from one that computes text to the next; 0: dense ones alone do."""
+    tapered: bool = False
+    """Whether dense evaluations are close together at first, as errors made early grow, and the
+    last two are dense, as nothing follows that could make their errors good."""
 
     @classmethod
     def of(cls, settings: Settings, lengths: Sequence[int]) -> Schedule:
@@ -34,7 +45,13 @@ class Schedule:
         if active:
             active = max(active, len(lengths))  # every segment has its share
         return cls(
-            tokens, active, settings.warmup_steps, settings.refresh_interval, settings.stride
+            tokens,
+            active,
+            settings.warmup_steps,
+            settings.refresh_interval,
+            settings.stride,
+            settings.text_refresh,
+            settings.tapered,
         )
 
     @property
@@ -42,13 +59,51 @@ class Schedule:
         """Whether any step computes some but not all tokens, so that caches are needed."""
         return 0 < self.active < self.tokens
 
-    def count(self, index: int) -> int:
-        """Tokens to compute at evaluation `index` (from 0) of a generation."""
-        after_warmup = index - self.warmup_steps + 1
-        due = self.refresh_interval and after_warmup % self.refresh_interval == 0
-        if after_warmup <= 0 or due or self.active == self.tokens:
-            return self.tokens
-        since_dense = (
-            after_warmup % self.refresh_interval if self.refresh_interval else after_warmup
-        )
-        return self.active if since_dense % self.stride == 0 else 0
+    @property
+    def forecasts(self) -> bool:
+        """Whether any token is ever forecast."""
+        return self.active < self.tokens and self.refresh_interval != 1
+
+    def count(self, index: int, left: float = math.inf) -> int:
+        """Tokens to compute at evaluation `index` (from 0) of a generation.
+
+        `left` evaluations are left, this one included, as far as is known.
+        """
+        return self.decide(index, left)[0]
+
+    def decide(self, index: int, left: float = math.inf) -> tuple[int, str]:
+        """What `count` says, and why so many."""
+        since_dense = self._since_dense(index)
+        if index < self.warmup_steps:
+            return self.tokens, "warm-up"
+        if self.active == self.tokens:
+            return self.tokens, "no token may be left out"
+        if not since_dense:
+            how = "at most " if self.tapered else ""
+            return self.tokens, f"dense {how}every {self.refresh_interval}"
+        if self.tapered and self.refresh_interval and left < LATE:
+            return self.tokens, "near the end"
+        if self.active and since_dense % self.stride == 0:
+            return self.active, f"the {self.active} highest scores"
+        return 0, "forecast from earlier steps"
+
+    def text(self, index: int) -> bool:
+        """Whether a selective evaluation computes text."""
+        selective = self._since_dense(index) // self.stride
+        return bool(self.text_refresh and selective % self.text_refresh == 0)
+
+    def _since_dense(self, index: int) -> int:
+        """Evaluations since the last dense one; 0 if this is one."""
+        last = self.warmup_steps - 1
+        if index <= last:
+            return 0
+        if not self.refresh_interval:
+            return index - last
+        while (due := last + self._interval(last)) <= index:
+            last = due
+        return index - last
+
+    def _interval(self, last: int) -> int:
+        """From the dense evaluation `last` to the next."""
+        grown = 2 + last // TAPER if self.tapered else self.refresh_interval
+        return min(grown, self.refresh_interval)

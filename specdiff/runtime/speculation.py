@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from specdiff.program import Programs, Signature
+from specdiff.runtime.clock import end_of
 from specdiff.runtime.importance import per_sample
-from specdiff.runtime.prediction import Prediction, time_unit
+from specdiff.runtime.prediction import Prediction
 from specdiff.runtime.streams import Stream
 
 # Model times that pipelines make of scheduler times, as (scale, offset): T, T/1000, 1000 T, 1 - T,
@@ -33,7 +34,7 @@ def landings(times: Sequence[float], steps: int, given: Sequence[float] | None) 
     if given is not None:
         places = [given[j * len(given) // steps] for j in range(1, steps)]
     else:
-        end = time_unit(times) if direction > 0 else 0
+        end = end_of(times)
         places = [times[0] + (end - times[0]) * j / steps for j in range(1, steps)]
     return [place for place in places if (place - times[-1]) * direction > 0]
 

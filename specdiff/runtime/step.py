@@ -12,7 +12,10 @@ from torch import Tensor
 from specdiff.options import Settings
 from specdiff.program import Programs, Signature
 from specdiff.runtime.caches import CachePool
+from specdiff.runtime.clock import evaluations_left, next_time, time_unit
+from specdiff.runtime.correction import Correction, on_top
 from specdiff.runtime.forecast import forecast
+from specdiff.runtime.history import ComputedOutput
 from specdiff.runtime.importance import (
     least_important,
     log_scores,
@@ -25,9 +28,9 @@ from specdiff.runtime.prediction import (
     Prediction,
     Ways,
     guided,
-    time_unit,
 )
 from specdiff.runtime.reading import Reading
+from specdiff.runtime.recording import StepRecord
 from specdiff.runtime.registry import ModelState
 from specdiff.runtime.schedule import Schedule
 from specdiff.runtime.speculation import landings, model_time, speculate
@@ -37,7 +40,8 @@ logger = logging.getLogger(__name__)
 
 BUDGET = "cache budget exceeded"
 NO_FIT = (
-    "no speculation: the sampler's steps fit neither a flow nor DDIM on a usual noise schedule"
+    "no speculation or correction: the sampler's steps fit neither a flow nor DDIM on a usual noise"
+    " schedule"
     " (if batches hold both halves of classifier-free guidance, give guidance_scale;"
     " for another schedule, give its alphas_cumprod)"
 )
@@ -63,11 +67,15 @@ class Step:
     """All times of the run, if the session gave them."""
     candidates: tuple[Process, ...]
     """What the sampler may be doing."""
+    record: StepRecord | None = None
+    """What is to be kept of this evaluation, if anything records."""
 
     def run(self) -> list[Tensor]:
         """Answer the call: the graph's outputs, safe from later evaluations."""
         stream, counters = self.stream, self.state.counters
-        batch, count = self.programs.signature.batch, self._count()
+        batch, count = self.programs.signature.batch, self._decide()
+        before = stream.history.computed[:1]
+        self._settle()
         if count == self.schedule.tokens:
             tokens = self._dense()
             counters.dense += 1
@@ -77,6 +85,7 @@ class Step:
         else:
             tokens = self._skip()
             counters.skipped += 1
+        tokens = self._corrected(before, tokens)
         stream.times.append(self.time)
         self.table.touch(stream)
         counters.tokens_computed += batch * count
@@ -97,10 +106,29 @@ class Step:
         assert isinstance(latent, Tensor)
         return latent
 
-    def _count(self) -> int:
+    def _decide(self) -> int:
         """Tokens to compute; all of them if a selective step would have no caches."""
-        count = self.schedule.count(self.stream.history.evaluations)
-        return count if count == 0 or self.stream.lease else self.schedule.tokens
+        index, tokens = self.stream.history.evaluations, self.schedule.tokens
+        left = evaluations_left([*self.stream.times, self.time], self.given)
+        count, reason = self.schedule.decide(index, left)
+        if 0 < count < tokens and not self.stream.lease:
+            count, reason = tokens, "no caches yet"
+        self._keep(
+            batch=self.programs.signature.batch,
+            tokens=tokens,
+            kind="dense" if count == tokens else "selective" if count else "skipped",
+            reason=reason,
+            generation=self.stream.number,
+            index=index,
+            time=self.time,
+        )
+        return count
+
+    def _keep(self, **found: object) -> None:
+        """Fill in fields of the record, if there is one."""
+        if self.record is not None:
+            for name, value in found.items():
+                setattr(self.record, name, value)
 
     def _dense(self) -> Tensor:
         stream = self.stream
@@ -113,7 +141,38 @@ class Step:
             evaluation = self.programs.dense(self.inputs, stream.lease.caches)
         tokens = evaluation.tokens.clone()  # the program's next run may overwrite them
         stream.importance = per_sample(evaluation.importance, self._shared)
+        self._keep(importance=stream.importance)
         stream.history.record_dense(self.time, tokens)
+        return tokens
+
+    @property
+    def _corrects(self) -> bool:
+        return (
+            self.settings.correction
+            and self.schedule.forecasts
+            and self.programs.signature.additive
+        )
+
+    def _settle(self) -> None:
+        """Note what the sampler's step since the previous evaluation has made of its forecasts."""
+        stream = self.stream
+        if stream.correction is not None and stream.sampler is not None:
+            seen = self.reading.moved if self.reading is not None else None
+            stream.correction.settle(*stream.sampler.step(stream.times[-1], self.time, seen))
+
+    def _corrected(self, before: Sequence[ComputedOutput], tokens: Tensor) -> Tensor:
+        """`tokens`, and on top of those just computed what their forecasts had cost the latent."""
+        stream, newest = self.stream, self.stream.history.computed[0]
+        if not self._corrects or not before:
+            return tokens
+        if stream.correction is None:
+            stream.correction = Correction.none(newest)
+        elif stream.sampler is not None:
+            missing = stream.correction.collect(before[0], newest)
+            due = next_time([*stream.times, self.time], self.given)
+            more = on_top(missing, *stream.sampler.step(self.time, due))
+            tokens = (tokens.float() + more).to(tokens.dtype)
+        stream.correction.hand_out(newest, tokens, self.time)
         return tokens
 
     def _ensure_lease(self) -> None:
@@ -136,11 +195,14 @@ class Step:
             reused = least_important(scores, settings.reuse_share, active)
             previous = stream.history.steps[0].tokens
             predicted = torch.where(reused.unsqueeze(-1), previous, predicted)
-        evaluation = self.programs.selective(self.inputs, stream.lease.caches, active)
+            self._keep(reused=reused)
+        text = self.schedule.text(stream.history.evaluations)
+        evaluation = self.programs.selective(self.inputs, stream.lease.caches, active, text)
         rows = active.unsqueeze(-1).expand_as(evaluation.tokens)
         merged = predicted.scatter(1, rows, evaluation.tokens.to(predicted.dtype))
         merged = self._with_invalid_rows(merged)
         stream.importance = per_sample(evaluation.importance, self._shared)
+        self._keep(active=active, scores=scores, importance=stream.importance)
         stream.history.record_selective(self.time, merged, active)
         return merged
 
@@ -164,7 +226,7 @@ class Step:
     def _look_ahead(self, outputs: Sequence[Tensor]) -> None:
         """Keep what the next evaluation's fit needs, and speculate once time has moved."""
         stream, times = self.stream, self.stream.times
-        pending = self._wants_future() and not stream.looked_ahead
+        pending = self._wants_future() or (self._corrects and stream.sampler is None)
         before = stream.latents, stream.predictions, stream.model_time
         if pending or self.reading is not None:
             signature = self.programs.signature
@@ -174,14 +236,15 @@ class Step:
             stream.predictions = tuple(zip(*(guided(p, scale) for p in predicted), strict=True))
             stream.model_time = self._model_time()
         if pending and len(times) > 1 and times[-1] != times[-2]:
-            self._speculate(*before)
-        if stream.looked_ahead and self.reading is None:
+            self._infer(*before)
+        if stream.sampler is not None and not self._wants_future() and self.reading is None:
             stream.latents = stream.predictions = ()
             stream.model_time = None
 
     def _wants_future(self) -> bool:
         return (
             self.settings.speculative_steps > 1
+            and not self.stream.looked_ahead
             and self.schedule.selects
             and self.programs.signature.time is not None
         )
@@ -191,24 +254,28 @@ class Step:
         time = self.inputs[index] if index is not None else self.time
         return torch.as_tensor(time, device=self._latent.device).float().flatten()[0].clone()
 
-    def _speculate(
-        self, latents: tuple[Tensor, ...], predictions: Ways, time: Tensor | None
-    ) -> None:
+    def _infer(self, latents: tuple[Tensor, ...], predictions: Ways, time: Tensor | None) -> None:
         """Infer the sampler from the previous evaluation, given by its parts; look ahead."""
-        stream, times = self.stream, self.stream.times
+        stream = self.stream
         if not latents or time is None or stream.model_time is None:
             return
         if len(predictions) != len(stream.predictions):
             return  # guidance was set or unset in between
-        stream.looked_ahead = True
-        prediction = self._inferred(latents, predictions)
-        if self.reading is not None and not prediction.trusted:
+        stream.sampler = self._inferred(latents, predictions)
+        if self.reading is not None and not stream.sampler.trusted:
             self.state.say(logger, NO_FIT)
-            return
+        elif self._wants_future():
+            stream.looked_ahead = True
+            self._speculate(stream.sampler, time)
+
+    def _speculate(self, prediction: Prediction, time: Tensor) -> None:
+        """Look ahead; `time` was the previous evaluation's time input."""
+        stream, times = self.stream, self.stream.times
         landed = landings(times, self.settings.speculative_steps, self.given)
         places = [(landing, self._input_at(landing, time)) for landing in landed]
         speculate(self.programs, self.inputs, stream, prediction, places, self._shared)
         self.state.counters.speculative += len(places)
+        self._keep(speculative=len(places))
         tokens = self.programs.signature.batch * self.schedule.tokens
         self.state.counters.tokens_computed += len(places) * tokens
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from specdiff.runtime.caches import Lease
+from specdiff.runtime.correction import Correction
 from specdiff.runtime.history import History
 from specdiff.runtime.noise import Process
-from specdiff.runtime.prediction import POOR_FIT, Ways
+from specdiff.runtime.prediction import POOR_FIT, Prediction, Ways
 from specdiff.runtime.reading import Reading
 
 MAX_STREAMS = 8
@@ -58,6 +59,8 @@ class Stream:
     def __init__(self, key: StreamKey, history: History) -> None:
         self.key = key
         self.history = history
+        self.number = 0
+        """Counts the streams of a graph."""
         self.times: list[float] = []
         """Time of every evaluation so far, in the unit of its source."""
         self.lease: Lease | None = None
@@ -72,6 +75,9 @@ class Stream:
         the parts that they have in common."""
         self.model_time: Tensor | None = None
         """float32 scalar: the time input of the previous evaluation, with a session's times."""
+        self.sampler: Prediction | None = None
+        """How the sampler moves the latent, once two evaluations have shown it."""
+        self.correction: Correction | None = None
         self.ambiguous = False
         self.last_call = 0
 
@@ -103,7 +109,7 @@ class Stream:
     def become_ambiguous(self) -> None:
         """Give the caches back: calls of this key cannot be told apart and run dense."""
         self.ambiguous = True
-        self.lease = self.importance = None
+        self.lease = self.importance = self.correction = None
         self.latents = self.predictions = ()
         self.speculative.clear()
 

@@ -31,7 +31,7 @@ from specdiff.evaluation.findings import (
     frontier,
 )
 from specdiff.evaluation.measuring import Bench
-from specdiff.evaluation.plot import draw_frontier
+from specdiff.evaluation.plot import draw_frontier, frontier_figure
 from specdiff.evaluation.table import markdown
 from tests.evaluation.toy import dimmed, rival, toy_subject
 
@@ -158,11 +158,24 @@ def test_the_frontier_holds_what_none_beats_in_both() -> None:
         "slow": point(1.5, 40.0),
         "beaten": point(1.4, 39.0),
         "fast": point(3.0, 30.0),
-        "dense": point(1.0, None),
+        "equal": point(1.0, None),
+        "dense": Finding("dense", 28, {}, values={SPEEDUP: 9.0, PSNR: 99.0, FEATURES: 0.0}),
         "odd": Finding("f", 28, {}, reason="does not run"),
     }
     found = frontier(Findings(PLAN, {}, points), PSNR, higher_is_better=True)
     assert found == ["fast", "slow"]
+
+
+def test_a_family_has_one_colour_in_both_plots() -> None:
+    points = {
+        "equal": Finding("exact", 28, {}, values={SPEEDUP: 1.1, PSNR: None, FEATURES: 0.0}),
+        "near": Finding("near", 28, {}, values={SPEEDUP: 2.0, PSNR: 40.0, FEATURES: 0.1}),
+    }
+    left, right = frontier_figure(Findings(PLAN, {}, points)).axes
+    colours = [
+        {line.get_label(): line.get_color() for line in axes.lines} for axes in (left, right)
+    ]
+    assert colours[0]["near"] == colours[1]["near"]
 
 
 def test_table_and_plot_show_methods_and_reasons(finished: Path, tmp_path: Path) -> None:

@@ -59,6 +59,19 @@ def masked_dense(
     assert differs
 
 
+def frozen_text(
+    found: Traced, programs: Any, shares: Sequence[float] = SHARES, **tolerance: float
+) -> bool:
+    """The same of a step without text; returns whether this model has one."""
+    flat, later = found.flat
+    compared = False
+    for active in active_sets(found, shares):
+        for pair in oracles.frozen_text(found.analysis, programs, flat, later, active):
+            torch.testing.assert_close(pair.actual, pair.expected, **tolerance)
+            compared = True
+    return compared
+
+
 def all_active(
     model: nn.Module, later: Inputs, found: Traced, programs: Any, **tolerance: float
 ) -> None:
@@ -84,4 +97,5 @@ def check_oracles(
     with torch.no_grad():
         idempotence(found, programs, SHARES[:1], **tolerance)
         masked_dense(found, programs, SHARES[:1], **tolerance)
+        frozen_text(found, programs, SHARES[:1], **tolerance)
         all_active(model, calls[1], found, programs, **tolerance)

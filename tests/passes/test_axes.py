@@ -119,6 +119,6 @@ def test_axes_of_different_sizes_cannot_be_one():
 
 def test_the_dump_names_segments_and_samples():
     found = analyse(lambda text, image: attend(torch.cat([text, image], 1)), *tensors(T, N))
-    text = AxesPass().render(found)
-    assert "s0: 6 tokens" in text
-    assert "cat: [B, s1+s0, 8]" in text
+    assert AxesPass().summary(found) == "segments of tokens: s0 of 6, s1 of 3"
+    notes = {node.name: note for node, note in AxesPass().notes(found).items()}
+    assert notes["cat"] == "[B, s1+s0, 8]"

@@ -177,3 +177,14 @@ def test_verify_names_a_mutating_op():
         step.verify(DynamoGraph(module, [torch.ones(2)]), module)
     with pytest.raises(PassError, match="number of inputs"):
         step.verify(DynamoGraph(module, []), module)
+
+
+def test_a_permutation_written_as_einsum_is_one():
+    def model(x):
+        return torch.einsum("nhwpqc->nchpwq", x) + torch.einsum("ab->a", x[0, 0, 0, 0]).sum()
+
+    x = torch.randn(2, 3, 4, 2, 2, 5)
+    module = normalized(model, x)
+    torch.testing.assert_close(module(x)[0], model(x))
+    assert count(module, torch.ops.aten.permute.default) == 1
+    assert count(module, torch.ops.aten.einsum.default) == 1

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specdiff.oracles import MaskedDense
-from tests.models import MODELS, changed
+from specdiff.oracles import MaskedDense, as_tokens, pick, random_active
+from tests.models import MODELS, ZOO, changed
 from tests.oracles import trace
 from tests.passes.checks import (
     TOLERANCE,
     all_active,
     caches_of,
+    frozen_text,
     idempotence,
     masked_dense,
     probe_is_the_model,
@@ -50,6 +51,25 @@ def test_oracle_2_masked_dense(traced):
     masked_dense(*traced[2:], **TOLERANCE)
 
 
+def test_text_kept(traced):
+    """A step that computes no text reads the keys and values of the last that did."""
+    found, programs = traced[2:]
+    assert frozen_text(found, programs, **TOLERANCE)
+    active = random_active(found.analysis.signature.batch, found.analysis.signature.lengths, 9)
+    with_text, without = (oracle_values(found, active, text) for text in (True, False))
+    # the oracle itself must differ from the one in which text is fresh
+    assert not torch.allclose(with_text, without, **TOLERANCE)
+
+
+def oracle_values(found, active, text):
+    flat, later = found.flat
+    first = MaskedDense(found.analysis, {}, active)
+    first.run(*flat)
+    second = MaskedDense(found.analysis, first.values, active, text=text)
+    second.run(*later)
+    return pick(as_tokens(found.analysis.plan, second.values), active)
+
+
 def test_oracle_3_all_active_is_the_model(traced):
     model, inputs, found, programs = traced
     all_active(model, changed(inputs), found, programs, **TOLERANCE)
@@ -72,3 +92,20 @@ def test_importance_is_the_attention_received(traced):
                     columns = slice(piece.offset, piece.offset + piece.length)
                     total += weights.mean(2).sum(1)[:, columns]
     torch.testing.assert_close(programs.probe(flat).importance, total, **TOLERANCE)
+
+
+def test_what_is_added_to_tokens_is_added_to_what_moves_the_latent(traced):
+    _, _, found, programs = traced
+    inputs = found.flat[0]
+    signature = programs.signature
+    assert signature.additive
+    tokens, more = torch.randn(2, *signature.tokens.shape).unbind(0)
+    (both,), (first,), (second,) = (
+        programs.tail(inputs, value) for value in (tokens + more, tokens, more)
+    )
+    torch.testing.assert_close(both, first + second)
+
+
+def test_a_learned_variance_moves_nothing():
+    case = ZOO["dit_transformer"]()
+    assert not trace(case.model, case.inputs).analysis.signature.additive

@@ -13,7 +13,7 @@ from specdiff.options import FORECASTS, METHOD_DEFAULTS, METHODS, RUNTIME_OPTION
 from specdiff.runtime.forecast import FORECASTERS
 from specdiff.runtime.importance import SCORERS
 
-PLAN = {"cache_ratio": 0.75, "warmup_steps": 3, "refresh_interval": 4}
+PLAN = {"cache_ratio": 0.75, "warmup_steps": 3, "refresh_interval": 4, "tapered": False}
 
 
 def counts(model):
@@ -55,7 +55,7 @@ def test_session_with_times_reads_nothing_back(per_model):
 
 
 def test_session_agrees_with_the_implicit_stream():
-    options = {**PLAN, "speculative_steps": 0}
+    options = {**PLAN, "speculative_steps": 0, "correction": False}
     model = toy(**options)
     run = Euler(model)
     with sd.session(model, timesteps=torch.tensor(run.sigmas[:-1])):
@@ -73,7 +73,8 @@ def test_session_speculation_on_a_trajectory_that_is_no_flow():
 
 
 def test_concurrent_sessions_on_one_prompt_tensor_never_mix():
-    model, text = toy(**PLAN), prompt()
+    plan = {**PLAN, "correction": False}  # which knows the next time in the last of the sessions
+    model, text = toy(**plan), prompt()
     runs = [Euler(model, seed, text=text) for seed in range(3)]
     sessions = [
         sd.session(model),
@@ -86,7 +87,7 @@ def test_concurrent_sessions_on_one_prompt_tensor_never_mix():
                 run.step()
     ratios = (0.75, 0.5, 1.0)
     for seed, (run, ratio) in enumerate(zip(runs, ratios, strict=True)):
-        alone = Euler(toy(**{**PLAN, "cache_ratio": ratio}), seed, text=text).run()
+        alone = Euler(toy(**{**plan, "cache_ratio": ratio}), seed, text=text).run()
         torch.testing.assert_close(run.velocities, alone.velocities)
     assert counts(model) == (12, 12, 6)
 
@@ -145,7 +146,7 @@ def test_session_starts_again_when_its_times_are_used_up():
 
 @pytest.mark.parametrize("ratio", [0.75, 1.0])
 def test_nan_in_a_session_is_nan_where_dense_is(ratio):
-    options = {**PLAN, "cache_ratio": ratio, "speculative_steps": 0}
+    options = {**PLAN, "cache_ratio": ratio, "speculative_steps": 0, "correction": False}
     model = toy(programs=ToyPrograms(batch=2), **options)
     run = Euler(model, batch=2)
     with sd.session(model, timesteps=run.sigmas[:-1]):
@@ -189,7 +190,8 @@ def test_twenty_settings_in_one_process():
 
 
 def test_settings_change_in_mid_run():
-    model = toy(cache_ratio=1.0, refresh_interval=0, speculative_steps=0)
+    plan = {"cache_ratio": 1.0, "warmup_steps": 3, "refresh_interval": 0}
+    model = toy(**plan, speculative_steps=0, correction=False)
     run = Euler(model).run(5)
     sd.configure(model, cache_ratio=0.5, speculative_steps=2)
     run.run(1)  # dense: no caches were filled yet
@@ -257,7 +259,6 @@ def test_stats_finds_the_wrapped_model():
         ("cache_ratio", True, "a number from 0 to 1"),
         ("warmup_steps", 0, "an integer of at least 1"),
         ("warmup_steps", 2.0, "an integer of at least 1"),
-        ("warmup_steps", None, "an integer of at least 1"),
         ("speculative_steps", -1, "an integer of at least 0"),
         ("refresh_interval", -1, "an integer of at least 0"),
         ("reuse_share", -0.1, "a number from 0 to 1"),

@@ -24,7 +24,7 @@ from specdiff.runtime.forecast import REACH, forecast
 from specdiff.runtime.history import History
 from specdiff.runtime.importance import log_scores
 
-PLAN = {"cache_ratio": 0.75, "warmup_steps": 3, "refresh_interval": 4}
+PLAN = {"cache_ratio": 0.75, "warmup_steps": 3, "refresh_interval": 4, "tapered": False}
 
 
 def test_programs_follow_the_schedule():
@@ -40,7 +40,7 @@ def test_programs_follow_the_schedule():
 
 
 def test_dense_steps_are_exact_and_selective_ones_are_not():
-    run = Euler(toy(**{**PLAN, "refresh_interval": 3}), steps=10).run()
+    run = Euler(toy(**{**PLAN, "refresh_interval": 3, "correction": False}), steps=10).run()
     dense = [0, 1, 2, 5, 8]
     assert max(run.errors[i] for i in dense) < 1e-6
     assert min(error for i, error in enumerate(run.errors) if i not in dense) > 1e-5
@@ -93,6 +93,24 @@ def test_stats_are_exact(options, counts):
     signature = model.runtime.programs.signature
     assert stats.cache_bytes == selects * signature.cache_bytes
     assert f"{counts[1]} selective" in str(stats)
+
+
+@pytest.mark.parametrize(
+    ("options", "texts"),
+    [
+        # selective are evaluations 3, 4, 6, 7 and 9, of which 5 and 8 are dense
+        ({}, [True] * 5),
+        ({"text_refresh": 2}, [False, True, False, True, False]),
+        ({"text_refresh": 0}, [False] * 5),
+        ({"text_refresh": 3, "refresh_interval": 0}, [False, False, True] * 2 + [False]),
+        # evaluations 4, 6 and 8, counted without those between them that are skipped
+        ({"text_refresh": 2, "refresh_interval": 0, "stride": 2}, [False, True, False]),
+    ],
+)
+def test_text_is_computed_every_so_many_selective_steps(options, texts):
+    model = toy(**{"method": "paper", "refresh_interval": 3, **options})
+    Euler(model, steps=10).run()
+    assert model.runtime.programs.texts == texts
 
 
 def test_whole_step_caching_is_linear_extrapolation():
@@ -202,7 +220,9 @@ def test_no_speculation_when_the_sampler_is_no_flow(caplog):
     stats = sd.stats(model)
     assert (stats.speculative, stats.selective, stats.fallbacks) == (0, 1, {})
     (message,) = caplog.messages
-    assert message.startswith("no speculation: the sampler's steps fit neither a flow nor DDIM")
+    assert message.startswith(
+        "no speculation or correction: the sampler's steps fit neither a flow nor DDIM"
+    )
 
 
 def test_a_latent_that_stays_where_it_is_while_time_moves_is_none():

@@ -28,7 +28,7 @@ SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "euler": (EulerDiscreteScheduler, {"timestep_spacing": "leading"}),
     "ddpm": (DDPMScheduler, {"clip_sample": False}),
 }
-PLAN = {"cache_ratio": 0.75, "warmup_steps": 3, "refresh_interval": 4}
+PLAN = {"cache_ratio": 0.75, "warmup_steps": 3, "refresh_interval": 4, "tapered": False}
 
 
 def scheduler(name: str, kind: str, schedule: int, steps: int = 20) -> Any:

@@ -10,7 +10,7 @@ from toy import Euler, N, Toy, ToyPrograms, dense_velocity, noise, prompt, sigma
 import specdiff.runtime as sd
 from specdiff.options import Options
 
-PLAN = {"cache_ratio": 0.75, "warmup_steps": 3, "refresh_interval": 4}
+PLAN = {"cache_ratio": 0.75, "warmup_steps": 3, "refresh_interval": 4, "tapered": False}
 ALONE = (4, 6, 0)
 """Dense, selective and skipped evaluations of ten steps."""
 
@@ -194,7 +194,7 @@ def test_caches_of_finished_keys_serve_the_next():
 
 
 def test_stream_that_lost_its_caches_refills_them():
-    model = toy(**{**PLAN, "refresh_interval": 0})
+    model = toy(**{**PLAN, "refresh_interval": 0, "correction": False})
     first, second = Euler(model, 0), Euler(model, 1)
     first.run(4)
     second.run(4)  # takes the caches: the first looks finished

@@ -44,6 +44,7 @@ class ToyPrograms:
         names = (*NAMES, "latent", "time", "prompt", "gain")
         self.sign, self.unit, self.rising = sign, unit, rising
         self.calls: list[tuple[str, Tensor | None]] = []
+        self.texts: list[bool] = []
         self.probed: list[tuple[Tensor, Tensor]] = []
         self._buffers: dict[str, Evaluation] = {}
         slot = CacheSlot("kv", (batch, N, 2, WIDTH), torch.float32, torch.device("cpu"))
@@ -59,6 +60,7 @@ class ToyPrograms:
             lengths=(N,),
             denoised=(Denoised(5, 0),),
             time=6 if time else None,
+            additive=True,
         )
 
     def probe(self, inputs: Sequence[object]) -> Evaluation:
@@ -71,9 +73,14 @@ class ToyPrograms:
         return self._in_buffers("dense", self._run(inputs, caches, None))
 
     def selective(
-        self, inputs: Sequence[object], caches: Sequence[Tensor], active: Tensor
+        self,
+        inputs: Sequence[object],
+        caches: Sequence[Tensor],
+        active: Tensor,
+        text: bool = True,
     ) -> Evaluation:
         self.calls.append(("selective", active))
+        self.texts.append(text)
         return self._in_buffers("selective", self._run(inputs, caches, active))
 
     def tail(self, inputs: Sequence[object], tokens: Tensor) -> list[Tensor]:

@@ -20,7 +20,7 @@ from specdiff.passes.rules.registry import (
 aten = torch.ops.aten
 
 
-@transfer(
+CONVOLUTIONS = (
     aten.conv1d.default,
     aten.conv2d.default,
     aten.conv3d.default,
@@ -28,6 +28,11 @@ aten = torch.ops.aten
     aten.conv2d.padding,
     aten.conv3d.padding,
     aten.convolution.default,
+)
+
+
+@transfer(
+    *CONVOLUTIONS,
     aten.conv_transpose1d.default,
     aten.conv_transpose2d.input,
     aten.conv_transpose3d.input,

@@ -1,0 +1,188 @@
+"""Geometries: transformers of known sizes with random weights, and their sampling loops.
+
+For measuring speed, which needs no trained weights. The loop is that of the diffusers pipelines:
+`FlowMatchEulerDiscreteScheduler`, one prompt tensor for the whole run, both halves of
+classifier-free guidance in one batch where the model has no guidance of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from specdiff.errors import SpecdiffError
+
+SHIFT = 3.0
+"""Of the sampling times towards noise, as both families have it at these sizes."""
+GUIDANCE = {"flux": 3.5, "sd3": 7.0}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes of one model; images are square."""
+
+    family: Literal["flux", "sd3"]
+    blocks: int
+    """With text and image in two streams."""
+    single_blocks: int
+    """With both in one stream; FLUX only."""
+    heads: int
+    head_width: int
+    side: int
+    """Image tokens a side."""
+    text: int
+    """Text tokens."""
+    prompt_width: int = 4096
+    pooled_width: int = 768
+    qk_norm: str | None = None
+
+    @property
+    def width(self) -> int:
+        """Channels of a token inside the model."""
+        return self.heads * self.head_width
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens."""
+        return self.side**2
+
+
+GEOMETRIES = {
+    "flux-dev": Geometry("flux", 19, 38, 24, 128, 64, 512),
+    "sd3-medium": Geometry("sd3", 24, 0, 24, 64, 64, 333, pooled_width=2048),
+    "sd35-large": Geometry("sd3", 38, 0, 38, 64, 64, 333, pooled_width=2048, qk_norm="rms_norm"),
+    "flux-cpu": Geometry("flux", 2, 4, 8, 64, 32, 64, prompt_width=512),
+    "sd3-cpu": Geometry("sd3", 4, 0, 6, 64, 32, 83, prompt_width=512, pooled_width=256),
+}
+"""By name; those on `-cpu` have the proportions of the large ones and fit two cores."""
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """One model of a geometry and everything that a run of it takes."""
+
+    geometry: Geometry
+    model: nn.Module
+    steps: int
+    conditions: dict[str, Any]
+    """Keyword arguments of the model that stay the same from step to step."""
+    noise: Tensor
+    time_scale: float
+    """What the scheduler's times, from 1000 to 0, are divided by for the model."""
+
+    def timesteps(self) -> Tensor:
+        """The scheduler's times, in the order of the run."""
+        times: Tensor = self._scheduler().timesteps
+        return times
+
+    def _scheduler(self) -> Any:
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
+        scheduler.set_timesteps(self.steps, device=self.noise.device)
+        return scheduler
+
+    @torch.no_grad()
+    def run(self, model: Callable[..., Any]) -> Tensor:
+        """All steps with `model` (ours, or what compiles it); returns the denoised latent."""
+        scheduler, latent = self._scheduler(), self.noise
+        for time in scheduler.timesteps:
+            velocity = model(**self._call(latent, time))[0]
+            if self.guided:
+                uncond, cond = velocity.chunk(2)
+                velocity = uncond + GUIDANCE["sd3"] * (cond - uncond)
+            latent = scheduler.step(velocity, time, latent, return_dict=False)[0]
+        return latent
+
+    @property
+    def guided(self) -> bool:
+        """Whether a batch holds both halves of classifier-free guidance."""
+        return self.geometry.family == "sd3"
+
+    def first_call(self) -> dict[str, Any]:
+        """Keyword arguments of the model at the first step."""
+        return self._call(self.noise, self.timesteps()[0])
+
+    def _call(self, latent: Tensor, time: Tensor) -> dict[str, Any]:
+        batch = latent.repeat(2, 1, 1, 1) if self.guided else latent
+        times = (time / self.time_scale).to(latent.dtype).expand(len(batch))
+        return {"hidden_states": batch, "timestep": times, **self.conditions}
+
+
+def require_known(names: Sequence[str]) -> None:
+    """Raises SpecdiffError for a geometry that is none."""
+    for name in names:
+        if name not in GEOMETRIES:
+            raise SpecdiffError(f"no geometry {name!r}; there are {', '.join(GEOMETRIES)}")
+
+
+def build(name: str, device: torch.device, dtype: torch.dtype, steps: int = 28) -> Sampler:
+    """A sampler of a geometry, its weights and inputs random but always the same."""
+    geometry = GEOMETRIES[name]
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    make = _flux if geometry.family == "flux" else _sd3
+    with torch.device(device), torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        model = make(geometry)
+    return make_sampler(geometry, model.to(dtype).eval(), steps, random)
+
+
+def make_sampler(
+    geometry: Geometry, model: nn.Module, steps: int, random: Callable[..., Tensor]
+) -> Sampler:
+    """The inputs that the pipeline of this family hands to its transformer."""
+    flux = geometry.family == "flux"
+    batch = 1 if flux else 2
+    conditions: dict[str, Any] = {
+        "encoder_hidden_states": random(batch, geometry.text, geometry.prompt_width),
+        "pooled_projections": random(batch, geometry.pooled_width),
+        "return_dict": False,
+    }
+    if not flux:
+        noise = random(1, 16, 2 * geometry.side, 2 * geometry.side)
+        return Sampler(geometry, model, steps, conditions, noise, time_scale=1.0)
+    noise = random(1, geometry.tokens, 64)
+    span = torch.arange(geometry.side, device=noise.device).to(noise.dtype)
+    conditions["img_ids"] = torch.cartesian_prod(span[:1] * 0, span, span)
+    conditions["txt_ids"] = noise.new_zeros(geometry.text, 3)
+    conditions["guidance"] = noise.new_full([1], GUIDANCE["flux"], dtype=torch.float32)
+    return Sampler(geometry, model, steps, conditions, noise, time_scale=1000.0)
+
+
+def _flux(geometry: Geometry) -> Any:
+    from diffusers import FluxTransformer2DModel
+
+    return FluxTransformer2DModel(
+        num_layers=geometry.blocks,
+        num_single_layers=geometry.single_blocks,
+        attention_head_dim=geometry.head_width,
+        num_attention_heads=geometry.heads,
+        joint_attention_dim=geometry.prompt_width,
+        pooled_projection_dim=geometry.pooled_width,
+        guidance_embeds=True,
+        axes_dims_rope=tuple(geometry.head_width * share // 16 for share in (2, 7, 7)),
+    )
+
+
+def _sd3(geometry: Geometry) -> Any:
+    from diffusers import SD3Transformer2DModel
+
+    return SD3Transformer2DModel(
+        sample_size=2 * geometry.side,
+        num_layers=geometry.blocks,
+        attention_head_dim=geometry.head_width,
+        num_attention_heads=geometry.heads,
+        joint_attention_dim=geometry.prompt_width,
+        caption_projection_dim=geometry.width,
+        pooled_projection_dim=geometry.pooled_width,
+        pos_embed_max_size=3 * geometry.side,
+        qk_norm=geometry.qk_norm,
+    )

@@ -1,0 +1,291 @@
+"""Bench: dense under `torch.compile` against specdiff at several cache ratios, on random weights.
+
+One process, the methods taking turns (A B A B), real sampling loops, medians. Every program is also
+timed by itself, beside its floor: the larger of its FLOPs over the matrix rate of the machine and
+its bytes over the copy rate (`specdiff.machine`, `specdiff.passes.cost`).
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx
+
+import specdiff
+from specdiff import torch_adapter
+from specdiff.bench.geometries import Sampler
+from specdiff.compiler import Analysis, attempt
+from specdiff.errors import SpecdiffError, Unsupported
+from specdiff.machine import MachineRates
+from specdiff.options import Options
+from specdiff.passes.cost import Sizes
+from specdiff.passes.regions import dense_work, selective_work
+from specdiff.program import Evaluation, Programs
+from specdiff.runtime.dispatch import Runtime
+from specdiff.runtime.registry import find_or_create
+
+PROCESS = Path("/proc/self")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Program:
+    """One compiled program of a method, run by itself."""
+
+    name: str
+    calls: int
+    """In one run of the sampler."""
+    seconds: float
+    """Median of these calls."""
+    floor: float | None
+    """Seconds that no program with its FLOPs and bytes can beat on this machine."""
+    compile_seconds: float
+
+
+@dataclass
+class Trial:
+    """What was measured of one method."""
+
+    ratio: float
+    """Share of tokens that its selective steps leave out; 0: the dense model."""
+    compiled: Any
+    first_seconds: float = 0.0
+    """Of the run that compiles it."""
+    seconds: list[float] = field(default_factory=list)
+    """Of every run since."""
+    programs: tuple[Program, ...] = ()
+    peak_bytes: int | None = None
+    """Of device memory, or of the process on a CPU; None where it cannot be told."""
+    cache_bytes: int = 0
+
+    @property
+    def median(self) -> float:
+        """Seconds of a run."""
+        return statistics.median(self.seconds)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Everything measured of one geometry; the first trial is the dense model."""
+
+    sampler: Sampler
+    rates: MachineRates
+    trials: Sequence[Trial]
+
+    def speedup(self, trial: Trial) -> float:
+        """Median of dense over the trial's own."""
+        return self.trials[0].median / trial.median
+
+
+class TimedPrograms:
+    """Programs that note how long each call took, the device waited for."""
+
+    def __init__(self, programs: Programs) -> None:
+        self._programs = programs
+        self.signature = programs.signature
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+
+    @property
+    def compile_seconds(self) -> Mapping[str, float]:
+        """Of the programs themselves."""
+        return self._programs.compile_seconds
+
+    def probe(self, inputs: Sequence[object]) -> Evaluation:
+        """As `Programs.probe`."""
+        return self._timed("probe", lambda: self._programs.probe(inputs))
+
+    def dense(self, inputs: Sequence[object], caches: Sequence[Tensor]) -> Evaluation:
+        """As `Programs.dense`."""
+        return self._timed("dense", lambda: self._programs.dense(inputs, caches))
+
+    def selective(
+        self,
+        inputs: Sequence[object],
+        caches: Sequence[Tensor],
+        active: Tensor,
+        text: bool = True,
+    ) -> Evaluation:
+        """As `Programs.selective`."""
+        name = f"{'selective' if text else 'frozen'}_{active.shape[1]}"
+        return self._timed(name, lambda: self._programs.selective(inputs, caches, active, text))
+
+    def tail(self, inputs: Sequence[object], tokens: Tensor) -> list[Tensor]:
+        """As `Programs.tail`."""
+        return self._timed("tail", lambda: self._programs.tail(inputs, tokens))
+
+    def _timed(self, name: str, work: Callable[[], Result]) -> Result:
+        device = self.signature.tokens.device
+        result, seconds = timed(work, device)
+        self.seconds[name].append(seconds)
+        return result
+
+
+def timed(work: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
+    """What `work` returns, and the seconds until the device has done it."""
+    wait(device)
+    start = time.perf_counter()
+    result = work()
+    wait(device)
+    return result, time.perf_counter() - start
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def measure(
+    sampler: Sampler,
+    rates: MachineRates,
+    ratios: Sequence[float],
+    repeats: int,
+    options: Mapping[str, Any],
+    mode: str | None = None,
+    on_run: Callable[[str], None] = lambda text: None,
+    backend: str = "inductor",
+) -> Bench:
+    """Run every method once to compile it, then `repeats` times in turns, then program by program.
+
+    Args:
+        sampler: what runs.
+        rates: of its device and dtype.
+        ratios: of specdiff; the dense model comes first by itself.
+        repeats: runs behind each median.
+        options: of specdiff, on top of each ratio.
+        mode: of `torch.compile`, for all methods.
+        on_run: called before each run with a line for a progress bar.
+        backend: of the dense model.
+    """
+    inductor = torch_adapter.mode_settings(mode)
+    torch.compiler.reset()
+    trials = [Trial(0.0, compiled(sampler, backend, inductor))]
+    rewritten = compiled(sampler, "specdiff", {**inductor, **options})
+    trials += [Trial(ratio, rewritten) for ratio in ratios]
+    for group in (trials[:1], trials[1:]):
+        with torch_adapter.cold_caches():
+            for trial in group:
+                on_run(f"compiling {label(trial)}")
+                trial.first_seconds = run(sampler, trial)
+    for number in range(1, repeats + 1):
+        for trial in trials:
+            on_run(f"round {number}: {label(trial)}")
+            reset_peak(sampler.noise.device)
+            trial.seconds.append(run(sampler, trial))
+            trial.peak_bytes = peak(sampler.noise.device)
+    analysis = analysed(sampler)
+    for trial in trials[1:]:
+        on_run(f"programs of {label(trial)}")
+        trial.programs = programs_of(sampler, trial, analysis, rates)
+    return Bench(sampler, rates, trials)
+
+
+def type_of(name: str | None, device: torch.device) -> torch.dtype:
+    """The dtype of that name, or the usual one of a device. Raises SpecdiffError for another."""
+    found = getattr(torch, name or ("float32" if device.type == "cpu" else "bfloat16"), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise SpecdiffError(f"no floating-point dtype {name!r}")
+    return found
+
+
+def label(trial: Trial) -> str:
+    """A method's name."""
+    return f"specdiff at {trial.ratio:g}" if trial.ratio else "dense"
+
+
+def compiled(sampler: Sampler, backend: str, options: Mapping[str, Any]) -> Any:
+    """The model under one backend; nothing is compiled yet."""
+    return torch.compile(sampler.model, backend=backend, fullgraph=True, options=dict(options))
+
+
+def run(sampler: Sampler, trial: Trial) -> float:
+    """Seconds of one run by one method, caches allocated in it and freed after it."""
+    device = sampler.noise.device
+    if not trial.ratio:
+        return timed(lambda: sampler.run(trial.compiled), device)[1]
+    times = sampler.timesteps()
+    with specdiff.session(trial.compiled, timesteps=times, cache_ratio=trial.ratio):
+        seconds = timed(lambda: sampler.run(trial.compiled), device)[1]
+        trial.cache_bytes = specdiff.stats(trial.compiled).cache_bytes
+    specdiff.reset(trial.compiled)
+    return seconds
+
+
+def programs_of(
+    sampler: Sampler, trial: Trial, analysis: Analysis, rates: MachineRates
+) -> tuple[Program, ...]:
+    """Each program of one further run, by itself."""
+    graphs = list(find_or_create(trial.compiled).graphs)
+    runtime = next(graph for graph in graphs if isinstance(graph, Runtime))
+    programs = runtime.programs
+    runtime.programs = watched = TimedPrograms(programs)
+    try:
+        run(sampler, trial)
+    finally:
+        runtime.programs = programs
+    return tuple(
+        Program(
+            name,
+            len(seconds),
+            statistics.median(seconds),
+            floor(name, analysis, rates),
+            programs.compile_seconds.get(name, 0.0),
+        )
+        for name, seconds in watched.seconds.items()
+    )
+
+
+def floor(name: str, analysis: Analysis, rates: MachineRates) -> float | None:
+    """The least time of a program, where the compiler knows what it takes.
+
+    Of one that computes no text it is what a model without text would take.
+    """
+    if name == "tail":
+        return None
+    kind, _, active = name.partition("_")
+    count = int(active) if active else None
+    work = selective_work(analysis.regions) if active else dense_work(analysis.regions)
+    sizes = Sizes.of(analysis.plan)
+    if kind == "frozen":
+        sizes = replace(sizes, text=0)
+    return rates.seconds(sizes.evaluate(work.flops, count), sizes.evaluate(work.moved, count))
+
+
+def analysed(sampler: Sampler) -> Analysis:
+    """What the compiler finds in the model. Raises Unsupported if it would run dense."""
+    found: list[Analysis | str] = []
+
+    def collect(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        found.append(attempt(module, inputs, Options()))
+        return module.forward
+
+    with torch.no_grad():
+        torch_adapter.trace_once(sampler.model, collect, (), sampler.first_call())
+    if not isinstance(found[0], Analysis):
+        raise Unsupported(found[0])
+    return found[0]
+
+
+def reset_peak(device: torch.device) -> None:
+    """Count the peak of memory from here on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif (PROCESS / "clear_refs").exists():
+        (PROCESS / "clear_refs").write_text("5")
+
+
+def peak(device: torch.device) -> int | None:
+    """Bytes at the peak since then."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    status = PROCESS / "status"
+    lines = status.read_text().splitlines() if status.exists() else []
+    found = [line.split() for line in lines if line.startswith("VmHWM:")]
+    return int(found[0][1]) * 1024 if found else None

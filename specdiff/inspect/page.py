@@ -1,0 +1,188 @@
+"""Page: one self-contained HTML file, with no script or style or picture from anywhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import sympy
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from specdiff.inspect.graph import block_graph, block_path, region_graph, short_count
+from specdiff.inspect.svg import COLOURS, to_svg
+from specdiff.machine import MachineRates
+from specdiff.passes.regions import Region
+from specdiff.report import RATIOS, Prediction, Report
+
+HARDLY_SEEN, PLAINLY_SEEN = 40, 30
+"""PSNR in dB: a rule of thumb, which the page calls one. Nobody was asked what they see."""
+KINDS: Mapping[str, str] = {
+    "attention": "lets every token look at every other",
+    "attention+mlp": "attention and MLP side by side, which share their last projection",
+    "mlp": "works on each token by itself",
+    "modulation": "turns time and prompt into scales and shifts; no tokens in it",
+    "table": "positions of the tokens; nothing learned in it",
+    "embed": "brings inputs to the width of the model",
+    "head": "turns tokens into the prediction",
+    "other": "anything else",
+}
+STEP_KINDS: Mapping[str, tuple[str, str]] = {
+    "dense": ("#2166ac", "every token computed"),
+    "selective": ("#67a9cf", "some tokens computed, the others predicted"),
+    "skipped": ("#e66101", "nothing computed: predicted from earlier steps"),
+    "fallback": ("#b2182b", "every token computed, because a check failed"),
+}
+"""Colour of a step by its kind, and what that means."""
+
+
+def environment() -> Environment:
+    """The templates, with the filters that they use."""
+    found = Environment(
+        loader=PackageLoader("specdiff.inspect"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found.filters.update(
+        count=short_count,
+        formula=pretty_formula,
+        milliseconds=_milliseconds,
+        mebibytes=_mebibytes,
+        seen=_seen,
+    )
+    found.globals.update(step_kinds=STEP_KINDS)
+    return found
+
+
+def pretty_formula(formula: sympy.Expr) -> str:
+    """A formula as it is written on paper."""
+    text = str(sympy.factor_terms(sympy.expand(formula)))
+    return text.replace("**2", "²").replace("**3", "³").replace("*", "·")
+
+
+def _seen(psnr: float) -> str:
+    """A PSNR in dB in words, as the page explains it."""
+    if psnr >= HARDLY_SEEN:
+        return "as a rule hardly visible"
+    return "as a rule seen on a close look" if psnr >= PLAINLY_SEEN else "as a rule plain to see"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def _mebibytes(size: float) -> str:
+    if size < 2**20:
+        return f"{size / 2**10:.1f} KiB"
+    return f"{size / 2**20:.1f} MiB" if size < 2**30 else f"{size / 2**30:.2f} GiB"
+
+
+def report_page(
+    report: Report, rates: MachineRates | None = None, steps: int = 28, name: str = "this model"
+) -> str:
+    """What `explain` found, as HTML."""
+    template = environment().get_template("explain.html")
+    return template.render(name=name, found=found_context(report, rates, steps))
+
+
+def found_context(report: Report, rates: MachineRates | None, steps: int) -> dict[str, Any]:
+    """What the templates show of a report."""
+    if report.analysis is None:
+        return {"report": report}
+    path = block_path(report.analysis)
+    regions, block = region_graph(report.analysis), block_graph(report.analysis, path)
+    prediction = report.predict(rates, steps) if rates else None
+    return {
+        "report": report,
+        "kinds": _kinds(report),
+        "colours": COLOURS,
+        "regions_svg": Markup(to_svg(regions)),
+        "block_svg": Markup(to_svg(block)),
+        "block_path": path,
+        "costs": _costs(report, rates),
+        "rates": rates,
+        "steps": steps,
+        "prediction": prediction,
+        "schedule": planned_steps(report, prediction, steps),
+        "counts": _counts(report.schedule(steps)),
+        "evaluate": report.sizes.evaluate,
+    }
+
+
+def _kinds(report: Report) -> list[dict[str, Any]]:
+    """Regions by kind, the costliest first."""
+    groups: dict[str, list[Region]] = {}
+    for region in report.regions:
+        groups.setdefault(region.kind, []).append(region)
+    total, evaluate = report.step_flops() or 1, report.sizes.evaluate
+    rows = []
+    for kind, regions in groups.items():
+        flops = sum(evaluate(region.dense.flops) for region in regions)
+        quarter = sum(evaluate(r.selective.flops, report.active_at(0.75)) for r in regions)
+        rows.append(
+            {
+                "kind": kind,
+                "meaning": KINDS[kind],
+                "regions": len(regions),
+                "ops": sum(len(region.nodes) for region in regions),
+                "flops": flops,
+                "share": flops / total,
+                "left": quarter / flops if flops else 1.0,
+                "cache": sum(evaluate(region.cache_bytes) for region in regions),
+            }
+        )
+    return sorted(rows, key=lambda row: -row["flops"])
+
+
+def _costs(report: Report, rates: MachineRates | None) -> list[dict[str, Any]]:
+    """A dense step, and selective ones with fewer and fewer tokens."""
+    rows = []
+    for ratio in (0.0, *RATIOS):
+        active = report.active_at(ratio)
+        work = report.selective_work if ratio else report.dense_work
+        flops = report.sizes.evaluate(work.flops, active)
+        seconds = None
+        if rates:
+            seconds = report.step_seconds(rates, active if ratio else None)
+        rows.append(
+            {
+                "ratio": ratio,
+                "active": active,
+                "flops": flops,
+                "moved": report.sizes.evaluate(work.moved, active),
+                "gain": report.step_flops() / flops,
+                "seconds": seconds,
+            }
+        )
+    return rows
+
+
+def planned_steps(
+    report: Report, prediction: Prediction | None, steps: int
+) -> list[dict[str, Any]]:
+    """The schedule as the timeline draws it; without times all steps are drawn alike."""
+    seconds = vars(prediction) if prediction else {}
+    found = [
+        {
+            "kind": kind,
+            "share": count / report.sizes.tokens,
+            "reason": reason,
+            "seconds": seconds.get(kind),
+        }
+        for kind, count, reason in report.schedule(steps)
+    ]
+    return with_heights(found)
+
+
+def with_heights(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Steps with the height of their bars, from 0 to 1: their time, or else their active share."""
+    known = [step["seconds"] for step in steps if step["seconds"]]
+    most = max(known, default=0.0)
+    return [{**s, "height": s["seconds"] / most if s["seconds"] else s["share"]} for s in steps]
+
+
+def _counts(schedule: Sequence[tuple[str, int, str]]) -> dict[str, int]:
+    kinds = [kind for kind, _, _ in schedule]
+    return {kind: kinds.count(kind) for kind in STEP_KINDS if kind in kinds}

@@ -1,0 +1,138 @@
+"""Correction: what forecasts cost the latent is made good, and nothing else changes."""
+
+import pytest
+import torch
+from toy import CHANNELS, Euler, N, Toy, ToyPrograms, noise, prompt, sigmas, streams_of, toy
+
+import specdiff.runtime as sd
+from specdiff.options import Options
+from specdiff.program import Evaluation
+from specdiff.runtime import Runtime
+from specdiff.runtime.clock import next_time
+from specdiff.runtime.schedule import Schedule
+
+SKIPPING = {
+    "cache_ratio": 1.0,
+    "warmup_steps": 2,
+    "refresh_interval": 3,
+    "tapered": False,
+    "forecast": "reuse",
+}
+SELECTING = {**SKIPPING, "cache_ratio": 0.5, "speculative_steps": 0}
+
+
+class LineOfTime(ToyPrograms):
+    """Its prediction is a line in time, whatever the latent."""
+
+    def _run(self, inputs, caches, active):
+        found = super()._run(inputs, caches, active)
+        generator = torch.Generator().manual_seed(5)
+        level, rise = torch.randn(2, 1, N, CHANNELS, generator=generator)
+        sigma = inputs[6].float().reshape(-1, 1, 1) / self.unit
+        line = self.sign * (level + rise * sigma)
+        if active is not None:
+            line = line.gather(1, active.unsqueeze(-1).expand(-1, -1, CHANNELS))
+        return Evaluation(line, found.importance)
+
+
+def follow(options, programs=None, *, session=True, steps=13, as_time=lambda s: s):
+    """The latents of a run on a line, and of a dense one, before each evaluation."""
+    latents = []
+    for chosen in (options, {"cache_ratio": 0.0}):
+        model = toy(programs=programs or LineOfTime(), **chosen)
+        run = Euler(model, steps=steps, as_time=as_time)
+        times = [as_time(s) for s in run.sigmas[:-1]] if session else None
+        seen = []
+        with sd.session(model, timesteps=times):
+            for _ in range(steps):
+                seen.append(run.latent)
+                run.step()
+        latents.append(torch.stack([*seen, run.latent]))
+    return latents
+
+
+def errors(latents):
+    actual, expected = latents
+    return (actual - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+
+
+DENSE = (0, 1, 4, 7, 10)
+
+
+@pytest.mark.parametrize(("sign", "unit"), [(1.0, 1.0), (-1.0, 1.0), (1.0, 1000.0)])
+def test_a_line_in_time_is_followed_exactly(sign, unit):
+    """After each dense evaluation the latent is where a dense run has it."""
+    options = {**SKIPPING, "correction": True}
+    programs = LineOfTime(sign=sign, unit=unit)
+    found = errors(follow(options, programs, as_time=lambda s: s * unit))
+    assert max(found[index + 1] for index in DENSE) < 1e-5
+    without = errors(follow({**options, "correction": False}, programs, as_time=lambda s: s * unit))
+    assert min(without[index + 1] for index in DENSE[2:]) > 1e-3
+
+
+def test_tokens_are_corrected_when_they_are_computed():
+    options = {**SELECTING, "refresh_interval": 4}
+    found = errors(follow({**options, "correction": True}))
+    assert max(found[index + 1] for index in (5, 9)) < 1e-5
+    without = errors(follow({**options, "correction": False}))
+    assert min(without[index + 1] for index in (5, 9)) > 1e-3
+    assert found.sum() < without.sum()
+
+
+def test_unknown_times_are_guessed_and_the_rest_made_good_later():
+    found = errors(follow({**SKIPPING, "correction": True}, session=False, steps=28))
+    without = errors(follow({**SKIPPING, "correction": False}, session=False, steps=28))
+    dense = range(7, 28, 3)
+    assert max(found[index + 1] / without[index + 1] for index in dense) < 0.1
+
+
+@pytest.mark.parametrize("steps", [10, 28, 50])
+@pytest.mark.parametrize("round_to", [torch.float32, torch.bfloat16])
+def test_next_time_is_guessed_and_the_last_evaluation_known(steps, round_to):
+    times = sigmas(steps)
+    seen = torch.tensor(times[:-1], dtype=round_to).tolist()
+    for index in range(6, steps):
+        step = times[index + 1] - times[index]
+        guess = next_time(seen[: index + 1], None)
+        assert abs(guess - times[index + 1]) < (0.25 if round_to == torch.float32 else 0.6) * abs(
+            step
+        )
+        assert (guess == 0) == (index == steps - 1)
+        assert next_time(times[: index + 1], times[:-1]) == times[index + 1]
+
+
+def test_no_sync_and_nothing_left_where_all_is_dense():
+    model = toy(cache_ratio=0.0)
+    Euler(model).run()
+    (stream,) = streams_of(model)
+    assert stream.correction is None and stream.sampler is None
+
+
+@pytest.mark.parametrize("why", ["paper", "not additive", "no flow"])
+def test_where_it_does_not_apply_dense_evaluations_are_the_model(why):
+    programs = ToyPrograms()
+    if why == "not additive":
+        object.__setattr__(programs.signature, "additive", False)
+    options = {**SKIPPING, "speculative_steps": 0}
+    if why == "paper":
+        options["method"] = "paper"
+    model = Toy(Runtime(programs, Options(**options)))
+    run = Euler(model, seed=3, steps=13)
+    if why == "no flow":  # a sampler that goes elsewhere, in steps as small as a flow's
+        start = noise(3)
+        for index in range(13):
+            run.latent = start + 0.05 * noise(index)
+            run.step()
+    else:
+        run.run()
+    assert max(run.errors[index] for index in DENSE) < 1e-6
+    assert sd.stats(model).skipped
+
+
+def test_tapered_plan():
+    model = toy(cache_ratio=1.0)
+    Euler(model, steps=28, text=prompt()).run()
+    counts = sd.stats(model)
+    assert (counts.dense, counts.skipped) == (10, 18)
+    dense = [i for i in range(28) if Schedule.of(Options().resolve(), (16,)).count(i, 28 - i)]
+    assert dense == [0, 2, 4, 7, 10, 14, 18, 22, 26, 27]
