@@ -1,4 +1,8 @@
+<<<<<<< HEAD
+"""The command line, `specdiff demo` and `specdiff eval`: commands wire, modules do."""
+=======
 """The command line: `specdiff demo`, `explain`, `bench`. Commands only wire other modules."""
+>>>>>>> main
 
 from __future__ import annotations
 
@@ -291,6 +295,64 @@ def bench(
         (out / f"{name}.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
         (out / f"{name}.md").write_text(markdown(figures), encoding="utf-8")
         console.print(markdown(figures), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command("eval")
+def evaluate_methods(
+    model: Annotated[str, typer.Option(help="The trained model: emoji or textures.")] = "emoji",
+    weights: Annotated[Path, typer.Option(help="Weights of the texture model.")] = Path(
+        "examples/textures/textures.safetensors"
+    ),
+    out: Annotated[Path, typer.Option(help="Folder for results, table and plot.")] = Path("eval"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="6 pictures, 3 of them timed, no large set.")
+    ] = False,
+    pictures: Annotated[int | None, typer.Option(min=1, help="Compared per method (32).")] = None,
+    pairs: Annotated[
+        int | None, typer.Option(min=1, help="Of them timed, in turn with dense (8).")
+    ] = None,
+    large_set: Annotated[
+        int | None, typer.Option(min=0, help="For the distance between sets (256); 0: not.")
+    ] = None,
+    probe: Annotated[
+        Path | None, typer.Option(help="Classifier of examples/eval/train_probe.py.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the first picture; then counted up.")] = 100,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Only methods of this name or pattern; repeatable.")
+    ] = None,
+    measure: Annotated[
+        list[str] | None, typer.Option(help="Only this phase, pictures or flops; repeatable.")
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="Begin nothing after this; run again for the rest.")
+    ] = None,
+    clock: Annotated[
+        str, typer.Option(help="wall; or cpu, for ratios on a machine that others keep busy.")
+    ] = "wall",
+    device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.")] = "cpu",
+) -> None:
+    """Measure specdiff against fewer steps and every published cache, on equal terms.
+
+    Writes results.json, table.md and frontier.png; run again, it goes on where it stopped.
+    """
+    _require_compiler()
+    _make_folders([out / "results.json"])
+    from specdiff.evaluation.command import SIZES, Sizes, Wanted, evaluate
+    from specdiff.methods import quiet_libraries
+
+    quiet_libraries()
+    usual = SIZES["quick" if quick else "full"]
+    sizes = Sizes(
+        pictures or usual.pictures,
+        pairs or usual.pairs,
+        usual.large_set if large_set is None else large_set,
+    )
+    wanted = Wanted(
+        model, weights, device, sizes, seed, probe, out, method or (), measure or (), minutes, clock
+    )
+    left = evaluate(wanted, console)
+    console.print(f"{out}: " + (f"{left} measurements left: run again" if left else "complete"))
 
 
 def main() -> None:

@@ -55,14 +55,20 @@ def load_transformer(
     """
     from diffusers import FluxTransformer2DModel
 
+    model: FluxTransformer2DModel = load_model(FluxTransformer2DModel, weights, device, dtype)
+    return model
+
+
+def load_model(
+    kind: type, weights: Path, device: str | torch.device, dtype: torch.dtype = torch.float32
+) -> Any:
+    """A diffusers model of that class, from a file that says its configuration, for evaluation."""
     with safe_open(weights, framework="pt") as file:
         config: dict[str, Any] = json.loads(file.metadata()["config"])
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    model = FluxTransformer2DModel(**config)
-    module: Any = model  # diffusers hides from type checkers that it is a torch module
-    module.load_state_dict(state)
-    module.to(device=device, dtype=dtype).eval()
-    return model
+    model = kind(**config)
+    model.load_state_dict(state)
+    return model.to(device=device, dtype=dtype).eval()
 
 
 def load_pipeline(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.utils import counters
 from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import CompileId, TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
@@ -289,3 +290,14 @@ def trace_once(
     """
     forward = FunctionType(_forward.__code__.replace(), globals())
     torch.compile(forward, backend=backend, dynamic=False)(model, *args, **kwargs)
+
+
+def graphs_compiled() -> int:
+    """How many graphs Dynamo has handed to a backend since `forget_compiled`."""
+    return int(counters["stats"]["unique_graphs"])
+
+
+def forget_compiled() -> None:
+    """Drop every compiled graph, and set Dynamo's counters back to zero."""
+    torch.compiler.reset()
+    counters.clear()

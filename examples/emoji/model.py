@@ -1,4 +1,4 @@
-"""The model's size, its initial weights and its optimizers."""
+"""The model's size and its initial weights."""
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -15,8 +15,8 @@ MODEL = {
     "guidance_embeds": False,
     "axes_dims_rope": (8, 28, 28),
 }
-MUON_RATE = 3e-3
-ADAMW_RATE = 1e-3
+OUTER = ("x_embedder", "proj_out", "norm_out")
+"""The layers at the model's ends, by prefix of their names."""
 
 
 def build_model() -> FluxTransformer2DModel:
@@ -28,16 +28,3 @@ def build_model() -> FluxTransformer2DModel:
             torch.nn.init.zeros_(module.weight)
             torch.nn.init.zeros_(module.bias)
     return model
-
-
-def build_optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon for the inner matrices, AdamW for the input and output layers and all vectors."""
-    outer = ("x_embedder", "proj_out", "norm_out")
-    hidden, rest = [], []
-    for name, parameter in model.named_parameters():
-        inner = parameter.ndim == 2 and not name.startswith(outer)
-        (hidden if inner else rest).append(parameter)
-    return [
-        torch.optim.Muon(hidden, lr=MUON_RATE, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=ADAMW_RATE, betas=(0.9, 0.95), weight_decay=0.0),
-    ]

@@ -1,4 +1,4 @@
-"""Positions, sampling and the pictures that a training run leaves behind."""
+"""Positions, sampling and the sheet of samples that a training run leaves behind."""
 
 import itertools
 from pathlib import Path
@@ -77,15 +77,3 @@ def draw_sheet(pictures: dict[str, Tensor], file: Path, columns: int = 8) -> Non
         axis.imshow(picture.permute(1, 2, 0).numpy())
         axis.set_title(prompt, fontsize=9, color="red" if prompt in HELD_OUT_PROMPTS else "black")
     figure.savefig(file, dpi=100)
-
-
-def draw_loss(losses: list[tuple[int, int, float]], file: Path) -> None:
-    """Plot the training loss over steps, one line per stage."""
-    figure = Figure(figsize=(7, 3.5), layout="tight")
-    axis = figure.subplots()
-    for stage in sorted({entry[1] for entry in losses}):
-        points = [(step, loss) for step, at, loss in losses if at == stage]
-        axis.plot(*zip(*points, strict=True), label=f"stage {stage + 1}")
-    axis.set(xlabel="step", ylabel="flow-matching loss", yscale="log")
-    axis.legend()
-    figure.savefig(file, dpi=120)

@@ -1,0 +1,1 @@
+"""What `examples/observations.py` records, computes and draws."""

@@ -1,0 +1,134 @@
+"""The methods to compare: dense, fewer steps, specdiff's settings and the peers'."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import specdiff
+from specdiff.errors import SpecdiffError
+from specdiff.evaluation.subject import STEPS, Subject
+from specdiff.runtime.stats import Stats
+
+FEWER_STEPS = (7, 9, 12, 14, 18)
+SPECDIFF: Mapping[str, Mapping[str, Any]] = {
+    "specdiff, default": {},
+    "specdiff, dense every 2": {"refresh_interval": 2},
+    "specdiff, dense every 4": {"refresh_interval": 4},
+    "specdiff, ratio 0.75": {"cache_ratio": 0.75},
+    "specdiff, ratio 0.9": {"cache_ratio": 0.9},
+    "specdiff, paper 0.75": {"method": "paper", "cache_ratio": 0.75},
+    "specdiff, paper 0.9": {"method": "paper", "cache_ratio": 0.9},
+}
+"""Options by name; a default that is tuned belongs in `specdiff.options`, not here."""
+PRESETS = ("dense", "specdiff, default")
+"""Methods that also draw the large set for the distance between sets and the probe."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A pipeline ready to draw.
+
+    Attributes:
+        pipeline: What `Subject.draw` takes.
+        compiled: How much of the transformer torch.compile covers: graph, blocks, parts, nothing.
+        usage: Reads specdiff's counters; None for other methods.
+    """
+
+    pipeline: Any
+    compiled: str
+    usage: Callable[[], Stats] | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One method with one setting.
+
+    Attributes:
+        name: Unique; what tables show.
+        family: What its points are joined by in the plot.
+        steps: Denoising steps of a picture.
+        settings: What was set, as it is to be written down.
+        prepare: Turns a fresh pipeline into one that draws this way; raises for a reason.
+        eager: The same without compiling, for counting FLOPs; None: the runtime's counters serve.
+        is_peer: Others' work: if it fails, the table says why, and the evaluation goes on.
+    """
+
+    name: str
+    family: str
+    steps: int
+    settings: Mapping[str, Any]
+    prepare: Callable[[Any], Prepared]
+    eager: Callable[[Any], Any] | None = None
+    is_peer: bool = False
+
+    @property
+    def in_large_set(self) -> bool:
+        """Whether it is also measured on the large set."""
+        return self.name in PRESETS
+
+
+def compile_whole(pipeline: Any) -> Prepared:
+    """Compile the transformer with Inductor, one graph or an error."""
+    pipeline.transformer = torch.compile(pipeline.transformer, fullgraph=True, dynamic=False)
+    return Prepared(pipeline, "graph")
+
+
+def _untouched(pipeline: Any) -> Any:
+    return pipeline
+
+
+DENSE = Candidate("dense", "dense", STEPS, {}, compile_whole, _untouched)
+
+
+def fewer_steps() -> list[Candidate]:
+    """The zero-effort baseline: the dense model, for fewer steps of the same schedule."""
+    return [
+        Candidate(f"{n} steps", "fewer steps", n, {"steps": n}, compile_whole, _untouched)
+        for n in FEWER_STEPS
+    ]
+
+
+def own(subject: Subject) -> list[Candidate]:
+    """Specdiff at several settings."""
+    return [_own(name, {**subject.options, **options}) for name, options in SPECDIFF.items()]
+
+
+def _own(name: str, options: Mapping[str, Any]) -> Candidate:
+    def prepare(pipeline: Any) -> Prepared:
+        compiled: Any = torch.compile(
+            pipeline.transformer, backend="specdiff", fullgraph=True, options=dict(options)
+        )
+        pipeline.transformer = compiled
+        return Prepared(pipeline, "graph", lambda: specdiff.stats(compiled))
+
+    family = "specdiff, paper" if options.get("method") == "paper" else "specdiff"
+    return Candidate(name, family, STEPS, options, prepare)
+
+
+def all_candidates(subject: Subject) -> list[Candidate]:
+    """Every method, dense first."""
+    from specdiff.evaluation.peers import peers
+
+    return [DENSE, *fewer_steps(), *own(subject), *peers(subject)]
+
+
+def choose(candidates: Sequence[Candidate], patterns: Sequence[str]) -> list[Candidate]:
+    """Those whose names match a shell pattern; all if none is given.
+
+    Raises:
+        SpecdiffError: A pattern matches nothing.
+    """
+    for pattern in patterns:
+        if not any(fnmatch.fnmatch(one.name, pattern) for one in candidates):
+            names = ", ".join(repr(one.name) for one in candidates)
+            raise SpecdiffError(f"no method matches {pattern!r}; there are {names}")
+    return [
+        one
+        for one in candidates
+        if not patterns or any(fnmatch.fnmatch(one.name, pattern) for pattern in patterns)
+    ]

@@ -1,0 +1,125 @@
+"""What `specdiff eval` does with its options."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from specdiff.errors import SpecdiffError
+from specdiff.evaluation.campaign import PHASES, RESULTS, Campaign
+from specdiff.evaluation.candidates import all_candidates, choose
+from specdiff.evaluation.features import Probe
+from specdiff.evaluation.findings import Findings, Plan
+from specdiff.evaluation.measuring import Bench
+from specdiff.evaluation.plot import draw_frontier
+from specdiff.evaluation.subject import STEPS, Subject, find_subject
+from specdiff.evaluation.table import markdown
+from specdiff.methods import usable_device
+from specdiff.summary import environment
+
+CLOCKS: Mapping[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+TABLE, PLOT = "table.md", "frontier.png"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured.
+
+    Attributes:
+        pictures: Pictures a method is compared on.
+        pairs: Pairs of dense and method behind a time ratio.
+        large_set: Pictures for the distance between sets and the probe; 0: neither.
+    """
+
+    pictures: int
+    pairs: int
+    large_set: int
+
+
+SIZES: Mapping[str, Sizes] = {"full": Sizes(32, 8, 256), "quick": Sizes(6, 3, 0)}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The options of `specdiff eval`; see its help."""
+
+    model: str
+    weights: Path
+    device: str
+    sizes: Sizes
+    seed: int
+    probe: Path | None
+    out: Path
+    methods: Sequence[str]
+    phases: Sequence[str]
+    minutes: float | None
+    clock: str
+
+
+def _bench(wanted: Wanted, subject: Subject) -> Bench:
+    count = max(wanted.sizes.pictures, wanted.sizes.large_set)
+    return Bench(
+        subject,
+        usable_device(wanted.device),
+        subject.requests(count, wanted.seed),
+        wanted.sizes.pictures,
+        wanted.sizes.pairs,
+        Probe.load(wanted.probe) if wanted.probe else None,
+        CLOCKS[wanted.clock],
+    )
+
+
+def _plan(wanted: Wanted) -> Plan:
+    sizes = wanted.sizes
+    return Plan(
+        wanted.model,
+        STEPS,
+        sizes.pictures,
+        sizes.pairs,
+        sizes.large_set,
+        wanted.seed,
+        wanted.device,
+        wanted.clock,
+    )
+
+
+def evaluate(wanted: Wanted, console: Console) -> int:
+    """Measure what is not known yet behind a progress bar, and write the reports.
+
+    Returns:
+        How many of the wanted measurements are still left.
+
+    Raises:
+        SpecdiffError: An option has no such value, or the folder holds another plan.
+    """
+    phases = wanted.phases or PHASES
+    if unknown := sorted(set(phases) - set(PHASES)):
+        raise SpecdiffError(f"no phase {unknown[0]!r}: choose from {', '.join(PHASES)}")
+    if wanted.clock not in CLOCKS:
+        raise SpecdiffError(f"no clock {wanted.clock!r}: choose from {', '.join(CLOCKS)}")
+    device = usable_device(wanted.device)
+    subject = find_subject(wanted.model, wanted.weights, device)
+    candidates = choose(all_candidates(subject), wanted.methods)
+    findings = Findings.open(wanted.out / RESULTS, _plan(wanted), environment(device))
+    deadline = None if wanted.minutes is None else time.monotonic() + 60 * wanted.minutes
+    campaign = Campaign(_bench(wanted, subject), findings, wanted.out, deadline)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    text = TextColumn("{task.description}", markup=False)
+    with Progress(*columns, text, console=console) as progress:
+        task = progress.add_task("loading", total=len(campaign.left(candidates, phases)))
+        campaign.bench.tell = lambda line: progress.update(task, description=line)
+        for _ in campaign.run(candidates, phases):
+            progress.advance(task)
+    write_reports(findings, wanted.out)
+    return len(campaign.left(candidates, phases))
+
+
+def write_reports(findings: Findings, folder: Path) -> None:
+    """Write the table and the plot of what is known."""
+    (folder / TABLE).write_text(markdown(findings), encoding="utf-8")
+    draw_frontier(findings, folder / PLOT)

@@ -1,0 +1,124 @@
+"""What an evaluation has found so far: one JSON file that grows method by method."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from specdiff.errors import SpecdiffError
+
+SCHEMA = 1
+"""Number of the file's layout; grows when a field changes its meaning or goes away."""
+REFERENCE_FAMILY = "dense"
+SPEEDUP, PSNR, FEATURES, FLOPS = "speedup", "psnr_db", "feature_distance", "flops_share"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What decides a measurement; findings of different plans do not mix.
+
+    Attributes:
+        model: Name of the subject.
+        steps: Denoising steps of the dense run.
+        pictures: Pictures a method is compared on.
+        pairs: Pairs of dense and method behind each time ratio.
+        large_set: Pictures for the distance between sets and the probe; 0: neither.
+        seed: Of the first picture.
+        device: Where it runs.
+        clock: What the times are of: "wall", or "cpu" where others keep the machine busy.
+    """
+
+    model: str
+    steps: int
+    pictures: int
+    pairs: int
+    large_set: int
+    seed: int
+    device: str
+    clock: str
+
+
+@dataclass
+class Finding:
+    """What is known of one method; measures that were not taken are missing from `values`."""
+
+    family: str
+    steps: int
+    settings: Mapping[str, Any]
+    compiled: str = ""
+    reason: str = ""
+    """Why it could not be measured; empty if it could."""
+    values: dict[str, Any] = field(default_factory=dict)
+
+    def has(self, phase: str) -> bool:
+        """Whether a phase is done or known to be impossible."""
+        return bool(self.reason) or phase in self.values.get("phases", ())
+
+    def add(self, phase: str, values: Mapping[str, Any]) -> None:
+        """Keep what a phase measured."""
+        phases = sorted({*self.values.get("phases", ()), phase})
+        self.values |= {**values, "phases": phases}
+
+
+@dataclass
+class Findings:
+    """All methods measured so far under one plan."""
+
+    plan: Plan
+    environment: Mapping[str, Any]
+    methods: dict[str, Finding] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, file: Path, plan: Plan, environment: Mapping[str, Any]) -> Findings:
+        """Continue from the file if there is one.
+
+        Raises:
+            SpecdiffError: The file holds the findings of another plan.
+        """
+        if not file.exists():
+            return cls(plan, environment)
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        if stored.get("schema") != SCHEMA or stored["plan"] != asdict(plan):
+            raise SpecdiffError(
+                f"{file} holds another plan ({stored.get('plan')}): choose another --out"
+            )
+        methods = {name: Finding(**finding) for name, finding in stored["methods"].items()}
+        return cls(plan, stored["environment"], methods)
+
+    def save(self, file: Path) -> None:
+        """Write the file whole or not at all."""
+        record = {
+            "schema": SCHEMA,
+            "plan": asdict(self.plan),
+            "environment": self.environment,
+            "methods": {name: asdict(finding) for name, finding in self.methods.items()},
+        }
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        part.replace(file)
+
+    def rivals(self, *fields: str) -> dict[str, Finding]:
+        """The methods but the dense one for which all of these values are known, by name."""
+        return {
+            name: finding
+            for name, finding in self.methods.items()
+            if finding.family != REFERENCE_FAMILY
+            and all(finding.values.get(field) is not None for field in fields)
+        }
+
+
+def frontier(findings: Findings, measure: str, *, higher_is_better: bool) -> list[str]:
+    """Names of the methods that no other beats in both speedup and the measure, fastest first."""
+    sign = 1 if higher_is_better else -1
+    points = findings.rivals(SPEEDUP, measure)
+    ordered = sorted(points, key=lambda name: -points[name].values[SPEEDUP])
+    best, kept = float("-inf"), []
+    for name in ordered:
+        value = sign * points[name].values[measure]
+        if value > best:
+            best = value
+            kept.append(name)
+    return kept

@@ -1,0 +1,137 @@
+"""How far a method's pictures are from the dense ones, and what the method costs."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from specdiff.comparison import quality
+from specdiff.evaluation.features import feature_distance, features
+from specdiff.report import Report
+from specdiff.runtime.stats import Stats
+
+KIBIBYTE = 2**10
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """One picture against the dense one of the same request."""
+
+    psnr: float
+    """dB; inf if equal."""
+    ssim: float
+    feature_distance: float
+    latent_error: float
+    """Euclidean distance of the final latents over the length of the dense one's."""
+
+
+def latent_error(latents: Tensor, reference: Tensor) -> float:
+    """Relative Euclidean distance, in float64."""
+    difference = (latents.double() - reference.double()).norm()
+    return float(difference / reference.double().norm())
+
+
+def likeness(
+    picture: Tensor, reference: Tensor, latents: Tensor, reference_latents: Tensor
+) -> Likeness:
+    """Compare pictures `[H, W, 3]` and their latents."""
+    near = quality(picture, reference)
+    seen, expected = (features(one.permute(2, 0, 1)[None]) for one in (picture, reference))
+    return Likeness(
+        near.psnr,
+        near.ssim,
+        float(feature_distance(seen, expected)),
+        latent_error(latents, reference_latents),
+    )
+
+
+def time_ratio(dense: Sequence[float], other: Sequence[float]) -> float:
+    """Speedup: the median over rounds of dense time over the method's, in the same round."""
+    return statistics.median(a / b for a, b in zip(dense, other, strict=True))
+
+
+def flop_counter() -> FlopCounterMode:
+    """Counts matrix products and attention; the CPU's flash attention is missing from torch's."""
+
+    def cpu_attention(query: object, key: object, value: object, *args: object, **_: object) -> int:
+        return int(sdpa_flop_count(query, key, value))
+
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return FlopCounterMode(display=False, custom_mapping={kernel: cpu_attention})
+
+
+def flops_share(report: Report, usage: Stats, steps: int) -> float:
+    """FLOPs of one specdiff picture over a dense one's, from its counters and the cost model.
+
+    A selective step's FLOPs are affine in its tokens, so their mean number gives the sum exactly.
+    """
+    full = usage.dense + usage.speculative
+    spent = full * report.step_flops()
+    if usage.selective:
+        per_dense = usage.tokens_total / (usage.dense + usage.selective + usage.skipped)
+        active = (usage.tokens_computed - full * per_dense) / usage.selective
+        rows = usage.token_counts.shape[0] if usage.token_counts is not None else 1
+        spent += usage.selective * report.step_flops(round(active / rows))
+    return spent / (steps * report.step_flops())
+
+
+class PeakMemory:
+    """The most memory a method holds while it draws, in bytes, above what was held at the start.
+
+    On CUDA what torch allocated; elsewhere the process's resident high-water mark of Linux, which
+    is coarse: it includes what compiling left behind. Start it before the method's pipeline is
+    loaded, call `restart` after its first picture, read `bytes` at the end; None where unknown.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        _give_back()
+        is_cuda = device.type == "cuda"
+        self.before = torch.cuda.memory_allocated(device) if is_cuda else _status("VmRSS")
+
+    def restart(self) -> None:
+        """Forget the peak of compiling."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            _reset_high_water_mark()
+
+    @property
+    def bytes(self) -> int | None:
+        """The peak since `restart`."""
+        is_cuda = self.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self.device) if is_cuda else _status("VmHWM")
+        return None if peak is None or self.before is None else max(0, peak - self.before)
+
+
+def _give_back() -> None:
+    """Return freed memory to the system, as far as the C library can."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _reset_high_water_mark() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def _status(field: str) -> int | None:
+    """A memory field of this process in bytes; None where there is no /proc."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith(f"{field}:")]
+    return int(found[0]) * KIBIBYTE if found else None

@@ -1,0 +1,259 @@
+"""Measuring one method: its pictures against the dense ones, and its time beside theirs."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import specdiff
+from specdiff import torch_adapter
+from specdiff.comparison import Request
+from specdiff.errors import SpecdiffError
+from specdiff.evaluation.candidates import DENSE, Candidate, Prepared
+from specdiff.evaluation.features import Probe, features, kernel_distance
+from specdiff.evaluation.findings import FEATURES, FLOPS, PSNR, SPEEDUP
+from specdiff.evaluation.measures import (
+    PeakMemory,
+    flop_counter,
+    flops_share,
+    likeness,
+    time_ratio,
+)
+from specdiff.evaluation.subject import STEPS, Subject
+
+Values = dict[str, Any]
+Tell = Callable[[str], None]
+FEATURE_BATCH = 16
+"""Pictures that pass through the feature network at once."""
+
+
+@dataclass
+class Bench:
+    """What all methods are measured with.
+
+    Attributes:
+        subject: The pipeline.
+        device: Where it runs.
+        requests: The pictures, the large set included.
+        pictures: How many of them each method is compared on.
+        pairs: How many of those are drawn in turn with the dense model, for the time ratio.
+        clock: Tells seconds: of the wall, or of this process's processors where others are busy.
+        probe: Recognises the prompts; None: that is not measured.
+        tell: Told what is going on.
+    """
+
+    subject: Subject
+    device: torch.device
+    requests: Sequence[Request]
+    pictures: int
+    pairs: int
+    probe: Probe | None = None
+    clock: Callable[[], float] = time.perf_counter
+    tell: Tell = lambda line: None
+
+
+def _start(bench: Bench, candidate: Candidate, steps: int) -> tuple[Prepared, float]:
+    """Compile a fresh pipeline by drawing one picture; returns it and how long that took."""
+    bench.tell(f"{candidate.name}: compiling")
+    prepared = candidate.prepare(bench.subject.load())
+    started = time.perf_counter()
+    bench.subject.draw(prepared.pipeline, bench.requests[0], steps)
+    return prepared, time.perf_counter() - started
+
+
+def _require_graphs(candidate: Candidate, prepared: Prepared, graphs: int) -> None:
+    """Past a few variants torch runs eagerly in silence, so nothing may compile while measured.
+
+    Raises:
+        SpecdiffError: Something did, or one graph was promised and there are more.
+    """
+    now = torch_adapter.graphs_compiled()
+    if prepared.compiled == "graph" and graphs != 1:
+        raise SpecdiffError(f"{candidate.name}: {graphs} graphs instead of one")
+    if now != graphs:
+        raise SpecdiffError(f"{candidate.name}: {now - graphs} graphs compiled while measured")
+
+
+def measure_pictures(
+    bench: Bench, candidate: Candidate, reference: Sequence[Tensor] | None
+) -> tuple[Values, list[Tensor]]:
+    """Draw the pictures, some in turn with the dense model, and compare time and content.
+
+    Args:
+        bench: What to measure with.
+        candidate: The method.
+        reference: Latents of the dense pictures; None: this is the dense method.
+
+    Returns:
+        What was measured, and the latents drawn.
+
+    Raises:
+        SpecdiffError: Something compiled on the way, or in more graphs than promised.
+    """
+    torch_adapter.forget_compiled()
+    memory = PeakMemory(bench.device)
+    prepared, first_seconds = _start(bench, candidate, candidate.steps)
+    graphs = torch_adapter.graphs_compiled()
+    count = len(bench.requests) if candidate.in_large_set else bench.pictures
+    memory.restart()
+    alone = _draw(bench, candidate, prepared, range(bench.pairs, count))
+    peak = memory.bytes if alone else None
+    _require_graphs(candidate, prepared, graphs)
+    drawn = _draw_in_turn(bench, candidate, prepared)
+    drawn.latents += alone
+    expected = drawn.latents if reference is None else reference
+    values: Values = {
+        **drawn.times(),
+        "first_picture_seconds": round(first_seconds, 2),
+        "graphs": graphs,
+        "peak_bytes": peak,
+        **_counters(prepared),
+        **_likeness(bench, drawn.latents, expected),
+    }
+    if count > bench.pictures:
+        values |= _sets(bench, drawn.latents, expected)
+    return values, drawn.latents
+
+
+@dataclass
+class Drawn:
+    """Latents of a method's pictures, and seconds of those drawn in turn with the dense model."""
+
+    latents: list[Tensor] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    dense_seconds: list[float] = field(default_factory=list)
+
+    def times(self) -> Values:
+        """What is kept of the times."""
+        return {
+            SPEEDUP: round(time_ratio(self.dense_seconds, self.seconds), 4),
+            "seconds": round(statistics.median(self.seconds), 4),
+            "seconds_each": [round(second, 4) for second in self.seconds],
+            "dense_seconds_each": [round(second, 4) for second in self.dense_seconds],
+        }
+
+
+def _draw(bench: Bench, candidate: Candidate, prepared: Prepared, indices: range) -> list[Tensor]:
+    """Latents of some of the requests."""
+    latents = []
+    for index in indices:
+        bench.tell(f"{candidate.name}: picture {index + 1} of {indices.stop}")
+        request = bench.requests[index]
+        latents.append(bench.subject.draw(prepared.pipeline, request, candidate.steps))
+    return latents
+
+
+def _draw_in_turn(bench: Bench, candidate: Candidate, prepared: Prepared) -> Drawn:
+    """Draw the first pictures in turn with the dense model, compiled in the same process."""
+    shares_dense = candidate.prepare is DENSE.prepare
+    dense = prepared if shares_dense else _start(bench, DENSE, steps=2)[0]
+    graphs, drawn = torch_adapter.graphs_compiled(), Drawn()
+    for index in range(bench.pairs):
+        started = bench.clock()
+        _draw(bench, DENSE, dense, range(index, index + 1))
+        between = bench.clock()
+        drawn.latents += _draw(bench, candidate, prepared, range(index, index + 1))
+        drawn.dense_seconds.append(between - started)
+        drawn.seconds.append(bench.clock() - between)
+    if torch_adapter.graphs_compiled() != graphs:
+        raise SpecdiffError(f"{candidate.name}: a graph compiled while measured")
+    return drawn
+
+
+def _counters(prepared: Prepared) -> Values:
+    if prepared.usage is None:
+        return {}
+    usage = prepared.usage()
+    return {
+        "tokens_share": round(usage.tokens_computed / usage.tokens_total, 4),
+        "cache_bytes": usage.cache_bytes,
+        "fallbacks": dict(usage.fallbacks),
+    }
+
+
+def _likeness(bench: Bench, latents: Sequence[Tensor], reference: Sequence[Tensor]) -> Values:
+    bench.tell("comparing")
+    found = [
+        likeness(bench.subject.picture(a), bench.subject.picture(b), a, b)
+        for a, b in zip(latents[: bench.pictures], reference, strict=False)
+    ]
+    mean = statistics.fmean
+    psnr = [one.psnr for one in found]
+    return {
+        # JSON knows no infinity: equal pictures have no PSNR.
+        PSNR: _rounded(mean(psnr)),
+        "psnr_db_lowest": _rounded(min(psnr)),
+        "psnr_db_each": [_rounded(value) for value in psnr],
+        "ssim": _rounded(mean(one.ssim for one in found)),
+        FEATURES: _rounded(mean(one.feature_distance for one in found)),
+        "latent_error": _rounded(mean(one.latent_error for one in found)),
+    }
+
+
+def _rounded(value: float) -> float | None:
+    return round(value, 5) if math.isfinite(value) else None
+
+
+def _pooled(bench: Bench, latents: Sequence[Tensor]) -> Tensor:
+    pictures = [bench.subject.to_pixels(one)[0] for one in latents]
+    batches = [pictures[i : i + FEATURE_BATCH] for i in range(0, len(pictures), FEATURE_BATCH)]
+    return torch.cat([features(torch.stack(batch)).pooled for batch in batches])
+
+
+def _sets(bench: Bench, latents: Sequence[Tensor], reference: Sequence[Tensor]) -> Values:
+    ours, theirs = _pooled(bench, latents), _pooled(bench, reference)
+    values: Values = {"kernel_distance": _rounded(kernel_distance(ours, theirs))}
+    if bench.probe is not None:
+        prompts = [request.prompt for request in bench.requests]
+        values["recognised"] = _rounded(bench.probe.recognised(ours, prompts))
+    return values
+
+
+@torch.no_grad()
+def measure_flops(bench: Bench, candidate: Candidate) -> Values:
+    """FLOPs of one picture over a dense one's; nothing is compiled by Inductor."""
+    bench.tell(f"{candidate.name}: counting FLOPs")
+    if candidate.eager is not None:
+        spent = _flops(bench, candidate.eager, candidate.steps)
+        return {FLOPS: round(spent / (STEPS * _flops(bench, lambda p: p, 1)), 4)}
+    torch_adapter.forget_compiled()
+    options = {**candidate.settings, "inner_backend": "eager"}
+    pipeline = bench.subject.load()
+    compiled: Any = torch.compile(pipeline.transformer, backend="specdiff", options=options)
+    pipeline.transformer = compiled
+    bench.subject.draw(pipeline, bench.requests[0], candidate.steps)
+    report = specdiff.explain(compiled, **_inputs(bench.subject))
+    return {FLOPS: round(flops_share(report, specdiff.stats(compiled), STEPS), 4)}
+
+
+def _flops(bench: Bench, change: Callable[[Any], Any], steps: int) -> int:
+    pipeline = change(bench.subject.load())
+    with flop_counter() as counter:
+        bench.subject.draw(pipeline, bench.requests[0], steps)
+    return int(counter.get_total_flops())
+
+
+def _inputs(subject: Subject) -> Mapping[str, Any]:
+    """The transformer's arguments in the pipeline's first step."""
+    pipeline = subject.load()
+    seen: dict[str, Any] = {}
+
+    class Seen(Exception):
+        """The arguments are known: no need to run."""
+
+    def note(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        seen.update(kwargs)
+        raise Seen
+
+    pipeline.transformer.register_forward_pre_hook(note, with_kwargs=True)
+    with contextlib.suppress(Seen):
+        subject.draw(pipeline, subject.requests(1, 0)[0], 1)
+    return seen

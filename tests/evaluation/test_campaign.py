@@ -1,0 +1,206 @@
+"""Running, resuming and showing an evaluation, on a toy."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from specdiff.errors import SpecdiffError
+from specdiff.evaluation.campaign import RESULTS, Campaign
+from specdiff.evaluation.candidates import (
+    DENSE,
+    Candidate,
+    Prepared,
+    all_candidates,
+    choose,
+    fewer_steps,
+)
+from specdiff.evaluation.findings import (
+    FEATURES,
+    PSNR,
+    SPEEDUP,
+    Finding,
+    Findings,
+    Plan,
+    frontier,
+)
+from specdiff.evaluation.measuring import Bench
+from specdiff.evaluation.plot import draw_frontier, frontier_figure
+from specdiff.evaluation.table import markdown
+from tests.evaluation.toy import dimmed, rival, toy_subject
+
+PLAN = Plan("toy", 28, 2, 1, 0, 0, "cpu", "wall")
+
+
+def broken(pipeline: Any) -> None:
+    raise RuntimeError("this model has\nno blocks")
+
+
+def campaign(folder: Path, deadline: float | None = None, plan: Plan = PLAN) -> Campaign:
+    subject = toy_subject()
+    requests = subject.requests(max(plan.pictures, plan.large_set), 0)
+    bench = Bench(subject, torch.device("cpu"), requests, plan.pictures, plan.pairs)
+    return Campaign(bench, Findings.open(folder / RESULTS, plan, {}), folder, deadline)
+
+
+def run(one: Campaign, candidates: Sequence[Candidate], *phases: str) -> int:
+    with torch.no_grad():
+        return sum(1 for _ in one.run(candidates, phases or ("pictures", "flops")))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("eval")
+    methods = [DENSE, fewer_steps()[0], rival("dimmed", dimmed), rival("broken", broken)]
+    run(campaign(folder), methods)
+    return folder
+
+
+def test_every_measure_is_taken(finished: Path) -> None:
+    methods = campaign(finished).findings.methods
+    dense, shorter = methods["dense"].values, methods["7 steps"].values
+    assert dense[PSNR] is None  # equal
+    assert dense["latent_error"] == 0
+    assert dense["flops_share"] == 1.0
+    assert shorter["flops_share"] == 0.25
+    assert 10 < shorter[PSNR] < 80
+    assert 0 < shorter[FEATURES] < 1
+    assert len(shorter["seconds_each"]) == len(shorter["dense_seconds_each"]) == 1
+    assert shorter["graphs"] == 1
+
+
+def test_a_peer_that_fails_leaves_its_reason_and_no_numbers(finished: Path) -> None:
+    found = campaign(finished).findings.methods["broken"]
+    assert found.reason == "RuntimeError: this model has no blocks"
+    assert found.values == {}
+
+
+def test_a_failure_of_our_own_is_not_hidden(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"no\sblocks"):
+        run(campaign(tmp_path), [rival("ours", broken, is_peer=False)], "flops")
+
+
+def test_what_is_known_is_not_measured_again(finished: Path) -> None:
+    before = (finished / RESULTS).read_text()
+    again = campaign(finished)
+    assert run(again, [DENSE, rival("dimmed", broken), rival("broken", dimmed)]) == 0
+    assert (finished / RESULTS).read_text() == before
+    assert run(again, [DENSE, rival("new", dimmed)], "pictures") == 1
+
+
+def test_past_the_deadline_nothing_begins(tmp_path: Path) -> None:
+    late = campaign(tmp_path, deadline=time.monotonic() - 1)
+    assert run(late, [DENSE]) == 0
+    assert len(late.left([DENSE])) == 2
+
+
+def test_results_of_another_plan_are_refused(finished: Path) -> None:
+    with pytest.raises(SpecdiffError, match="another plan"):
+        campaign(finished, plan=Plan("toy", 28, 3, 1, 0, 0, "cpu", "wall"))
+
+
+def test_results_without_the_dense_pictures_are_refused(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / RESULTS).write_text((finished / RESULTS).read_text())
+    with pytest.raises(SpecdiffError, match="gone"):
+        run(campaign(tmp_path), [rival("unknown", dimmed)], "pictures")
+
+
+def test_the_large_set_is_compared_as_a_set(tmp_path: Path) -> None:
+    plan = Plan("toy", 28, 1, 1, 4, 0, "cpu", "wall")
+    one = campaign(tmp_path, plan=plan)
+    run(one, [DENSE], "pictures")
+    assert one.findings.methods["dense"].values["kernel_distance"] is not None
+
+
+def test_a_compilation_while_measuring_is_an_error(tmp_path: Path) -> None:
+    def recompile(pipeline: Any) -> None:
+        inner, calls = pipeline.transformer, [0]
+
+        def forward(x: torch.Tensor) -> Any:
+            calls[0] += 1
+            compiled(x if calls[0] < 30 else x.repeat(2, 1, 1, 1))  # not in the first picture
+            return inner(x)
+
+        compiled = torch.compile(inner, backend="eager", dynamic=False)
+        pipeline.transformer = forward
+
+    one = campaign(tmp_path)
+    run(one, [DENSE, rival("restless", recompile)], "pictures")
+    assert "compiled while measured" in one.findings.methods["restless"].reason
+
+
+def test_more_graphs_than_promised_is_an_error(tmp_path: Path) -> None:
+    def prepare(pipeline: Any) -> Prepared:
+        pipeline.transformer = torch.compile(pipeline.transformer, backend="eager")
+        inner = torch.compile(torch.sin, backend="eager")
+        outer = pipeline.transformer
+        pipeline.transformer = lambda x: outer(x) + 0 * inner(x)
+        return Prepared(pipeline, "graph")
+
+    one = campaign(tmp_path)
+    liar = Candidate("liar", "rivals", 28, {}, prepare, lambda pipeline: pipeline, is_peer=True)
+    run(one, [DENSE, liar], "pictures")
+    assert "2 graphs instead of one" in one.findings.methods["liar"].reason
+
+
+def point(speedup: float, psnr: float | None) -> Finding:
+    return Finding("f", 28, {}, values={SPEEDUP: speedup, PSNR: psnr, FEATURES: 0.1})
+
+
+def test_the_frontier_holds_what_none_beats_in_both() -> None:
+    points = {
+        "slow": point(1.5, 40.0),
+        "beaten": point(1.4, 39.0),
+        "fast": point(3.0, 30.0),
+        "equal": point(1.0, None),
+        "dense": Finding("dense", 28, {}, values={SPEEDUP: 9.0, PSNR: 99.0, FEATURES: 0.0}),
+        "odd": Finding("f", 28, {}, reason="does not run"),
+    }
+    found = frontier(Findings(PLAN, {}, points), PSNR, higher_is_better=True)
+    assert found == ["fast", "slow"]
+
+
+def test_a_family_has_one_colour_in_both_plots() -> None:
+    points = {
+        "equal": Finding("exact", 28, {}, values={SPEEDUP: 1.1, PSNR: None, FEATURES: 0.0}),
+        "near": Finding("near", 28, {}, values={SPEEDUP: 2.0, PSNR: 40.0, FEATURES: 0.1}),
+    }
+    left, right = frontier_figure(Findings(PLAN, {}, points)).axes
+    colours = [
+        {line.get_label(): line.get_color() for line in axes.lines} for axes in (left, right)
+    ]
+    assert colours[0]["near"] == colours[1]["near"]
+
+
+def test_table_and_plot_show_methods_and_reasons(finished: Path, tmp_path: Path) -> None:
+    findings = campaign(finished).findings
+    text = markdown(findings)
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert rows[0].startswith("| method | speedup | FLOPs | PSNR, dB")
+    assert "recognised" not in rows[0]  # nothing fills it
+    assert any("7 steps" in row and "25%" in row for row in rows)
+    assert any(row.startswith("| dense") and "equal" in row for row in rows)
+    assert "- broken: RuntimeError: this model has no blocks" in text
+    draw_frontier(findings, tmp_path / "frontier.png")
+    assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_results_are_strict_json(finished: Path) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    json.loads((finished / RESULTS).read_text(), parse_constant=refuse)
+
+
+def test_methods_are_chosen_by_pattern() -> None:
+    methods = all_candidates(toy_subject())
+    assert len({one.name for one in methods}) == len(methods)
+    assert {one.name for one in choose(methods, ["dense", "7 st*"])} == {"dense", "7 steps"}
+    with pytest.raises(SpecdiffError, match="no method matches 'x'"):
+        choose(methods, ["x"])
