@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""The command line, `specdiff demo` and `specdiff eval`: commands wire, modules do."""
-=======
-"""The command line: `specdiff demo`, `explain`, `bench`. Commands only wire other modules."""
->>>>>>> main
+"""The command line: `specdiff demo`, `explain`, `bench`, `eval`. Commands only wire modules."""
 
 from __future__ import annotations
 
