@@ -18,7 +18,10 @@ FEWER_STEPS = (7, 9, 12, 14, 18)
 SPECDIFF: Mapping[str, Mapping[str, Any]] = {
     "specdiff, default": {},
     "specdiff, dense every 2": {"refresh_interval": 2},
-    "specdiff, dense every 4": {"refresh_interval": 4},
+    "specdiff, dense every 3": {"refresh_interval": 3},
+    "specdiff, dense every 5": {"refresh_interval": 5},
+    "specdiff, dense every 8": {"refresh_interval": 8},
+    "specdiff, no correction": {"correction": False},
     "specdiff, ratio 0.75": {"cache_ratio": 0.75},
     "specdiff, ratio 0.9": {"cache_ratio": 0.9},
     "specdiff, paper 0.75": {"method": "paper", "cache_ratio": 0.75},

@@ -16,7 +16,7 @@ from specdiff.errors import SpecdiffError
 
 MODELS = ("emoji", "textures")
 STEPS = 28
-TUNED_ON = 12
+TUNED_ON = 24
 """Stored prompts at the start of the demo's list that its defaults may have been tuned on."""
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from specdiff.options import Settings
 
-TAPER = 4
-"""Evaluations after which a tapered plan leaves one more between two dense ones."""
+TAPER = 16
+"""Evaluations over which a tapered plan grows the distance of dense ones by `refresh_interval`."""
 LATE = 2.6
 """Evaluations to the end below which a tapered plan is dense: the last two, if a guess is right."""
 
@@ -105,5 +105,5 @@ class Schedule:
 
     def _interval(self, last: int) -> int:
         """From the dense evaluation `last` to the next."""
-        grown = 2 + last // TAPER if self.tapered else self.refresh_interval
-        return min(grown, self.refresh_interval)
+        widest = self.refresh_interval
+        return min(widest, 2 + last * widest // TAPER) if self.tapered else widest

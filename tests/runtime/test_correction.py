@@ -134,5 +134,19 @@ def test_tapered_plan():
     Euler(model, steps=28, text=prompt()).run()
     counts = sd.stats(model)
     assert (counts.dense, counts.skipped) == (10, 18)
-    dense = [i for i in range(28) if Schedule.of(Options().resolve(), (16,)).count(i, 28 - i)]
-    assert dense == [0, 2, 4, 7, 10, 14, 18, 22, 26, 27]
+
+
+@pytest.mark.parametrize(
+    ("options", "dense"),
+    [
+        ({}, [0, 2, 4, 7, 10, 14, 18, 22, 26, 27]),
+        ({"refresh_interval": 3}, [0, 2, 4, 6, 9, 12, 15, 18, 21, 24, 26, 27]),
+        ({"refresh_interval": 8}, [0, 2, 5, 9, 15, 23, 26, 27]),
+        ({"warmup_steps": 3}, [0, 1, 2, 4, 7, 10, 14, 18, 22, 26, 27]),
+        ({"tapered": False}, [0, 4, 8, 12, 16, 20, 24]),
+        ({"refresh_interval": 0}, [0]),
+    ],
+)
+def test_dense_evaluations_of_a_plan(options, dense):
+    plan = Schedule.of(Options(**options).resolve(), (16,))
+    assert [i for i in range(28) if plan.count(i, 28 - i)] == dense
