@@ -76,11 +76,7 @@ def _installed(package: str) -> str | None:
 
 
 def environment(device: torch.device) -> dict[str, Json]:
-<<<<<<< HEAD
-    """What a measurement ran on: versions, processor, threads."""
-=======
     """Date, versions and machine of a measurement."""
->>>>>>> main
     is_cuda = device.type == "cuda"
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
