@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import gc
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from specdiff.comparison import quality
 from specdiff.evaluation.features import feature_distance, features
-from specdiff.report import Report
 from specdiff.runtime.stats import Stats
 
 KIBIBYTE = 2**10
@@ -69,19 +68,19 @@ def flop_counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping={kernel: cpu_attention})
 
 
-def flops_share(report: Report, usage: Stats, steps: int) -> float:
+def flops_share(step_flops: Callable[[int | None], int], usage: Stats, steps: int) -> float:
     """FLOPs of one specdiff picture over a dense one's, from its counters and the cost model.
 
     A selective step's FLOPs are affine in its tokens, so their mean number gives the sum exactly.
     """
     full = usage.dense + usage.speculative
-    spent = full * report.step_flops()
+    spent = full * step_flops(None)
     if usage.selective:
         per_dense = usage.tokens_total / (usage.dense + usage.selective + usage.skipped)
         active = (usage.tokens_computed - full * per_dense) / usage.selective
         rows = usage.token_counts.shape[0] if usage.token_counts is not None else 1
-        spent += usage.selective * report.step_flops(round(active / rows))
-    return spent / (steps * report.step_flops())
+        spent += usage.selective * step_flops(round(active / rows))
+    return spent / (steps * step_flops(None))
 
 
 class PeakMemory:

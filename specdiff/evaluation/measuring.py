@@ -231,7 +231,7 @@ def measure_flops(bench: Bench, candidate: Candidate) -> Values:
     pipeline.transformer = compiled
     bench.subject.draw(pipeline, bench.requests[0], candidate.steps)
     report = specdiff.explain(compiled, **_inputs(bench.subject))
-    return {FLOPS: round(flops_share(report, specdiff.stats(compiled), STEPS), 4)}
+    return {FLOPS: round(flops_share(report.step_flops, specdiff.stats(compiled), STEPS), 4)}
 
 
 def _flops(bench: Bench, change: Callable[[Any], Any], steps: int) -> int:
