@@ -1,10 +1,14 @@
 """What every test gets: fixed seeds, and a Dynamo that has forgotten the test before."""
 
+import os
 import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # a core each
 
 
 @pytest.fixture(autouse=True)

@@ -38,6 +38,8 @@ from specdiff.runtime.streams import Stream, StreamTable
 
 logger = logging.getLogger(__name__)
 
+FIRST_ORDER_FIT = 5e-3
+"""Relative residual of a first-order step, from float32 inner products."""
 BUDGET = "cache budget exceeded"
 NO_FIT = (
     "no speculation or correction: the sampler's steps fit neither a flow nor DDIM on a usual noise"
@@ -149,6 +151,7 @@ class Step:
     def _corrects(self) -> bool:
         return (
             self.settings.correction
+            and self.stream.first_order
             and self.schedule.forecasts
             and self.programs.signature.additive
         )
@@ -156,9 +159,22 @@ class Step:
     def _settle(self) -> None:
         """Note what the sampler's step since the previous evaluation has made of its forecasts."""
         stream = self.stream
-        if stream.correction is not None and stream.sampler is not None:
+        if stream.correction is None or stream.sampler is None:
+            return
+        if self.reading is not None and not self._is_first_order(self.reading):
+            stream.correction, stream.first_order = None, False
+        else:
             seen = self.reading.moved if self.reading is not None else None
             stream.correction.settle(*stream.sampler.step(stream.times[-1], self.time, seen))
+
+    def _is_first_order(self, reading: Reading) -> bool:
+        """Whether the last step follows from the last prediction alone, as far as rounding shows.
+
+        A solver of higher order uses earlier predictions again, what was put on top of them too.
+        """
+        rounding = torch.finfo(self._latent.dtype).eps / max(reading.change, 1e-6)
+        residual = reading.residual(self.candidates, self.stream.times[-1])
+        return residual <= FIRST_ORDER_FIT + 2 * rounding
 
     def _corrected(self, before: Sequence[ComputedOutput], tokens: Tensor) -> Tensor:
         """`tokens`, and on top of those just computed what their forecasts had cost the latent."""

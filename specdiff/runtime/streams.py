@@ -78,6 +78,8 @@ class Stream:
         self.sampler: Prediction | None = None
         """How the sampler moves the latent, once two evaluations have shown it."""
         self.correction: Correction | None = None
+        self.first_order = True
+        """Whether each step seen so far followed from its own prediction alone."""
         self.ambiguous = False
         self.last_call = 0
 

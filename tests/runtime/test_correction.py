@@ -108,6 +108,20 @@ def test_no_sync_and_nothing_left_where_all_is_dense():
     assert stream.correction is None and stream.sampler is None
 
 
+def test_solvers_that_use_predictions_again_are_left_alone():
+    """Adams-Bashforth: from the third dense evaluation on it is known for what it is."""
+    model = toy(**{**SKIPPING, "forecast": "linear"})
+    run, handed = Euler(model, steps=13), []
+    for index in range(13):
+        latent = run.latent
+        handed.append(run.step())
+        if index:
+            span = run.sigmas[index + 1] - run.sigmas[index]
+            run.latent = latent + span * (1.5 * handed[-1] - 0.5 * handed[-2])
+    assert max(run.errors[index] for index in DENSE[3:]) < 1e-6
+    assert sd.stats(model).fallbacks == {}
+
+
 @pytest.mark.parametrize("why", ["paper", "not additive", "no flow"])
 def test_where_it_does_not_apply_dense_evaluations_are_the_model(why):
     programs = ToyPrograms()
