@@ -192,6 +192,10 @@ def test_compile_time_options_cannot_be_given():
         specdiff.attach(flux()[0], inner_backend="eager")
 
 
+FROM_THE_FOURTH = {"warmup_steps": 3, "refresh_interval": 3, "tapered": False}
+"""The fourth evaluation is the first that selects tokens."""
+
+
 def test_times_that_are_numbers():
     """A number for the time is one call shape, not one a step."""
 
@@ -207,7 +211,7 @@ def test_times_that_are_numbers():
     inputs = sd3(layers=2)[1]
     model, latent = Numbered(), inputs.pop("hidden_states")
     del inputs["timestep"]
-    specdiff.attach(model, cache_ratio=0.5, speculative_steps=0)
+    specdiff.attach(model, **FROM_THE_FOURTH, cache_ratio=0.5, speculative_steps=0)
     with torch.no_grad():
         for time in (1000, 900, 800, 700, 600):
             latent = latent - 0.1 * model(latent, time, **inputs)[0]
@@ -234,7 +238,9 @@ def test_a_model_that_breaks_into_graphs(name):
     with torch.no_grad():
         case.model(**case.inputs)
         compiled = torch.compile(case.model, backend="specdiff", dynamic=False, options=EAGER)
-        attachment = specdiff.attach(compiled, cache_ratio=0.1, speculative_steps=0)
+        attachment = specdiff.attach(
+            compiled, **FROM_THE_FOURTH, cache_ratio=0.1, speculative_steps=0
+        )
         inputs, errors = case.inputs, []
         for step in range(5):
             exact = case.model(**inputs)[0]

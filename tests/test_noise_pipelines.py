@@ -34,6 +34,7 @@ PLAN = {
     "speculative_steps": 2,
     "warmup_steps": 3,
     "refresh_interval": 3,
+    "tapered": False,
 }
 LINEAR = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
 HUNYUAN = {
