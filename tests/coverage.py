@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import specdiff
-from specdiff.passes.roles import TIME_NAMES
+from specdiff.program import time_names
 from tests.models import ZOO, Builder, Case
 
 Verdict = Literal["rewritten", "attached", "partly", "dense", "WRONG"]
@@ -55,7 +55,7 @@ def measure(name: str, builder: Builder) -> Row:
     with torch.no_grad():
         case.model(**case.inputs)
     # what a user would do for a time of another name
-    time = None if case.time in TIME_NAMES else case.time
+    time = None if case.time in time_names(None) else case.time
     found = specdiff.verify(case.model, timestep_arg=time, **case.inputs)
     main = next((g for g in found.graphs if _denoises(g.report, case)), None)
     verdict: Verdict = "rewritten" if main else compiled_verdict(case, found.selective)
