@@ -21,8 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx
 
-from specdiff import torch_adapter
-from specdiff.compiler import ALL_QUERIES, Analysis, attempt
+from specdiff.compiler import Analysis, attempt, programs_of
 from specdiff.demo import PIPELINE_SIDE, load_pipeline, prompt_embeddings, stored_prompts
 from specdiff.methods import quiet_libraries
 from specdiff.options import Options
@@ -43,22 +42,19 @@ def recall(sampled: Tensor, exact: Tensor, count: int) -> float:
     return hits.float().mean().item()
 
 
-def programs(analysis: Analysis, queries: int) -> LoweredPrograms:
-    """The programs that sample so many queries, not compiled."""
-
-    def compiler(name: str, program: fx.GraphModule, values: Sequence[Any]) -> Any:
-        return torch_adapter.compile_program(program, values, "eager", {})
-
-    return LoweredPrograms(analysis.module, analysis.plan, analysis.signature, queries, compiler)
+def programs(analysis: Analysis, queries: int | None) -> LoweredPrograms:
+    """The programs that sample so many queries, or all, not compiled."""
+    options = Options(importance_queries=queries, inner_backend="eager")
+    return programs_of(analysis, options, {})
 
 
-def watched(record: Callable[[dict[int, Tensor]], None]) -> Callable[..., Any]:
+def watched(record: Callable[[dict[int | None, Tensor]], None]) -> Callable[..., Any]:
     """A backend that runs a model as it is, and every few calls measures importance as well."""
 
     def backend(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         found = attempt(module, inputs, Options())
         assert isinstance(found, Analysis), found
-        samples = {queries: programs(found, queries) for queries in (*QUERIES, ALL_QUERIES)}
+        samples = {queries: programs(found, queries) for queries in (*QUERIES, None)}
         calls = 0
 
         def run(*values: Any) -> Any:
@@ -81,8 +77,8 @@ def main(
     quiet_libraries()
     found: dict[tuple[int, float], list[float]] = defaultdict(list)
 
-    def record(importance: dict[int, Tensor]) -> None:
-        exact = importance.pop(ALL_QUERIES)
+    def record(importance: dict[int | None, Tensor]) -> None:
+        exact = importance.pop(None)
         for queries, sampled in importance.items():
             for share in KEPT:
                 count = round(share * exact.shape[1])

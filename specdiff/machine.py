@@ -60,14 +60,15 @@ def _best(work: Callable[[], object], place: torch.device) -> float:
     """Seconds of the fastest of a few runs."""
     seconds = []
     for _ in range(1 + REPEATS):
-        _synchronize(place)
+        wait(place)
         start = time.perf_counter()
         work()
-        _synchronize(place)
+        wait(place)
         seconds.append(time.perf_counter() - start)
     return min(seconds[1:])
 
 
-def _synchronize(place: torch.device) -> None:
-    if place.type != "cpu":
-        torch.accelerator.synchronize(place)
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -14,10 +14,10 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from specdiff.comparison import Comparison, Trials
+from specdiff.memory import MEBIBYTE
 
 SCHEMA = 1
 """Number of the JSON record's layout; grows when a field changes its meaning or goes away."""
-MEBIBYTE = 2**20
 BUSY = 0.5
 """Load per core before the measurement above which times are not worth reporting."""
 

@@ -10,11 +10,12 @@ from typer.testing import CliRunner
 
 from specdiff.bench import geometries
 from specdiff.bench.geometries import GEOMETRIES, Geometry, build
-from specdiff.bench.measure import TimedPrograms, measure, peak, reset_peak
+from specdiff.bench.measure import TimedPrograms, measure
 from specdiff.bench.record import markdown, record
 from specdiff.cli import app
 from specdiff.errors import SpecdiffError
 from specdiff.machine import MachineRates
+from specdiff.memory import peak, reset_peak
 
 SMALL = {
     "flux-toy": Geometry("flux", 1, 1, 2, 32, 4, 3, prompt_width=8, pooled_width=8),

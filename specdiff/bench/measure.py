@@ -12,26 +12,25 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 import specdiff
 from specdiff import torch_adapter
 from specdiff.bench.geometries import Sampler
-from specdiff.compiler import Analysis, attempt
+from specdiff.compiler import Analysis
 from specdiff.errors import SpecdiffError, Unsupported
-from specdiff.machine import MachineRates
-from specdiff.options import Options
+from specdiff.machine import MachineRates, wait
+from specdiff.memory import peak, reset_peak
 from specdiff.passes.cost import Sizes
 from specdiff.passes.regions import dense_work, selective_work
 from specdiff.program import Evaluation, Programs
+from specdiff.report import explain
 from specdiff.runtime.dispatch import Runtime
 from specdiff.runtime.registry import find_or_create
 
-PROCESS = Path("/proc/self")
 Result = TypeVar("Result")
 
 
@@ -134,12 +133,6 @@ def timed(work: Callable[[], Result], device: torch.device) -> tuple[Result, flo
     result = work()
     wait(device)
     return result, time.perf_counter() - start
-
-
-def wait(device: torch.device) -> None:
-    """Until the device has done what it was given."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def measure(
@@ -260,32 +253,7 @@ def floor(name: str, analysis: Analysis, rates: MachineRates) -> float | None:
 
 def analysed(sampler: Sampler) -> Analysis:
     """What the compiler finds in the model. Raises Unsupported if it would run dense."""
-    found: list[Analysis | str] = []
-
-    def collect(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        found.append(attempt(module, inputs, Options()))
-        return module.forward
-
-    with torch.no_grad():
-        torch_adapter.trace_once(sampler.model, collect, (), sampler.first_call())
-    if not isinstance(found[0], Analysis):
-        raise Unsupported(found[0])
-    return found[0]
-
-
-def reset_peak(device: torch.device) -> None:
-    """Count the peak of memory from here on."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif (PROCESS / "clear_refs").exists():
-        (PROCESS / "clear_refs").write_text("5")
-
-
-def peak(device: torch.device) -> int | None:
-    """Bytes at the peak since then."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    status = PROCESS / "status"
-    lines = status.read_text().splitlines() if status.exists() else []
-    found = [line.split() for line in lines if line.startswith("VmHWM:")]
-    return int(found[0][1]) * 1024 if found else None
+    found = explain(sampler.model, **sampler.first_call())
+    if found.analysis is None:
+        raise Unsupported(found.reason)
+    return found.analysis

@@ -8,7 +8,6 @@ import gc
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,9 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from specdiff.comparison import quality
 from specdiff.evaluation.features import feature_distance, features
+from specdiff.memory import held, peak, reset_peak
 from specdiff.runtime.stats import Stats
-
-KIBIBYTE = 2**10
 
 
 @dataclass(frozen=True)
@@ -94,22 +92,17 @@ class PeakMemory:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         _give_back()
-        is_cuda = device.type == "cuda"
-        self.before = torch.cuda.memory_allocated(device) if is_cuda else _status("VmRSS")
+        self.before = held(device)
 
     def restart(self) -> None:
         """Forget the peak of compiling."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        else:
-            _reset_high_water_mark()
+        reset_peak(self.device)
 
     @property
     def bytes(self) -> int | None:
         """The peak since `restart`."""
-        is_cuda = self.device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated(self.device) if is_cuda else _status("VmHWM")
-        return None if peak is None or self.before is None else max(0, peak - self.before)
+        most = peak(self.device)
+        return None if most is None or self.before is None else max(0, most - self.before)
 
 
 def _give_back() -> None:
@@ -117,20 +110,3 @@ def _give_back() -> None:
     gc.collect()
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def _reset_high_water_mark() -> None:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
-def _status(field: str) -> int | None:
-    """A memory field of this process in bytes; None where there is no /proc."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    found = [line.split()[1] for line in lines if line.startswith(f"{field}:")]
-    return int(found[0]) * KIBIBYTE if found else None

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from specdiff.evaluation.findings import FEATURES, FLOPS, PSNR, SPEEDUP, Finding, Findings, frontier
+from specdiff.memory import MEBIBYTE
 
-MEBIBYTE = 2**20
 Cell = Callable[[Mapping[str, Any]], str]
 
 

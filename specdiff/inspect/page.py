@@ -106,7 +106,7 @@ def found_context(report: Report, rates: MachineRates | None, steps: int) -> dic
         "steps": steps,
         "prediction": prediction,
         "schedule": planned_steps(report, prediction, steps),
-        "counts": _counts(report.schedule(steps)),
+        "counts": count_kinds([kind for kind, _, _ in report.schedule(steps)]),
         "evaluate": report.sizes.evaluate,
     }
 
@@ -183,6 +183,6 @@ def with_heights(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**s, "height": s["seconds"] / most if s["seconds"] else s["share"]} for s in steps]
 
 
-def _counts(schedule: Sequence[tuple[str, int, str]]) -> dict[str, int]:
-    kinds = [kind for kind, _, _ in schedule]
+def count_kinds(kinds: Sequence[str]) -> dict[str, int]:
+    """How many steps are of each kind, for a legend."""
     return {kind: kinds.count(kind) for kind in STEP_KINDS if kind in kinds}

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from specdiff.inspect.page import STEP_KINDS, with_heights
+from specdiff.inspect.page import count_kinds, with_heights
 from specdiff.picture import difference, token_map
 from specdiff.runtime.recording import COMPUTED, FORECAST, REUSED, StepRecord
 
@@ -101,8 +101,7 @@ def _shown(step: StepRecord, image: Tensor | None, sample: int) -> dict[str, Any
 
 def kinds_of(steps: Sequence[StepRecord]) -> dict[str, int]:
     """How many steps were of each kind, for a legend."""
-    kinds = [step.kind for step in steps]
-    return {kind: kinds.count(kind) for kind in STEP_KINDS if kind in kinds}
+    return count_kinds([step.kind for step in steps])
 
 
 def share_computed(steps: Sequence[StepRecord]) -> float:

@@ -6,7 +6,6 @@ mixture of the two are points of one space.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,7 +32,7 @@ class Schedule:
     """Evaluations from one that computes any token to the next."""
     text_refresh: int
     """Selective evaluations from one that computes text to the next; 0: dense ones alone do."""
-    tapered: bool = False
+    tapered: bool
     """Whether dense evaluations are close together at first, as errors made early grow, and the
     last two are dense, as nothing follows that could make their errors good."""
 
@@ -64,15 +63,11 @@ class Schedule:
         """Whether any token is ever forecast."""
         return self.active < self.tokens and self.refresh_interval != 1
 
-    def count(self, index: int, left: float = math.inf) -> int:
-        """Tokens to compute at evaluation `index` (from 0) of a generation.
+    def decide(self, index: int, left: float) -> tuple[int, str]:
+        """Tokens to compute at evaluation `index` (from 0) of a generation, and why so many.
 
         `left` evaluations are left, this one included, as far as is known.
         """
-        return self.decide(index, left)[0]
-
-    def decide(self, index: int, left: float = math.inf) -> tuple[int, str]:
-        """What `count` says, and why so many."""
         since_dense = self._since_dense(index)
         if index < self.warmup_steps:
             return self.tokens, "warm-up"

@@ -87,7 +87,8 @@ class Step:
         else:
             tokens = self._skip()
             counters.skipped += 1
-        tokens = self._corrected(before, tokens)
+        if self._corrects and before:
+            tokens = self._corrected(before[0], tokens, computed=count > 0)
         stream.times.append(self.time)
         self.table.touch(stream)
         counters.tokens_computed += batch * count
@@ -176,15 +177,13 @@ class Step:
         residual = reading.residual(self.candidates, self.stream.times[-1])
         return residual <= FIRST_ORDER_FIT + 2 * rounding
 
-    def _corrected(self, before: Sequence[ComputedOutput], tokens: Tensor) -> Tensor:
+    def _corrected(self, before: ComputedOutput, tokens: Tensor, *, computed: bool) -> Tensor:
         """`tokens`, and on top of those just computed what their forecasts had cost the latent."""
         stream, newest = self.stream, self.stream.history.computed[0]
-        if not self._corrects or not before:
-            return tokens
         if stream.correction is None:
             stream.correction = Correction.none(newest)
-        elif stream.sampler is not None:
-            missing = stream.correction.collect(before[0], newest)
+        elif stream.sampler is not None and computed:
+            missing = stream.correction.collect(before, newest)
             due = next_time([*stream.times, self.time], self.given)
             more = on_top(missing, *stream.sampler.step(self.time, due))
             tokens = (tokens.float() + more).to(tokens.dtype)

@@ -163,4 +163,4 @@ def test_tapered_plan():
 )
 def test_dense_evaluations_of_a_plan(options, dense):
     plan = Schedule.of(Options(**options).resolve(), (16,))
-    assert [i for i in range(28) if plan.count(i, 28 - i)] == dense
+    assert [i for i in range(28) if plan.decide(i, 28 - i)[0]] == dense
