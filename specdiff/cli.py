@@ -253,6 +253,9 @@ def bench(
         typer.Option(min=0.01, max=0.99, help="Cache ratio, repeatable; none: six from 0.5."),
     ] = None,
     steps: Annotated[int, typer.Option(min=4, help="Denoising steps of one run.")] = 28,
+    depth: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="Share of the model's blocks.")
+    ] = 1.0,
     repeats: Annotated[int, typer.Option(min=1, help="Runs behind each median.")] = 3,
     option: Annotated[
         list[str] | None,
@@ -284,7 +287,7 @@ def bench(
     quiet_libraries()
     _make_folders([out / "bench.json"])
     for name in geometries:
-        load, sampler = load_per_core(), build(name, place, kind, steps)
+        load, sampler = load_per_core(), build(name, place, kind, steps, depth)
         rates = measure_rates(place, kind)
         found = measure(sampler, rates, ratio or RATIOS, repeats, options, mode, console.log)
         figures = record(name, found, {"mode": mode, **options}, load)

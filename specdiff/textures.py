@@ -1,8 +1,8 @@
 """A second small trained model: busy textures, in the SD3 architecture, with guidance in one batch.
 
 A class-conditional rectified flow, trained by `examples/train_sd3.py`, that runs in the unmodified
-diffusers `StableDiffusion3Pipeline`. It works on pixels: a token is a 4x4 patch of a 64x64 picture.
-The weights do not ship with the package: they lie in `examples/textures`.
+diffusers `StableDiffusion3Pipeline`. It works on pixels: a token is a 2x2 patch of a 64x64 picture,
+1,024 in all. The weights do not ship with the package: they lie in `examples/textures`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 CLASSES = ("brick", "grass", "gravel", "coins", "page", "galaxies", "tissue", "workshop")
 SIDE = 64
 """Pixels a side."""
+PATCH = 2
+"""Pixels a side of a token."""
 PIPELINE_SIDE = 8 * SIDE
 """What the pipeline must be given as height and width: without a VAE it counts 8 pixels a pixel."""
 TIME_SHIFT = 3.0

@@ -110,3 +110,10 @@ def test_command_writes_figures(tmp_path):
     figures = json.loads((tmp_path / "flux-toy.json").read_text())
     assert [method["cache_ratio"] for method in figures["methods"]] == [0.0, 0.75]
     assert (tmp_path / "flux-toy.md").read_text() in result.output
+
+
+def test_depth_leaves_blocks_of_each_kind():
+    flux, sd3 = (geometries.at_depth(GEOMETRIES[name], 0.1) for name in ("flux-dev", "sd3-medium"))
+    assert (flux.blocks, flux.single_blocks) == (2, 4)
+    assert (sd3.blocks, sd3.single_blocks) == (2, 0)
+    assert flux.width == GEOMETRIES["flux-dev"].width

@@ -8,7 +8,7 @@ classifier-free guidance in one batch where the model has no guidance of its own
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -113,6 +113,17 @@ class Sampler:
         return {"hidden_states": batch, "timestep": times, **self.conditions}
 
 
+def at_depth(geometry: Geometry, share: float) -> Geometry:
+    """The same with a share of its blocks, one of each kind at least: each costs what it did."""
+
+    def fewer(blocks: int) -> int:
+        return max(1, round(share * blocks)) if blocks else 0
+
+    return replace(
+        geometry, blocks=fewer(geometry.blocks), single_blocks=fewer(geometry.single_blocks)
+    )
+
+
 def require_known(names: Sequence[str]) -> None:
     """Raises SpecdiffError for a geometry that is none."""
     for name in names:
@@ -120,9 +131,11 @@ def require_known(names: Sequence[str]) -> None:
             raise SpecdiffError(f"no geometry {name!r}; there are {', '.join(GEOMETRIES)}")
 
 
-def build(name: str, device: torch.device, dtype: torch.dtype, steps: int = 28) -> Sampler:
-    """A sampler of a geometry, its weights and inputs random but always the same."""
-    geometry = GEOMETRIES[name]
+def build(
+    name: str, device: torch.device, dtype: torch.dtype, steps: int = 28, depth: float = 1.0
+) -> Sampler:
+    """A sampler of a geometry, at a share of its depth, its weights and inputs always the same."""
+    geometry = at_depth(GEOMETRIES[name], depth)
     generator = torch.Generator("cpu").manual_seed(0)
 
     def random(*shape: int) -> Tensor:

@@ -215,8 +215,7 @@ def programs_of(
     sampler: Sampler, trial: Trial, analysis: Analysis, rates: MachineRates
 ) -> tuple[Program, ...]:
     """Each program of one further run, by itself."""
-    graphs = list(find_or_create(trial.compiled).graphs)
-    runtime = next(graph for graph in graphs if isinstance(graph, Runtime))
+    runtime = runtime_of(trial)
     programs = runtime.programs
     runtime.programs = watched = TimedPrograms(programs)
     try:
@@ -233,6 +232,12 @@ def programs_of(
         )
         for name, seconds in watched.seconds.items()
     )
+
+
+def runtime_of(trial: Trial) -> Runtime:
+    """What answers the graph of a method that has run."""
+    graphs = list(find_or_create(trial.compiled).graphs)
+    return next(graph for graph in graphs if isinstance(graph, Runtime))
 
 
 def floor(name: str, analysis: Analysis, rates: MachineRates) -> float | None:

@@ -1,0 +1,164 @@
+"""On a CUDA device: CUDA graphs, streams, synchronisation. Skipped where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch._inductor.cudagraph_trees import get_manager
+
+import specdiff
+from specdiff.bench.geometries import Geometry, Sampler, build
+from tests.models import flux, sd3
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+SIZES = {
+    "flux": Geometry("flux", 1, 1, 2, 64, 16, 8, prompt_width=64, pooled_width=32),
+    "sd3": Geometry("sd3", 2, 0, 2, 64, 16, 8, prompt_width=64, pooled_width=32),
+}
+MODES = (None, "reduce-overhead", "max-autotune")
+OPTIONS = {"method": "paper", "cache_ratio": 0.75}
+BF16 = {"rtol": 0.05, "atol": 0.05}
+
+
+@pytest.fixture
+def sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("specdiff.bench.geometries.GEOMETRIES", SIZES)
+
+
+@pytest.fixture(params=SIZES)
+def sampler(request: Any, sizes: None) -> Sampler:
+    return build(request.param, torch.device("cuda"), torch.bfloat16, steps=8)
+
+
+@pytest.fixture
+def no_sync() -> Iterator[Any]:
+    """Call it to make every synchronisation with the device an error from there on."""
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def compiled(sampler: Sampler, mode: str | None = None, **options: Any) -> Any:
+    backend = specdiff.backend(**{**OPTIONS, **options})
+    return torch.compile(sampler.model, backend=backend, mode=mode, fullgraph=True)
+
+
+def picture(sampler: Sampler, model: Any) -> Tensor:
+    with specdiff.session(model, timesteps=sampler.timesteps()):
+        return sampler.run(model)
+
+
+@pytest.mark.parametrize("build_model", [flux, sd3])
+def test_oracles_on_the_device(build_model):
+    model, inputs = build_model()
+    inputs = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    verdict = specdiff.verify(model.cuda(), **inputs)
+    assert verdict.selective
+    assert verdict.passed, verdict
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_cuda_graphs_change_nothing(sampler, mode):
+    """Two pictures each: the second replays what the first recorded."""
+    plain = compiled(sampler)
+    expected = [picture(sampler, plain) for _ in range(2)]
+    torch.testing.assert_close(*expected, **BF16)
+    torch.compiler.reset()
+    counters.clear()
+    graphs = compiled(sampler, mode)
+    for _ in range(3):
+        torch.testing.assert_close(picture(sampler, graphs), expected[0], **BF16)
+    assert counters["inductor"]["cudagraph_skips"] == 0
+
+
+def test_outputs_belong_to_the_caller(sampler):
+    """Under CUDA graphs an output would be overwritten by the next evaluation."""
+    model = compiled(sampler, "reduce-overhead")
+    outputs: list[tuple[Tensor, Tensor]] = []
+
+    def kept(**inputs: Any) -> Any:
+        result = model(**inputs)
+        outputs.append((result[0], result[0].clone()))
+        return result
+
+    with specdiff.session(model, timesteps=sampler.timesteps()):
+        sampler.run(kept)
+    assert len(outputs) == 8
+    for output, copy in outputs:
+        assert torch.equal(output, copy)
+
+
+def test_two_streams_take_turns(sampler):
+    """Each has caches at addresses of its own, which the recorded graphs must tell apart."""
+    model = compiled(sampler, "reduce-overhead")
+    picture(sampler, model)
+    alone = picture(sampler, model)
+    latents = [sampler.noise, sampler.noise]
+    times = sampler.timesteps()
+    sessions = [specdiff.session(model, timesteps=times) for _ in latents]
+    schedulers = [sampler._scheduler() for _ in latents]
+    for time in times:
+        for index, (session, scheduler) in enumerate(zip(sessions, schedulers, strict=True)):
+            with session:
+                latents[index] = step(sampler, model, scheduler, latents[index], time)
+    for latent in latents:
+        torch.testing.assert_close(latent, alone, **BF16)
+
+
+def step(sampler: Sampler, model: Any, scheduler: Any, latent: Tensor, time: Tensor) -> Tensor:
+    velocity = model(**sampler._call(latent, time))[0]
+    if sampler.guided:
+        uncond, cond = velocity.chunk(2)
+        velocity = uncond + 7.0 * (cond - uncond)
+    return scheduler.step(velocity, time, latent, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("mode", MODES[:2])
+@pytest.mark.parametrize("method", ["paper", "history"])
+def test_explicit_sessions_never_wait_for_the_device(sampler, mode, method, no_sync):
+    model = compiled(sampler, mode, method=method)
+    times = sampler.timesteps().cpu()
+    for _ in range(2):
+        picture(sampler, model)
+    calls = [sampler._call(sampler.noise, time) for time in sampler.timesteps()]
+    with specdiff.session(model, timesteps=times), torch.no_grad():
+        no_sync()
+        for call in calls:
+            model(**call)
+
+
+def test_nothing_compiles_after_the_first_picture(sampler):
+    model = compiled(sampler, "reduce-overhead")
+    picture(sampler, model)
+    compiled_before = counters["stats"]["unique_graphs"], counters["inductor"]["fxgraph_cache_miss"]
+    for _ in range(2):
+        picture(sampler, model)
+    now = counters["stats"]["unique_graphs"], counters["inductor"]["fxgraph_cache_miss"]
+    assert now == compiled_before
+
+
+def test_cuda_graphs_copy_neither_weights_nor_caches(sampler):
+    """A recorded graph copies only what the caller makes anew, and the active rows."""
+    model = compiled(sampler, "reduce-overhead")
+    for _ in range(3):
+        picture(sampler, model)
+    made = [value for value in sampler.first_call().values() if isinstance(value, Tensor)]
+    recorded = list(recorded_graphs())
+    assert len(recorded) >= 4  # probe, dense, selective, tail
+    for node in recorded:
+        assert len(node.non_static_input_idx) <= len(made) + 1
+
+
+def recorded_graphs() -> Iterator[Any]:
+    """Every CUDA graph of the current device."""
+    manager = get_manager(torch.cuda.current_device(), create_if_none_exists=False)
+    pending = [node for nodes in manager.roots.values() for node in nodes]
+    while pending:
+        node = pending.pop()
+        pending += [child for children in node.children.values() for child in children]
+        yield node
