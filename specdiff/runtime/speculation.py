@@ -50,7 +50,9 @@ def model_time(landing: float, given: tuple[float, float], seen: tuple[Tensor, T
     Returns:
         float32 [1].
     """
-    maps = torch.tensor(TIME_MAPS, dtype=torch.float32, device=seen[0].device)
+    # made on the host and copied without waiting: a tensor made on a device waits for it
+    maps = torch.tensor(TIME_MAPS, dtype=torch.float32, device="cpu")
+    maps = maps.to(seen[0].device, non_blocking=True)
     scale, offset = maps.unbind(1)
     misses = sum(
         (scale * time + offset - value).abs() for time, value in zip(given, seen, strict=True)
