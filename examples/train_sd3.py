@@ -1,7 +1,7 @@
 """Train a small class-conditional rectified flow in the SD3 architecture on busy textures.
 
-The model works on pixels: a token is a 2x2 patch of a 64x64 picture. On a GPU minutes are enough
-(the weights in examples/textures took 2.3 on one H100, without the first stage); on a CPU it takes a day.
+The model works on pixels: a token is a 2x2 patch of a 64x64 picture. The weights in
+examples/textures took 2.3 minutes on one H100, without the first stage; a CPU takes a day.
 
     python examples/train_sd3.py --minutes 0 2.3 --work /tmp/textures
 """
