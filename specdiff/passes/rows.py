@@ -33,7 +33,7 @@ def emit_block_selective(
     module: fx.GraphModule, plan: SelectivePlan, sample: int, count: int
 ) -> fx.GraphModule:
     """The same for one block of a model; inactive rows of its outputs are those last computed."""
-    emitter = RowsEmitter(module, plan, sample, count)
+    emitter = RowsEmitter(module, plan, sample, count, numbered=True)
     emitter.emit()
     return emitter.finish_block()
 
@@ -42,9 +42,14 @@ class RowsEmitter(WholeEmitter):
     """Emits the selective program: rows where the plan says rows."""
 
     def __init__(
-        self, module: fx.GraphModule, plan: SelectivePlan, sample: int, count: int
+        self,
+        module: fx.GraphModule,
+        plan: SelectivePlan,
+        sample: int,
+        count: int,
+        numbered: bool = False,
     ) -> None:
-        super().__init__(module, plan, sample)
+        super().__init__(module, plan, sample, numbered)
         self.count = count
         shares = share_out(plan.lengths, count)
         self.counts: dict[ClassId, int] = dict(zip(plan.prunable, shares, strict=True))
@@ -62,6 +67,7 @@ class RowsEmitter(WholeEmitter):
         self.whole.update((node, caches.pop(node)) for node in plan.fixed)
         batch = plan.axes.samples
         self.active = self.add_tensor("active", (batch, self.count), plan.cached[0], torch.int64)
+        self.add_number()
         batch_rows = self.call(aten.arange.default, batch, device=self.device)
         self.batch_rows = self.call(aten.unsqueeze.default, batch_rows, 1)
         for node in plan.axes.graph.nodes:
