@@ -53,7 +53,7 @@ class RowsEmitter(WholeEmitter):
         self.count = count
         shares = share_out(plan.lengths, count)
         self.counts: dict[ClassId, int] = dict(zip(plan.prunable, shares, strict=True))
-        """Rows of each segment that has not all of them: the active tokens of a prunable one."""
+        """Rows of each prunable segment: its active tokens."""
         self.rows: dict[fx.Node, fx.Node] = {}
         self._positions: dict[Layout, fx.Node] = {}
         self._causal: dict[tuple[Layout, int, int, int], fx.Node] = {}
@@ -92,7 +92,11 @@ class RowsEmitter(WholeEmitter):
 
     def row_count(self, layout: Layout) -> int:
         """Rows of a layout: all tokens of the other segments, the active ones of the prunable."""
-        return sum(self.counts.get(piece.segment, piece.length) for piece in layout)
+        return sum(map(self.piece_rows, layout))
+
+    def piece_rows(self, piece: Piece) -> int:
+        """Rows of one piece of a layout."""
+        return self.counts.get(piece.segment, piece.length)
 
     def positions(self, layout: Layout) -> fx.Node:
         """int64 [B, rows]: where each row of a layout stands in the whole axis."""
@@ -103,7 +107,7 @@ class RowsEmitter(WholeEmitter):
     def _build_positions(self, layout: Layout) -> fx.Node:
         pieces = []
         for piece in layout:
-            if not self.counts.get(piece.segment, piece.length):
+            if not self.piece_rows(piece):
                 continue
             if piece.segment in self.counts:
                 pieces.append(self._active_positions(piece))
