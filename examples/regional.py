@@ -1,4 +1,4 @@
-"""Whole graph against blocks: compile time, time per picture, and whether the pictures agree.
+"""Whole graph against blocks: compile time, time per picture, and whether both do the same.
 
     python examples/regional.py --json examples/demo/regional.json
 
@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +32,7 @@ from specdiff.methods import (
     picture_maker,
     quiet_libraries,
 )
+from specdiff.runtime.recording import Recording
 
 STEPS = 28
 
@@ -51,6 +53,27 @@ def timed(generate: Callable[[Request], Tensor], request: Request) -> tuple[floa
     return time.perf_counter() - start, picture
 
 
+@contextmanager
+def recorded(pipelines: Mapping[str, Any]) -> Iterator[dict[str, Recording]]:
+    """What each pipeline's transformer does meanwhile."""
+    with ExitStack() as stack:
+        yield {
+            name: stack.enter_context(specdiff.record(pipeline.transformer))
+            for name, pipeline in pipelines.items()
+        }
+
+
+def chosen(recording: Recording) -> list[Tensor]:
+    """The tokens that each selective step computed."""
+    return [step.active for step in recording.steps if step.active is not None]
+
+
+def other_tokens(one: Recording, other: Recording) -> int:
+    """Steps at which two runs of the same plan computed different tokens."""
+    pairs = zip(chosen(one), chosen(other), strict=True)
+    return sum(not torch.equal(mine, theirs) for mine, theirs in pairs)
+
+
 def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Where the figures go.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds behind each median.")] = 3,
@@ -68,7 +91,8 @@ def main(
         "blocks": by_blocks(setting, options),
     }
     makers = {name: picture_maker(p, setting, STEPS) for name, p in pipelines.items()}
-    first = {name: timed(maker, requests[0]) for name, maker in makers.items()}
+    with recorded(pipelines) as records:
+        first = {name: timed(maker, requests[0]) for name, maker in makers.items()}
     seconds: dict[str, list[float]] = {name: [] for name in makers}
     apart = float((first["whole"][1] - first["blocks"][1]).abs().max())
     for _ in range(repeats):
@@ -82,6 +106,8 @@ def main(
         "first picture, compiling, s": {name: round(s, 1) for name, (s, _) in first.items()},
         "picture, median s": {n: round(statistics.median(s), 3) for n, s in seconds.items()},
         "largest difference of a pixel": apart,
+        "selective steps": len(chosen(records["whole"])),
+        "of these, with other tokens": other_tokens(records["whole"], records["blocks"]),
     }
     show(result)
     if json_file is not None:

@@ -24,11 +24,17 @@ aten = torch.ops.aten
 
 
 class WholeEmitter(GraphWriter):
-    """Emits every value whole."""
+    """Emits every value whole.
 
-    def __init__(self, module: fx.GraphModule, plan: SelectivePlan, sample: int) -> None:
+    `numbered`: the last input says how many attentions of the model came before this block's.
+    """
+
+    def __init__(
+        self, module: fx.GraphModule, plan: SelectivePlan, sample: int, numbered: bool = False
+    ) -> None:
         super().__init__(module)
         self.plan = plan
+        self.numbered = numbered
         self.whole: dict[fx.Node, fx.Node] = {}
         self.importance = ImportanceSum(self, plan, sample)
 
@@ -41,6 +47,12 @@ class WholeEmitter(GraphWriter):
         """One further placeholder for each value that is kept between steps."""
         kept = kept_shapes(self.plan)
         return {node: self.add_cache(shape, node) for node, shape in kept.items()}
+
+    def add_number(self) -> None:
+        """The last placeholder, if it is `numbered`."""
+        if self.numbered:
+            like = self.plan.cached[0]
+            self.importance.before = self.add_tensor("before", (1,), like, torch.int64)
 
     def emit_whole(self, node: fx.Node) -> None:
         """`node` with whole operands."""
@@ -69,7 +81,8 @@ def emit_dense(
     module: fx.GraphModule, plan: SelectivePlan, sample: int, fill: bool
 ) -> fx.GraphModule:
     """Probe (`fill` false) or dense (`fill` true: caches follow the inputs and are overwritten)."""
-    emitter = _emit_whole(module, plan, sample, fill, plan.slots)
+    emitter = WholeEmitter(module, plan, sample)
+    _emit_whole(emitter, fill, plan.slots)
     return emitter.finish(to_tokens(emitter, plan, emitter.whole))
 
 
@@ -77,21 +90,16 @@ def emit_block_dense(
     module: fx.GraphModule, plan: SelectivePlan, sample: int, fill: bool
 ) -> fx.GraphModule:
     """The same for one block of a model: the graph's own outputs, and importance."""
-    return _emit_whole(module, plan, sample, fill, tuple(plan.axes.outputs())).finish_block()
+    emitter = WholeEmitter(module, plan, sample, numbered=True)
+    _emit_whole(emitter, fill, tuple(plan.axes.outputs()))
+    return emitter.finish_block()
 
 
-def _emit_whole(
-    module: fx.GraphModule,
-    plan: SelectivePlan,
-    sample: int,
-    fill: bool,
-    targets: tuple[fx.Node, ...],
-) -> WholeEmitter:
-    emitter = WholeEmitter(module, plan, sample)
+def _emit_whole(emitter: WholeEmitter, fill: bool, targets: tuple[fx.Node, ...]) -> None:
+    plan = emitter.plan
     emitter.add_inputs()
-    caches = {}
-    if fill:
-        caches = emitter.add_caches()
+    caches = emitter.add_caches() if fill else {}
+    emitter.add_number()
     for node in _needed(*targets):
         if node.op != "placeholder":
             emitter.emit_whole(node)
@@ -100,7 +108,6 @@ def _emit_whole(
             if node not in plan.fixed:
                 value = emitter.permute(value, cache_order(plan, node))
             emitter.call(aten.copy_.default, caches[node], value)
-    return emitter
 
 
 def emit_tail(module: fx.GraphModule, plan: SelectivePlan) -> fx.GraphModule:

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from specdiff.errors import Unsupported
+from specdiff.passes.axes import Piece
 from specdiff.passes.emit import to_tokens
 from specdiff.passes.rows import RowsEmitter
 from specdiff.passes.rules.registry import operands_at
@@ -43,10 +44,12 @@ class FrozenEmitter(RowsEmitter):
         self, module: fx.GraphModule, plan: SelectivePlan, sample: int, count: int
     ) -> None:
         super().__init__(module, plan, sample, count)
-        text = (segment for segment in plan.axes.segments if segment not in plan.prunable)
-        self.counts.update(dict.fromkeys(text, 0))
         self._absent: set[fx.Node] = set()
         """What would need rows of text that are not computed."""
+
+    def piece_rows(self, piece: Piece) -> int:
+        """Active tokens alone: what joins them may be text that no attention is known to read."""
+        return self.counts.get(piece.segment, 0)
 
     def require_complete(self) -> None:
         """Raise Unsupported if a value that is needed was not emitted."""

@@ -10,21 +10,24 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from specdiff.passes.axes import ClassId
-from specdiff.passes.rules.attention import Attention
+from specdiff.passes.axes import ClassId, Piece
+from specdiff.passes.rules.attention import ATTENTION, Attention
 from specdiff.passes.rules.registry import rank_of, shape_of
 from specdiff.passes.selective import SelectivePlan
 from specdiff.passes.writer import GraphWriter
 
 aten = torch.ops.aten
-GOLDEN = (5**0.5 - 1) / 2
-"""Multiples of it, modulo 1, fill the range from 0 to 1 evenly, however many are taken."""
+BITS, GOLDEN = 16, 40503
+"""Multiples of GOLDEN / 2^BITS, modulo 1, fill 0 to 1 evenly, however many there are.
+Whole numbers, so that a program which is told where it begins finds the same rows."""
 
 
 class ImportanceSum:
     """Accumulates over the attentions of one program."""
 
     def __init__(self, writer: GraphWriter, plan: SelectivePlan, sample: int) -> None:
+        self.before: fx.Node | None = None
+        """int64 [1], an input: attentions of the model before this program; None: it is all."""
         self._writer = writer
         self._plan = plan
         self._sample = sample
@@ -33,9 +36,8 @@ class ImportanceSum:
 
     def observe(self, found: Attention, query: fx.Node, key: fx.Node, mask: fx.Node | None) -> None:
         """Add one attention, given its emitted operands (query may be rows)."""
-        layout = self._plan.axes.layout(found.key, rank_of(found.key) - 2)
-        pieces = [piece for piece in layout if piece.segment in self._plan.prunable]
-        if not pieces or not self._supported(found):
+        pieces = _prunable_keys(self._plan, found)
+        if not pieces:
             return
         call = self._writer.call
         received = self._received(found, query, key, mask)
@@ -57,11 +59,6 @@ class ImportanceSum:
             for segment, length in zip(self._plan.prunable, self._plan.lengths, strict=True)
         ]
         return shares[0] if len(shares) == 1 else call(aten.cat.default, shares, 1)
-
-    def _supported(self, found: Attention) -> bool:
-        """Causal attentions are left out: what a token receives there tells its position first."""
-        rank, axes = rank_of(found.query), self._plan.axes
-        return not found.causal and rank >= 3 and axes.batch_axis(found.query) == 0
 
     def _received(
         self, found: Attention, query: fx.Node, key: fx.Node, mask: fx.Node | None
@@ -85,17 +82,30 @@ class ImportanceSum:
         mean = call(aten.mean.dim, weights, [rank_of(weights) - 2])
         return call(aten.sum.dim_IntList, mean, heads) if heads else mean
 
-    def _sampled_rows(self, rows: int) -> range:
-        """Evenly strided, from another row in each attention.
+    def _sampled_rows(self, rows: int) -> range | fx.Node:
+        """Evenly strided, from another row in each attention; a node if `before` is one.
 
         Attention is mostly local: what lies near one and the same sample would win.
         """
         stride = -(-rows // self._sample)
-        start = int(self._observed * GOLDEN % 1 * stride)
+        number, stop = self._observed, rows // stride * stride
         self._observed += 1
-        return range(start, rows, stride)
+        if self.before is not None and stride > 1:
+            return self._told_rows(self.before, number, stride, stop)
+        start = number * GOLDEN % (1 << BITS) * stride >> BITS
+        return range(start, start + stop, stride)
 
-    def _masked(self, logits: fx.Node, mask: fx.Node, every: range) -> fx.Node:
+    def _told_rows(self, before: fx.Node, number: int, stride: int, stop: int) -> fx.Node:
+        """The same rows, int64, where only a run knows how many attentions came before."""
+        call = self._writer.call
+        multiple = call(aten.mul.Scalar, call(aten.add.Scalar, before, number), GOLDEN)
+        part = call(aten.bitwise_and.Scalar, multiple, (1 << BITS) - 1)
+        scaled = call(aten.mul.Scalar, part, stride)
+        start = call(aten.bitwise_right_shift.Tensor_Scalar, scaled, BITS)
+        rows = call(aten.arange.start_step, 0, stop, stride, device=self._writer.device)
+        return call(aten.add.Tensor, rows, start)
+
+    def _masked(self, logits: fx.Node, mask: fx.Node, every: range | fx.Node) -> fx.Node:
         call = self._writer.call
         if rank_of(mask) > 1 and shape_of(mask)[-2] != 1:
             mask = _every(self._writer, mask, every)
@@ -105,8 +115,28 @@ class ImportanceSum:
         return call(aten.masked_fill.Scalar, logits, blocked, float("-inf"))
 
 
-def _every(writer: GraphWriter, value: fx.Node, rows: range) -> fx.Node:
+def observed(plan: SelectivePlan) -> int:
+    """Attentions that importance is taken from."""
+    nodes = plan.axes.graph.find_nodes(op="call_function", target=ATTENTION)
+    return sum(bool(_prunable_keys(plan, Attention.of(node))) for node in nodes)
+
+
+def _prunable_keys(plan: SelectivePlan, found: Attention) -> list[Piece]:
+    """The pieces of an attention's keys whose importance it tells.
+
+    Causal attentions are left out: what a token receives there tells its position first.
+    """
+    rank, axes = rank_of(found.query), plan.axes
+    if found.causal or rank < 3 or axes.batch_axis(found.query) != 0:
+        return []
+    layout = axes.layout(found.key, rank_of(found.key) - 2)
+    return [piece for piece in layout if piece.segment in plan.prunable]
+
+
+def _every(writer: GraphWriter, value: fx.Node, rows: range | fx.Node) -> fx.Node:
+    axis = rank_of(value) - 2
+    if isinstance(rows, fx.Node):
+        return writer.call(aten.index_select.default, value, axis, rows)
     if rows.step == 1:
         return value
-    axis = rank_of(value) - 2
     return writer.call(aten.slice.Tensor, value, axis, rows.start, rows.stop, rows.step)

@@ -15,6 +15,7 @@ from specdiff.errors import Unsupported
 from specdiff.passes.base import PassRecord
 from specdiff.passes.emit import emit_block_dense, emit_dense, emit_tail
 from specdiff.passes.frozen import emit_frozen, joins_text
+from specdiff.passes.importance import observed
 from specdiff.passes.listing import kinds_of_ops
 from specdiff.passes.rows import emit_block_selective, emit_selective
 from specdiff.passes.selective import SelectivePlan
@@ -128,26 +129,37 @@ class LoweredPrograms(Lowered):
 
 
 class BlockPrograms(Lowered):
-    """The programs of one block: each returns the graph's own outputs, then importance [B, N]."""
+    """The programs of one block: each returns the graph's own outputs, then importance [B, N].
+
+    `before`, int64 [1], is the number of the model's attentions before those of the block.
+    """
 
     @cached_property
     def slots(self) -> tuple[CacheSlot, ...]:
         """The caches of one call of the block."""
         return cache_slots(self._plan)
 
-    def probe(self, inputs: Sequence[object]) -> list[Tensor]:
-        """Every token, no cache."""
-        return list(self._run("block_probe", self._emit(emit_block_dense, False), inputs))
+    @cached_property
+    def attentions(self) -> int:
+        """How many of the model's attentions importance is taken from here."""
+        return observed(self._plan)
 
-    def dense(self, inputs: Sequence[object], caches: Sequence[Tensor]) -> list[Tensor]:
+    def probe(self, inputs: Sequence[object], before: Tensor) -> list[Tensor]:
+        """Every token, no cache."""
+        emit = self._emit(emit_block_dense, False)
+        return list(self._run("block_probe", emit, [*inputs, before]))
+
+    def dense(
+        self, inputs: Sequence[object], caches: Sequence[Tensor], before: Tensor
+    ) -> list[Tensor]:
         """Every token, caches overwritten."""
         emit = self._emit(emit_block_dense, True)
-        return list(self._run("block_dense", emit, [*inputs, *caches]))
+        return list(self._run("block_dense", emit, [*inputs, *caches, before]))
 
     def selective(
-        self, inputs: Sequence[object], caches: Sequence[Tensor], active: Tensor
+        self, inputs: Sequence[object], caches: Sequence[Tensor], active: Tensor, before: Tensor
     ) -> list[Tensor]:
         """K active tokens; one program for each K."""
         count = active.shape[1]
-        emit = self._emit(emit_block_selective, count)
-        return list(self._run(f"block_selective_{count}", emit, [*inputs, *caches, active]))
+        emit, values = self._emit(emit_block_selective, count), [*inputs, *caches, active, before]
+        return list(self._run(f"block_selective_{count}", emit, values))

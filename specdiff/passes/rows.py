@@ -33,7 +33,7 @@ def emit_block_selective(
     module: fx.GraphModule, plan: SelectivePlan, sample: int, count: int
 ) -> fx.GraphModule:
     """The same for one block of a model; inactive rows of its outputs are those last computed."""
-    emitter = RowsEmitter(module, plan, sample, count)
+    emitter = RowsEmitter(module, plan, sample, count, numbered=True)
     emitter.emit()
     return emitter.finish_block()
 
@@ -42,13 +42,18 @@ class RowsEmitter(WholeEmitter):
     """Emits the selective program: rows where the plan says rows."""
 
     def __init__(
-        self, module: fx.GraphModule, plan: SelectivePlan, sample: int, count: int
+        self,
+        module: fx.GraphModule,
+        plan: SelectivePlan,
+        sample: int,
+        count: int,
+        numbered: bool = False,
     ) -> None:
-        super().__init__(module, plan, sample)
+        super().__init__(module, plan, sample, numbered)
         self.count = count
         shares = share_out(plan.lengths, count)
         self.counts: dict[ClassId, int] = dict(zip(plan.prunable, shares, strict=True))
-        """Rows of each segment that has not all of them: the active tokens of a prunable one."""
+        """Rows of each prunable segment: its active tokens."""
         self.rows: dict[fx.Node, fx.Node] = {}
         self._positions: dict[Layout, fx.Node] = {}
         self._causal: dict[tuple[Layout, int, int, int], fx.Node] = {}
@@ -62,6 +67,7 @@ class RowsEmitter(WholeEmitter):
         self.whole.update((node, caches.pop(node)) for node in plan.fixed)
         batch = plan.axes.samples
         self.active = self.add_tensor("active", (batch, self.count), plan.cached[0], torch.int64)
+        self.add_number()
         batch_rows = self.call(aten.arange.default, batch, device=self.device)
         self.batch_rows = self.call(aten.unsqueeze.default, batch_rows, 1)
         for node in plan.axes.graph.nodes:
@@ -86,7 +92,11 @@ class RowsEmitter(WholeEmitter):
 
     def row_count(self, layout: Layout) -> int:
         """Rows of a layout: all tokens of the other segments, the active ones of the prunable."""
-        return sum(self.counts.get(piece.segment, piece.length) for piece in layout)
+        return sum(map(self.piece_rows, layout))
+
+    def piece_rows(self, piece: Piece) -> int:
+        """Rows of one piece of a layout."""
+        return self.counts.get(piece.segment, piece.length)
 
     def positions(self, layout: Layout) -> fx.Node:
         """int64 [B, rows]: where each row of a layout stands in the whole axis."""
@@ -97,7 +107,7 @@ class RowsEmitter(WholeEmitter):
     def _build_positions(self, layout: Layout) -> fx.Node:
         pieces = []
         for piece in layout:
-            if not self.counts.get(piece.segment, piece.length):
+            if not self.piece_rows(piece):
                 continue
             if piece.segment in self.counts:
                 pieces.append(self._active_positions(piece))

@@ -42,6 +42,7 @@ from specdiff.runtime.regional import (
     enter,
     identities,
     leave,
+    numbered,
     under,
 )
 from specdiff.runtime.shapes import remember
@@ -81,7 +82,7 @@ class RootPrograms:
         self._root = root
         self._arguments = arguments
         self._patches = patches
-        self._visits = visits
+        self._visits = numbered(visits, patches.tokens)
 
     @property
     def compile_seconds(self) -> Mapping[str, float]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -37,17 +37,23 @@ class Programs(Protocol):
         """The caches of one call."""
 
     @property
+    def attentions(self) -> int:
+        """How many of the model's attentions importance is taken from here."""
+
+    @property
     def compile_seconds(self) -> Mapping[str, float]:
         """Seconds spent compiling each program, by its name."""
 
-    def probe(self, inputs: Sequence[object]) -> list[Tensor]:
-        """The block's outputs and importance."""
+    def probe(self, inputs: Sequence[object], before: Tensor) -> list[Tensor]:
+        """The block's outputs and importance; `before`, int64 [1]: attentions before its own."""
 
-    def dense(self, inputs: Sequence[object], caches: Sequence[Tensor]) -> list[Tensor]:
+    def dense(
+        self, inputs: Sequence[object], caches: Sequence[Tensor], before: Tensor
+    ) -> list[Tensor]:
         """The same, caches overwritten."""
 
     def selective(
-        self, inputs: Sequence[object], caches: Sequence[Tensor], active: Tensor
+        self, inputs: Sequence[object], caches: Sequence[Tensor], active: Tensor, before: Tensor
     ) -> list[Tensor]:
         """The same for active tokens only."""
 
@@ -105,6 +111,23 @@ class Visit:
     """Identity of the first parameter: blocks of a class share a graph, not parameters."""
     blanks: tuple[Callable[[], Any], ...]
     """Make outputs that nobody reads, of the strides that Dynamo guards in the next block."""
+    before: Tensor | None = None
+    """int64 [1]: attentions of the forward before those of the block, that each may sample others
+    of its rows; None of text."""
+
+
+def numbered(visits: Sequence[Visit], tokens: int) -> list[Visit]:
+    """The visits of a forward, each told how many attentions read its `tokens` before."""
+    found, count = [], 0
+    for visit in visits:
+        if tokens not in visit.block.lengths:
+            found.append(visit)
+            continue
+        programs = visit.block.planned(tokens)
+        before = torch.tensor([count], device=programs.slots[0].device)
+        found.append(replace(visit, before=before))
+        count += programs.attentions
+    return found
 
 
 @dataclass
@@ -140,7 +163,7 @@ class RootCall:
             raise Diverged(f"block call {self._visited - 1} is not the one of the first forward")
         if self.tokens not in block.lengths:
             return list(block.dense(*inputs))  # of other tokens, such as text
-        *outputs, importance = self._run(block.planned(self.tokens), inputs)
+        *outputs, importance = self._run(block.planned(self.tokens), inputs, visit)
         self.importance = importance if self.importance is None else self.importance + importance
         return outputs
 
@@ -175,15 +198,17 @@ class RootCall:
             return False
         return mine == theirs
 
-    def _run(self, programs: Programs, inputs: Sequence[object]) -> list[Tensor]:
+    def _run(self, programs: Programs, inputs: Sequence[object], visit: Visit) -> list[Tensor]:
+        before = visit.before
+        assert before is not None
         if self.kind == "probe":
-            return programs.probe(inputs)
+            return programs.probe(inputs, before)
         count = len(programs.slots)
         mine, self.caches = self.caches[:count], self.caches[count:]
         if self.kind == "dense":
-            return programs.dense(inputs, mine)
+            return programs.dense(inputs, mine, before)
         assert self.active is not None
-        return programs.selective(inputs, mine, self.active)
+        return programs.selective(inputs, mine, self.active, before)
 
 
 @contextmanager

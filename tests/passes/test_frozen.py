@@ -14,7 +14,7 @@ from specdiff.passes.rows import emit_selective
 from tests.models import changed, flux, randomize, sd3
 from tests.oracles import trace
 from tests.passes.checks import check_oracles, frozen_text
-from tests.passes.toys import TEXT, TOKENS, Toy, toy, toy_inputs
+from tests.passes.toys import CHANNELS, TEXT, TOKENS, Toy, toy, toy_inputs
 
 aten = torch.ops.aten
 COUNT = 5
@@ -131,6 +131,26 @@ def test_joint_rows_in_a_middle():
             return (toy.head(joint[:, :TOKENS]),)
 
     built, inputs = randomize(Joint()), toy_inputs()
+    found = trace(built, inputs, changed(inputs))
+    check_oracles(built, (inputs, changed(inputs)), found)
+    assert frozen_text(found, found.programs(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_joint_table_cut_where_no_attention_is():
+    """Modulation of text and image in one, the image's cut out of it behind the last attention."""
+
+    class Tabled(Toy):
+        def forward(self, hidden_states, encoder_hidden_states, timestep):
+            time = timestep.sin()[:, None, None]
+            joint = torch.cat(
+                [self.embed_text(encoder_hidden_states), self.embed(hidden_states)], 1
+            )
+            of_text = time.cos().expand(-1, TEXT, CHANNELS)
+            table = torch.cat([of_text, time.expand(-1, TOKENS, CHANNELS)], 1)
+            joint = self.attention(self.attention(joint))
+            return (self.head(joint[:, TEXT:] * table[:, TEXT:]),)
+
+    built, inputs = randomize(Tabled(lambda t, x: x)), toy_inputs()
     found = trace(built, inputs, changed(inputs))
     check_oracles(built, (inputs, changed(inputs)), found)
     assert frozen_text(found, found.programs(), rtol=1e-5, atol=1e-5)
