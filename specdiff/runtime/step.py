@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from specdiff.options import Settings
 from specdiff.program import Programs, Signature
 from specdiff.runtime.caches import CachePool
-from specdiff.runtime.clock import evaluations_left, next_time, time_unit
+from specdiff.runtime.clock import next_time, time_unit
 from specdiff.runtime.correction import Correction, on_top
 from specdiff.runtime.forecast import forecast
 from specdiff.runtime.history import ComputedOutput
@@ -32,7 +33,7 @@ from specdiff.runtime.prediction import (
 from specdiff.runtime.reading import Reading
 from specdiff.runtime.recording import StepRecord
 from specdiff.runtime.registry import ModelState
-from specdiff.runtime.schedule import Schedule
+from specdiff.runtime.schedule import Place, Schedule
 from specdiff.runtime.speculation import landings, model_time, speculate
 from specdiff.runtime.streams import Stream, StreamTable
 
@@ -109,11 +110,14 @@ class Step:
         assert isinstance(latent, Tensor)
         return latent
 
+    @cached_property
+    def _place(self) -> Place:
+        return Place.of([*self.stream.times, self.time], self.given, self.schedule.usual)
+
     def _decide(self) -> int:
         """Tokens to compute; all of them if a selective step would have no caches."""
-        index, tokens = self.stream.history.evaluations, self.schedule.tokens
-        left = evaluations_left([*self.stream.times, self.time], self.given)
-        count, reason = self.schedule.decide(index, left)
+        tokens, place = self.schedule.tokens, self._place
+        count, reason = self.schedule.decide(place)
         if 0 < count < tokens and not self.stream.lease:
             count, reason = tokens, "no caches yet"
         self._keep(
@@ -122,7 +126,7 @@ class Step:
             kind="dense" if count == tokens else "selective" if count else "skipped",
             reason=reason,
             generation=self.stream.number,
-            index=index,
+            index=place.index,
             time=self.time,
         )
         return count
@@ -211,7 +215,7 @@ class Step:
             previous = stream.history.steps[0].tokens
             predicted = torch.where(reused.unsqueeze(-1), previous, predicted)
             self._keep(reused=reused)
-        text = self.schedule.text(stream.history.evaluations)
+        text = self.schedule.text(self._place)
         evaluation = self.programs.selective(self.inputs, stream.lease.caches, active, text)
         rows = active.unsqueeze(-1).expand_as(evaluation.tokens)
         merged = predicted.scatter(1, rows, evaluation.tokens.to(predicted.dtype))

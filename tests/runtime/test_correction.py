@@ -9,7 +9,7 @@ from specdiff.options import Options
 from specdiff.program import Evaluation
 from specdiff.runtime import Runtime
 from specdiff.runtime.clock import next_time
-from specdiff.runtime.schedule import Schedule
+from specdiff.runtime.schedule import Place, Schedule
 
 SKIPPING = {
     "cache_ratio": 1.0,
@@ -163,4 +163,4 @@ def test_tapered_plan():
 )
 def test_dense_evaluations_of_a_plan(options, dense):
     plan = Schedule.of(Options(**options).resolve(), (16,))
-    assert [i for i in range(28) if plan.decide(i, 28 - i)[0]] == dense
+    assert [i for i in range(28) if plan.decide(Place.known(i, 28))[0]] == dense
