@@ -51,14 +51,16 @@ METHOD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 
-# `quality`: what outranks the method's defaults. Chosen by measurements on two models (README).
-QUALITIES: Mapping[str, Mapping[str, Any]] = {
-    "near-lossless": {"refresh_interval": 2},
-    "balanced": {},
-    "fast": {"refresh_interval": 8},
+# `quality`: plans of 28 evaluations, found by `specdiff tune` and measured on two models (README).
+QUALITIES: Mapping[str, Plan] = {
+    "near-lossless": Plan.of(28, (0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 27)),
+    "balanced": Plan.of(28, (0, 2, 4, 7, 10, 14, 18, 22, 26, 27)),
+    "fast": Plan.of(28, (0, 4, 6, 10, 14, 18, 25, 27)),
 }
+USUAL = "balanced"
+"""What "history" does if nothing is said."""
 SCHEDULE = ("cache_ratio", "warmup_steps", "refresh_interval", "tapered", "stride")
-"""Options that a plan takes the place of."""
+"""Options that a plan takes the place of, and that take the place of a quality's."""
 PLAN_SETTINGS = (
     "method", "text_refresh", "speculative_steps", "reuse_share", "starvation", "forecast",
     "correction",
@@ -127,14 +129,15 @@ class Settings:
 class Options:
     """What `torch.compile(model, backend="specdiff", options=...)` accepts.
 
-    Fields that are None by default and not documented otherwise take the value of `plan`, else that
-    of `quality` (`QUALITIES`), else the default of `method` (`METHOD_DEFAULTS`). Raises
-    `OptionError` for a value that is out of range or of the wrong type.
+    Fields that are None by default and not documented otherwise take the value of `plan`, else the
+    default of `method` (`METHOD_DEFAULTS`). Raises `OptionError` for a value that is out of range
+    or of the wrong type.
     """
 
     quality: str | None = _choice(None, tuple(QUALITIES))
-    """How close to the dense pictures to stay: "near-lossless", "balanced" or "fast"; sets what is
-    left None. None: the method's defaults, which for "history" are "balanced"."""
+    """How close to the dense pictures to stay: "near-lossless", "balanced" or "fast", each a plan
+    (`QUALITIES`), which options of `SCHEDULE` that are given take the place of. None: "balanced"
+    for "history", no plan for "paper"."""
 
     plan: Plan | Mapping[str, Any] | str | os.PathLike[str] | None = _option(  # noqa: RUF009
         None,
@@ -287,14 +290,20 @@ class Options:
 
     def resolve(self) -> Settings:
         """The runtime's settings: what is left None takes a default."""
-        planned = self.plan.settings if isinstance(self.plan, Plan) else {}
+        given = self.plan if isinstance(self.plan, Plan) else None
+        planned = given.settings if given else {}
         method = self.method or planned.get("method", METHODS[0])
-        defaults = {**METHOD_DEFAULTS[method], **QUALITIES.get(self.quality or "", {}), **planned}
+        defaults = {**METHOD_DEFAULTS[method], **planned}
         values: dict[str, Any] = {}
         for field in dataclasses.fields(Settings):
             value = getattr(self, field.name)
             values[field.name] = defaults.get(field.name) if value is None else value
-        return Settings(**{**values, "method": method})
+        return Settings(**{**values, "method": method, "plan": given or self._of_quality(method)})
+
+    def _of_quality(self, method: str) -> Plan | None:
+        quality = self.quality or (USUAL if method == "history" else None)
+        said = any(getattr(self, name) is not None for name in SCHEDULE)
+        return None if said or quality is None else QUALITIES[quality]
 
 
 _FIELDS = {field.name: field for field in dataclasses.fields(Options)}

@@ -94,6 +94,8 @@ class Plan:
             total: M, as far as is known.
             before: M, as it was known at the previous evaluation.
         """
+        if index >= before:  # the run is longer than was thought: what is left is unknown
+            return self.dense[-1]
         first = self._reached(index - 1, before) + 1 if index else 0
         entries = range(first, self._reached(index, total) + 1)
         return min(entries, key=lambda entry: self.ratios[entry], default=None)

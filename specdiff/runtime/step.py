@@ -77,7 +77,7 @@ class Step:
         """Answer the call: the graph's outputs, safe from later evaluations."""
         stream, counters = self.stream, self.state.counters
         batch, count = self.programs.signature.batch, self._decide()
-        before = stream.history.computed[:1]
+        before = stream.history.computed
         self._settle()
         if count == self.schedule.tokens:
             tokens = self._dense()
@@ -89,7 +89,7 @@ class Step:
             tokens = self._skip()
             counters.skipped += 1
         if self._corrects and before:
-            tokens = self._corrected(before[0], tokens, computed=count > 0)
+            tokens = self._corrected(before, tokens, computed=count > 0)
         stream.times.append(self.time)
         self.table.touch(stream)
         counters.tokens_computed += batch * count
@@ -178,16 +178,23 @@ class Step:
         A solver of higher order uses earlier predictions again, what was put on top of them too.
         """
         rounding = torch.finfo(self._latent.dtype).eps / max(reading.change, 1e-6)
-        residual = reading.residual(self.candidates, self.stream.times[-1])
-        return residual <= FIRST_ORDER_FIT + 2 * rounding
+        chosen = self.stream.sampler.chosen if self.stream.sampler is not None else None
+        likely = (chosen[0],) if chosen is not None else self.candidates
+        return any(
+            reading.residual(candidates, self.stream.times[-1]) <= FIRST_ORDER_FIT + 2 * rounding
+            for candidates in dict.fromkeys((likely, self.candidates))
+        )
 
-    def _corrected(self, before: ComputedOutput, tokens: Tensor, *, computed: bool) -> Tensor:
+    def _corrected(
+        self, before: Sequence[ComputedOutput], tokens: Tensor, *, computed: bool
+    ) -> Tensor:
         """`tokens`, and on top of those just computed what their forecasts had cost the latent."""
         stream, newest = self.stream, self.stream.history.computed[0]
         if stream.correction is None:
             stream.correction = Correction.none(newest)
         elif stream.sampler is not None and computed:
-            missing = stream.correction.collect(before, newest)
+            older = before[1] if len(before) > 1 else None
+            missing = stream.correction.collect(before[0], older, newest)
             due = next_time([*stream.times, self.time], self.given)
             more = on_top(missing, *stream.sampler.step(self.time, due))
             tokens = (tokens.float() + more).to(tokens.dtype)

@@ -1,6 +1,7 @@
 """Plans as data: read, refused with the field's name, scaled, and followed by the runtime."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -180,15 +181,35 @@ def test_text_of_a_plan():
     assert schedule.selects and schedule.forecasts
 
 
-def test_qualities_fill_in_what_is_left_open():
+def test_qualities_are_plans_that_a_schedule_takes_the_place_of():
     assert set(QUALITIES) == {"near-lossless", "balanced", "fast"}
+    dense = [len(QUALITIES[name].dense) for name in ("near-lossless", "balanced", "fast")]
+    assert dense == sorted(dense, reverse=True)
     assert Options(quality="balanced").resolve() == Options().resolve()
-    fast = Options(quality="fast", forecast="reuse", tapered=False).resolve()
-    assert (fast.forecast, fast.tapered) == ("reuse", False)
-    assert Options(quality="fast").resolve() != Options(quality="near-lossless").resolve()
+    assert Options().resolve().plan == QUALITIES["balanced"]
+    assert Options(method="paper").resolve().plan is None
+    assert Options(method="paper", quality="fast").resolve().plan == QUALITIES["fast"]
+    assert Options(quality="fast", forecast="reuse").resolve().plan == QUALITIES["fast"]
+    assert Options(quality="fast", refresh_interval=5).resolve().plan is None
     with pytest.raises(OptionError, match="quality='best': must be one of 'near-lossless'"):
         Options(quality="best")
+
+
+def test_a_quality_given_later_replaces_an_earlier_schedule():
     compiled = Options(refresh_interval=3, correction=False)
     later = compiled.override(check_overrides({"quality": "fast"}))
     assert later == Options(quality="fast", correction=False)
-    assert later.override(check_overrides({"refresh_interval": 5})).quality == "fast"
+    assert later.override(check_overrides({"refresh_interval": 5})).resolve().plan is None
+
+
+@pytest.mark.parametrize("quality", QUALITIES)
+def test_the_runtime_follows_a_quality(quality):
+    model = toy(quality=quality)
+    Euler(model, steps=28).run()
+    assert sd.stats(model).dense == len(QUALITIES[quality].dense)
+
+
+def test_a_run_longer_than_was_thought_ends_dense():
+    schedule = Schedule.of(Options().resolve(), (16,))
+    found = [schedule.decide(Place(i, math.inf, 28, 28))[0] for i in range(40)]
+    assert all(found[28:]) and not all(found[:28])
