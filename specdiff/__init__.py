@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from specdiff.compiler import backend
     from specdiff.errors import NotCompiledError, OptionError, SpecdiffError
     from specdiff.options import Options
+    from specdiff.plan import Plan
     from specdiff.report import Report, explain
     from specdiff.runtime.api import attach, configure, record, reset, session, stats
     from specdiff.runtime.attach import Attachment
     from specdiff.runtime.recording import Recording, StepRecord
     from specdiff.runtime.registry import Session
     from specdiff.runtime.stats import Stats
+    from specdiff.tuning import Tuned, tune
     from specdiff.verification import Verification, verify
 
 _HOMES = {
@@ -30,14 +32,17 @@ _HOMES = {
     "reset": "specdiff.runtime.api",
     "session": "specdiff.runtime.api",
     "stats": "specdiff.runtime.api",
+    "tune": "specdiff.tuning",
     "verify": "specdiff.verification",
     "Attachment": "specdiff.runtime.attach",
     "Options": "specdiff.options",
+    "Plan": "specdiff.plan",
     "Recording": "specdiff.runtime.recording",
     "Report": "specdiff.report",
     "Session": "specdiff.runtime.registry",
     "StepRecord": "specdiff.runtime.recording",
     "Stats": "specdiff.runtime.stats",
+    "Tuned": "specdiff.tuning",
     "Verification": "specdiff.verification",
     "NotCompiledError": "specdiff.errors",
     "OptionError": "specdiff.errors",
@@ -53,14 +58,17 @@ __all__ = [
     "reset",
     "session",
     "stats",
+    "tune",
     "verify",
     "Attachment",
     "Options",
+    "Plan",
     "Recording",
     "Report",
     "Session",
     "StepRecord",
     "Stats",
+    "Tuned",
     "Verification",
     "NotCompiledError",
     "OptionError",

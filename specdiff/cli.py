@@ -1,4 +1,4 @@
-"""The command line: `specdiff demo`, `explain`, `bench`, `eval`. Commands only wire modules."""
+"""The command line, `specdiff demo` and others. Commands only wire modules."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ except ModuleNotFoundError as missing:
     ) from None
 
 from specdiff.errors import OptionError, SpecdiffError
+from specdiff.evaluation.cli import evaluate_methods, tune_plan
 
 if TYPE_CHECKING:
     from specdiff.comparison import Comparison, Method, Request
@@ -59,14 +60,14 @@ def parse_options(pairs: Sequence[str]) -> dict[str, object]:
     return options
 
 
-def _require_compiler() -> None:
+def require_compiler() -> None:
     """Say what is missing before Inductor does, a minute later and in more words."""
     compiler = os.environ.get("CXX", "g++")
     if sys.platform == "linux" and shutil.which(compiler) is None:
         raise SpecdiffError(f"torch.compile needs a C++ compiler and found no {compiler}")
 
 
-def _make_folders(files: Sequence[Path]) -> None:
+def make_folders(files: Sequence[Path]) -> None:
     """Make room for the results before minutes of work go into them."""
     for file in files:
         if file.is_dir():
@@ -133,8 +134,8 @@ def demo(
     """
     ratio = [] if cache_ratio is None else [f"cache_ratio={cache_ratio}"]
     options = parse_options([*ratio, *(option or [])])
-    _require_compiler()
-    _make_folders([file for file in (out, json_file, report) if file is not None])
+    require_compiler()
+    make_folders([file for file in (out, json_file, report) if file is not None])
     from specdiff.methods import (
         Setting,
         demo_methods,
@@ -208,7 +209,7 @@ def explain(
     Traces the model once and compiles nothing. Times are bounds by this machine's measured rates.
     """
     options = parse_options(option or [])
-    _make_folders([file for file in (html, json_file) if file is not None])
+    make_folders([file for file in (html, json_file) if file is not None])
     from specdiff.inspect.page import report_page
     from specdiff.inspect.plain import to_json
     from specdiff.inspect.target import load_target
@@ -273,7 +274,7 @@ def bench(
     The method is "paper", whose every later step is selective, unless an option says otherwise.
     """
     options = {"method": "paper", **parse_options(option or [])}
-    _require_compiler()
+    require_compiler()
     from specdiff.bench.geometries import build, require_known
     from specdiff.bench.measure import measure, type_of
     from specdiff.bench.record import markdown, record
@@ -285,7 +286,7 @@ def bench(
     place = usable_device(device)
     kind = type_of(dtype, place)
     quiet_libraries()
-    _make_folders([out / "bench.json"])
+    make_folders([out / "bench.json"])
     for name in geometries:
         load, sampler = load_per_core(), build(name, place, kind, steps, depth)
         rates = measure_rates(place, kind)
@@ -296,62 +297,8 @@ def bench(
         console.print(markdown(figures), markup=False, highlight=False, soft_wrap=True)
 
 
-@app.command("eval")
-def evaluate_methods(
-    model: Annotated[str, typer.Option(help="The trained model: emoji or textures.")] = "emoji",
-    weights: Annotated[Path, typer.Option(help="Weights of the texture model.")] = Path(
-        "examples/textures/textures.safetensors"
-    ),
-    out: Annotated[Path, typer.Option(help="Folder for results, table and plot.")] = Path("eval"),
-    quick: Annotated[
-        bool, typer.Option("--quick", help="6 pictures, 3 of them timed, no large set.")
-    ] = False,
-    pictures: Annotated[int | None, typer.Option(min=1, help="Compared per method (32).")] = None,
-    pairs: Annotated[
-        int | None, typer.Option(min=1, help="Of them timed, in turn with dense (8).")
-    ] = None,
-    large_set: Annotated[
-        int | None, typer.Option(min=0, help="For the distance between sets (256); 0: not.")
-    ] = None,
-    probe: Annotated[
-        Path | None, typer.Option(help="Classifier of examples/eval/train_probe.py.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the first picture; then counted up.")] = 100,
-    method: Annotated[
-        list[str] | None, typer.Option(help="Only methods of this name or pattern; repeatable.")
-    ] = None,
-    measure: Annotated[
-        list[str] | None, typer.Option(help="Only this phase, pictures or flops; repeatable.")
-    ] = None,
-    minutes: Annotated[
-        float | None, typer.Option(min=0, help="Begin nothing after this; run again for the rest.")
-    ] = None,
-    clock: Annotated[
-        str, typer.Option(help="wall; or cpu, for ratios on a machine that others keep busy.")
-    ] = "wall",
-    device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.")] = "cpu",
-) -> None:
-    """Measure specdiff against fewer steps and every published cache, on equal terms.
-
-    Writes results.json, table.md and frontier.png; run again, it goes on where it stopped.
-    """
-    _require_compiler()
-    _make_folders([out / "results.json"])
-    from specdiff.evaluation.command import SIZES, Sizes, Wanted, evaluate
-    from specdiff.methods import quiet_libraries
-
-    quiet_libraries()
-    usual = SIZES["quick" if quick else "full"]
-    sizes = Sizes(
-        pictures or usual.pictures,
-        pairs or usual.pairs,
-        usual.large_set if large_set is None else large_set,
-    )
-    wanted = Wanted(
-        model, weights, device, sizes, seed, probe, out, method or (), measure or (), minutes, clock
-    )
-    left = evaluate(wanted, console)
-    console.print(f"{out}: " + (f"{left} measurements left: run again" if left else "complete"))
+app.command("eval")(evaluate_methods)
+app.command("tune")(tune_plan)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from specdiff.errors import OptionError
+from specdiff.plan import Plan
 
 METHODS = ("history", "paper")
 FORECASTS = ("reuse", "linear", "quadratic", "mean", "mean-1000")
@@ -28,6 +29,8 @@ METHOD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "refresh_interval": 4,
         "tapered": True,
         "stride": 1,
+        "text_refresh": 1,
+        "speculative_steps": 2,
         "reuse_share": 0.0,
         "starvation": 0.0,
         "forecast": "linear",
@@ -39,12 +42,30 @@ METHOD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "refresh_interval": 0,
         "tapered": False,
         "stride": 1,
+        "text_refresh": 1,
+        "speculative_steps": 2,
         "reuse_share": 0.1,
         "starvation": 3.0,
         "forecast": "mean",
         "correction": False,
     },
 }
+
+# `quality`: plans of 28 evaluations, found by `specdiff tune` and measured on two models (README).
+QUALITIES: Mapping[str, Plan] = {
+    "near-lossless": Plan.of(28, (0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 27)),
+    "balanced": Plan.of(28, (0, 2, 4, 7, 10, 14, 18, 22, 26, 27)),
+    "fast": Plan.of(28, (0, 4, 6, 10, 14, 18, 25, 27)),
+}
+USUAL = "balanced"
+"""What "history" does if nothing is said."""
+SCHEDULE = ("cache_ratio", "warmup_steps", "refresh_interval", "tapered", "stride")
+"""Options that a plan takes the place of, and that take the place of a quality's."""
+PLAN_SETTINGS = (
+    "method", "text_refresh", "speculative_steps", "reuse_share", "starvation", "forecast",
+    "correction",
+)  # fmt: skip
+"""Options that a plan may hold."""
 
 
 def _number(value: object) -> bool:
@@ -101,15 +122,30 @@ class Settings:
     prediction: str
     alphas_cumprod: tuple[float, ...] | None
     max_cache_bytes: int | None
+    plan: Plan | None
 
 
 @dataclass(frozen=True)
 class Options:
     """What `torch.compile(model, backend="specdiff", options=...)` accepts.
 
-    Fields that are None by default and not documented otherwise take the default of `method`
-    (`METHOD_DEFAULTS`). Raises `OptionError` for a value that is out of range or of the wrong type.
+    Fields that are None by default and not documented otherwise take the value of `plan`, else the
+    default of `method` (`METHOD_DEFAULTS`). Raises `OptionError` for a value that is out of range
+    or of the wrong type.
     """
+
+    quality: str | None = _choice(None, tuple(QUALITIES))
+    """How close to the dense pictures to stay: "near-lossless", "balanced" or "fast", each a plan
+    (`QUALITIES`), which options of `SCHEDULE` that are given take the place of. None: "balanced"
+    for "history", no plan for "paper"."""
+
+    plan: Plan | Mapping[str, Any] | str | os.PathLike[str] | None = _option(  # noqa: RUF009
+        None,
+        "a file made by `specdiff tune` or by hand, or what it holds",
+        lambda v: isinstance(v, (Plan, Mapping, str, os.PathLike)),
+    )
+    """What each evaluation computes, in place of the options of `SCHEDULE`, and settings for what
+    is left None (`specdiff.plan`). Kept as a `Plan`."""
 
     cache_ratio: float | None = _option(None, "a number from 0 to 1", _share)
     """Share of image tokens that a selective step does not compute (the paper's CR). 0: all steps
@@ -118,7 +154,7 @@ class Options:
     warmup_steps: int | None = _option(None, "an integer of at least 1", _count(1))
     """Dense evaluations at the start of every generation, the first included."""
 
-    speculative_steps: int = _option(2, "an integer of at least 0", _count(0))
+    speculative_steps: int | None = _option(None, "an integer of at least 0", _count(0))
     """Evaluations of the paper's self-speculation. The first one is the first real step, so this
     costs `speculative_steps - 1` evaluations a generation; 0 or 1: no look ahead."""
 
@@ -133,7 +169,7 @@ class Options:
     """Between dense evaluations only every so many compute any token; the others are skipped, that
     is forecast whole. 1: nothing is skipped."""
 
-    text_refresh: int = _option(1, "an integer of at least 0", _count(0))
+    text_refresh: int | None = _option(None, "an integer of at least 0", _count(0))
     """Every so many selective evaluations after a dense one also compute the text tokens; in
     between, their cached keys and values serve. 1: all do; 0: only dense evaluations."""
 
@@ -155,8 +191,8 @@ class Options:
     """Whether what forecasts have cost the latent is made good when tokens are next computed: the
     output then is the model's own and what the latent is short of (`runtime.correction`)."""
 
-    method: str = _choice("history", METHODS)
-    """How tokens are scored: "history" by attention times squared staleness, "paper" by
+    method: str | None = _choice(None, METHODS)
+    """How tokens are scored: "history" (None) by attention times squared staleness, "paper" by
     equation 3; it also chooses the defaults of the options left None."""
 
     importance_queries: int | None = _option(
@@ -210,8 +246,19 @@ class Options:
                 continue
             if value is None and "None" in field.metadata["valid"]:
                 continue
-            if not field.metadata["test"](value):
-                raise OptionError(f"{field.name}={value!r}: must be {field.metadata['valid']}")
+            _check(field, value)
+        if self.plan is not None:
+            object.__setattr__(self, "plan", self._checked_plan(Plan.load(self.plan)))
+
+    def _checked_plan(self, plan: Plan) -> Plan:
+        for name, value in plan.settings.items():
+            if name not in PLAN_SETTINGS:
+                raise OptionError("plan: settings." + _unknown(name, list(PLAN_SETTINGS)))
+            _check(_FIELDS[name], value, "plan: settings.")
+        for name in (*SCHEDULE, "quality"):
+            if getattr(self, name) is not None:
+                raise OptionError(f"{name}: the plan takes its place, give one of them")
+        return plan
 
     @classmethod
     def parse(
@@ -234,7 +281,7 @@ class Options:
         known = {"mode", *inductor_keys}
         for name in inductor:
             if name.replace("-", "_") not in known:
-                raise OptionError(_unknown(name, list(_FIELDS), [*_FIELDS, *sorted(known)]))
+                raise OptionError(_unknown(name, list(_FIELDS), sorted(known)))
         return cls(**ours), inductor
 
     def override(self, overrides: Mapping[str, Any]) -> Options:
@@ -242,13 +289,21 @@ class Options:
         return dataclasses.replace(self, **overrides) if overrides else self
 
     def resolve(self) -> Settings:
-        """The runtime's settings: what is left None takes the method's default."""
-        defaults = METHOD_DEFAULTS[self.method]
+        """The runtime's settings: what is left None takes a default."""
+        given = self.plan if isinstance(self.plan, Plan) else None
+        planned = given.settings if given else {}
+        method = self.method or planned.get("method", METHODS[0])
+        defaults = {**METHOD_DEFAULTS[method], **planned}
         values: dict[str, Any] = {}
         for field in dataclasses.fields(Settings):
             value = getattr(self, field.name)
             values[field.name] = defaults.get(field.name) if value is None else value
-        return Settings(**values)
+        return Settings(**{**values, "method": method, "plan": given or self._of_quality(method)})
+
+    def _of_quality(self, method: str) -> Plan | None:
+        quality = self.quality or (USUAL if method == "history" else None)
+        said = any(getattr(self, name) is not None for name in SCHEDULE)
+        return None if said or quality is None else QUALITIES[quality]
 
 
 _FIELDS = {field.name: field for field in dataclasses.fields(Options)}
@@ -258,22 +313,37 @@ RUNTIME_OPTIONS = tuple(name for name, field in _FIELDS.items() if field.metadat
 def check_overrides(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Validate settings for a compiled model or a session.
 
+    Returns:
+        The settings, and None for those of earlier ones that they take the place of: a plan or a
+        quality replaces a schedule given earlier, and options of the schedule an earlier plan.
+
     Raises:
         OptionError: an unknown name, an option fixed at compile time, or a value out of range.
     """
     for name in settings:
         if name not in _FIELDS:
-            raise OptionError(_unknown(name, list(RUNTIME_OPTIONS), list(RUNTIME_OPTIONS)))
+            raise OptionError(_unknown(name, list(RUNTIME_OPTIONS)))
         if name not in RUNTIME_OPTIONS:
             raise OptionError(
                 f"{name}: fixed when the model is compiled, give it to torch.compile(options=...);"
                 f" settings that can change: {', '.join(RUNTIME_OPTIONS)}"
             )
     checked = Options(**settings)
-    return {name: getattr(checked, name) for name in settings}
+    given = {name for name, value in settings.items() if value is not None}
+    replaced: tuple[str, ...] = ()
+    if given & {"plan", "quality"}:
+        replaced = ("plan", "quality", *SCHEDULE)
+    elif given.intersection(SCHEDULE):
+        replaced = ("plan",)
+    return {name: getattr(checked, name) for name in (*replaced, *settings)}
 
 
-def _unknown(name: str, listed: list[str], similar_to: list[str]) -> str:
-    close = difflib.get_close_matches(name, similar_to, n=1)
+def _check(field: dataclasses.Field[Any], value: object, where: str = "") -> None:
+    if not field.metadata["test"](value):
+        raise OptionError(f"{where}{field.name}={value!r}: must be {field.metadata['valid']}")
+
+
+def _unknown(name: str, listed: list[str], others: Sequence[str] = ()) -> str:
+    close = difflib.get_close_matches(name, [*listed, *others], n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     return f"{name}: no such option{hint}; options: {', '.join(listed)}"

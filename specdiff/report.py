@@ -21,7 +21,7 @@ from specdiff.passes.listing import name_of
 from specdiff.passes.regions import Region, dense_work, selective_work
 from specdiff.passes.signature import module_path
 from specdiff.program import Segment
-from specdiff.runtime.schedule import Schedule
+from specdiff.runtime.schedule import Place, Schedule
 
 RATIOS = (0.5, 0.75, 0.9, 0.95)
 """Shares of tokens left out for which costs are shown."""
@@ -115,7 +115,7 @@ class Report:
         plan = Schedule.of(self.settings, lengths)
         found = []
         for index in range(steps):
-            count, reason = plan.decide(index, steps - index)
+            count, reason = plan.decide(Place.known(index, steps))
             kind = "dense" if count == plan.tokens else "selective" if count else "skipped"
             found.append((kind, count, reason))
         return found

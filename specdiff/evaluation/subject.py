@@ -18,6 +18,8 @@ MODELS = ("emoji", "textures")
 STEPS = 28
 TUNED_ON = 24
 """Stored prompts at the start of the demo's list that its defaults may have been tuned on."""
+TUNING_SEED = 10_000
+"""Seed of the first picture to tune on; evaluations count theirs up from far below."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Subject:
         arguments: The pipeline's arguments for a prompt, without steps, generator and output type.
         to_pixels: Turns latents into pictures `[B, 3, H, W]` in 0..1.
         options: Options that specdiff needs for this pipeline, whatever else is set.
+        tuning_prompts: What to tune on; empty: the same, from other seeds.
     """
 
     name: str
@@ -39,11 +42,19 @@ class Subject:
     arguments: Callable[[str], Mapping[str, Any]]
     to_pixels: Callable[[Tensor], Tensor]
     options: Mapping[str, Any] = field(default_factory=dict)
+    tuning_prompts: tuple[str, ...] = ()
 
     def requests(self, count: int, seed: int) -> list[Request]:
         """The prompts in turn, each with a seed of its own, counted up from `seed`."""
         return [
             Request(self.prompts[index % len(self.prompts)], seed + index) for index in range(count)
+        ]
+
+    def tuning_requests(self, count: int) -> list[Request]:
+        """What may be tuned on: none of it is ever measured on."""
+        prompts = self.tuning_prompts or self.prompts
+        return [
+            Request(prompts[index % len(prompts)], TUNING_SEED + index) for index in range(count)
         ]
 
     @torch.no_grad()
@@ -85,6 +96,7 @@ def emoji(device: torch.device) -> Subject:
         tuple(demo.stored_prompts()[TUNED_ON:]),
         _remembered(arguments),
         demo.to_pixels,
+        tuning_prompts=tuple(demo.stored_prompts()[:TUNED_ON]),
     )
 
 

@@ -11,6 +11,12 @@ LEVER = 3
 bf16 time has three digits) does little harm."""
 NEAR = 0.5
 """Share of a step within which a guess of the next time is taken to be the end."""
+ROUNDED = 50
+"""How far time must have come, in units of its last significant bit, for the number of evaluations
+to be read off: rounding (bf16) makes it wild at first."""
+CLOSE = 1.5
+"""Evaluations by which a number may differ from the usual one that it is then taken for: some
+schedules end in zero, others just above it."""
 
 
 def time_unit(times: Sequence[float]) -> Literal[1, 1000]:
@@ -48,6 +54,54 @@ def evaluations_left(times: Sequence[float], given: Sequence[float] | None) -> f
         return math.inf
     step, left = _next_step(times), end_of(times) - times[-1]
     return left / step if step * left > 0 else 1.0
+
+
+def evaluations_planned(times: Sequence[float], given: Sequence[float] | None, usual: int) -> int:
+    """How many evaluations the generation has, those still to come included.
+
+    Args:
+        times: of the evaluations so far, the current one included.
+        given: all times of the run, if known; else they are taken to be evenly spaced up to a shift
+            towards noise, as a flow's are.
+        usual: the number where `times` do not tell, or nearly this.
+    """
+    if given is not None:
+        return len(given)
+    precision = 2.0 ** -max(map(_bits, times), default=0)
+    distance = abs(times[-1] - times[0]) / time_unit(times) if times else 0.0
+    guess = _total(times) if distance > ROUNDED * precision else math.nan
+    if math.isnan(guess) or abs(guess - usual) <= CLOSE:
+        return usual
+    # A remainder that rounding does not explain: the schedule ends just above zero.
+    return math.ceil(guess - 0.05) if precision < 1e-5 else round(guess)
+
+
+def _bits(time: float) -> int:
+    """Significant bits of a number."""
+    numerator = abs(time.as_integer_ratio()[0])
+    return (numerator // (numerator & -numerator)).bit_length() if numerator else 0
+
+
+def _total(times: Sequence[float]) -> float:
+    """Evaluations until time ends, by sigma = k u / (1 + (k - 1) u) with u falling evenly.
+
+    The first of the times, one in the middle and the last decide k; NaN where they do not.
+    """
+    last, middle = len(times) - 1, (len(times) - 1) // 2
+    if middle < 1:
+        return math.nan
+    unit, end = time_unit(times), end_of(times)
+    sigmas = [abs(times[index] - end) / unit for index in (0, middle, last)]
+    if min(sigmas) <= 0 or len(set(sigmas)) < 3:
+        return math.nan
+    first, between, newest = (1 / sigma - 1 for sigma in sigmas)
+    rise, whole = (between - first) * last, (newest - first) * middle
+    below = whole * between - rise * newest
+    shift = (rise - whole) / below if below else 1.0
+    if shift <= 0:
+        return math.nan
+    start, here = (1 / (1 + shift * odds) for odds in (first, newest))
+    return last + here * last / (start - here) if start > here else math.nan
 
 
 def _next_step(times: Sequence[float]) -> float:

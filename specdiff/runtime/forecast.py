@@ -67,7 +67,7 @@ def _quadratic(history: History, time: float, unit: float) -> Tensor:
     # Newton's divided differences; where a time is repeated there is no parabola, but a line.
     span = first.times - third.times
     distinct = (first.times != second.times) & (second.times != third.times) & (span != 0)
-    bend = (slope(first, second) - slope(second, third)) / _nonzero(span).unsqueeze(-1)
+    bend = (slope(first, second) - slope(second, third)) / nonzero(span).unsqueeze(-1)
     product = (time - first.times) * (time - second.times)
     parabola = _along(first, second, time - first.times) + bend * product.unsqueeze(-1)
     return torch.where(distinct.unsqueeze(-1), parabola, _linear(history, time, unit))
@@ -107,8 +107,9 @@ def slope(newer: ComputedOutput, older: ComputedOutput) -> Tensor:
     """Change per unit of time, float32 [B, N, C]; zero where the two times are equal."""
     span = newer.times - older.times
     change = newer.tokens.float() - older.tokens.float()
-    return torch.where((span != 0).unsqueeze(-1), change / _nonzero(span).unsqueeze(-1), 0.0)
+    return torch.where((span != 0).unsqueeze(-1), change / nonzero(span).unsqueeze(-1), 0.0)
 
 
-def _nonzero(span: Tensor) -> Tensor:
+def nonzero(span: Tensor) -> Tensor:
+    """`span` to divide by, 1 where it is 0."""
     return torch.where(span == 0, 1.0, span)

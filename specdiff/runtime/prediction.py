@@ -14,6 +14,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -60,6 +61,10 @@ def guided(prediction: Tensor, scale: float | None) -> list[Tensor]:
     return [torch.cat([torch.lerp(u, c, scale)] * 2) for u, c in pairs]
 
 
+Scalar = float | Tensor
+"""A number on the host, or one on a device that nothing waits for."""
+
+
 class Fits(NamedTuple):
     """How well candidates explain one step of a sampler, float [C, W]."""
 
@@ -80,6 +85,8 @@ class Displacement:
     """[2 + W, 2 + W], of the latents' step, the previous latents, their predictions in each way."""
     size: int
     """Numbers in the latents."""
+    on_host: bool = False
+    """Whether the products were fetched."""
 
     @classmethod
     def of(cls, latents: Sequence[Tensor], previous: Sequence[Tensor], ways: Ways) -> Displacement:
@@ -98,7 +105,7 @@ class Displacement:
     def fetched(self, products: Sequence[float]) -> Displacement:
         """The same on the host, in float64."""
         cells = torch.tensor(products, dtype=torch.float64, device="cpu")
-        return Displacement(cells.reshape(self.products.shape), self.size)
+        return Displacement(cells.reshape(self.products.shape), self.size, on_host=True)
 
     @property
     def change(self) -> Tensor:
@@ -152,6 +159,8 @@ class Prediction:
     """[W]: d latent = rate * d time * prediction, if the best is a flow."""
     residual: Tensor
     """Scalar: of the best."""
+    on_host: bool = False
+    """Whether the tensors are on the host, so that reading them waits for nothing."""
 
     @classmethod
     def infer(
@@ -180,7 +189,8 @@ class Prediction:
         refused = _free(candidates, rates) & stray
         best = surprise.masked_fill(refused, math.inf).argmin()
         residual = residuals.masked_fill(refused, math.inf).flatten().gather(0, best.reshape(1))[0]
-        return cls(candidates, best, rates if exact else rates.sign() / unit, residual)
+        rates = rates if exact else rates.sign() / unit
+        return cls(candidates, best, rates, residual, seen.on_host)
 
     @property
     def trusted(self) -> Tensor:
@@ -206,7 +216,7 @@ class Prediction:
 
     def step(
         self, start: float, end: float, seen: Displacement | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Scalar, Scalar]:
         """Scalars a and b of the sampler's step x' = a x + b p (+ noise); b is 0 if none fits.
 
         Args:
@@ -217,9 +227,22 @@ class Prediction:
         rates = self.rates
         if seen is not None and end != start:
             rates = torch.where(seen.unexplained < GOOD_FIT, seen.factors / (end - start), rates)
+        if self.chosen is not None:
+            process, way = self.chosen
+            kept, moved, _ = process.step(start, end)
+            rate = rates[way].item() if process.free else 1.0
+            return kept, moved * rate * bool(self.trusted)
         rows = [each.step(start, end)[:2] for each in self.candidates]
-        kept, moved = self._of_best(rows, rates)
-        return kept, moved.sum() * self.trusted
+        weights = self._of_best(rows, rates)
+        return weights[0], weights[1].sum() * self.trusted
+
+    @cached_property
+    def chosen(self) -> tuple[Process, int] | None:
+        """The best candidate and way, where the host knows them."""
+        if not self.on_host:
+            return None
+        candidate, way = divmod(int(self.best), self.rates.numel())
+        return self.candidates[candidate], way
 
     def _of_best(self, rows: Sequence[tuple[float, ...]], rates: Tensor) -> tuple[Tensor, Tensor]:
         """Of (a, b) for every candidate the best one's a, and b by way [W], 0 but for its own."""

@@ -1,7 +1,7 @@
 """What each evaluation runs: every token, K of them, or none.
 
 The paper's plan (warm-up, then K always), whole-step caching (K = 0 between refreshes) and every
-mixture of the two are points of one space.
+mixture of the two are points of one space. A `Plan` states such a mixture evaluation by evaluation.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from specdiff.options import Settings
+from specdiff.plan import Plan
+from specdiff.runtime.clock import evaluations_left, evaluations_planned
 
 TAPER = 16
 """Evaluations over which a tapered plan grows the distance of dense ones by `refresh_interval`."""
@@ -18,13 +20,47 @@ LATE = 2.6
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where in its generation an evaluation is."""
+
+    index: int
+    """From 0."""
+    left: float
+    """Evaluations left, this one included, as far as is known."""
+    total: int
+    """Evaluations of the generation, as far as is known; only plans ask."""
+    before: int
+    """The same, as it was known at the previous evaluation."""
+
+    @classmethod
+    def of(cls, times: Sequence[float], given: Sequence[float] | None, usual: int) -> Place:
+        """From the times so far, this evaluation's included.
+
+        Args:
+            times: of the evaluations.
+            given: all times of the run, if known.
+            usual: evaluations to expect while the times do not tell; 0: the total is not needed.
+        """
+        left, seen = evaluations_left(times, given), (times, times[:-1])
+        totals = (evaluations_planned(s, given, usual) if usual else 0 for s in seen)
+        return cls(len(times) - 1, left, *totals)
+
+    @classmethod
+    def known(cls, index: int, total: int) -> Place:
+        """Of a generation that has `total` evaluations."""
+        return cls(index, total - index, total, total)
+
+
+@dataclass(frozen=True)
 class Schedule:
     """The plan of one generation over N tokens."""
 
     tokens: int
     """N"""
-    active: int
-    """K: tokens that a step between dense ones computes; 0: it computes nothing."""
+    segments: int
+    """Prunable segments that the tokens belong to; each has its share of the active ones."""
+    cache_ratio: float
+    """Share of tokens that a step between dense ones does not compute; 1: it computes nothing."""
     warmup_steps: int
     refresh_interval: int
     """Evaluations from one dense one to the next; 0: none after warm-up."""
@@ -35,57 +71,91 @@ class Schedule:
     tapered: bool
     """Whether dense evaluations are close together at first, as errors made early grow, and the
     last two are dense, as nothing follows that could make their errors good."""
+    plan: Plan | None = None
+    """What counts instead of all of the above but `text_refresh`."""
 
     @classmethod
     def of(cls, settings: Settings, lengths: Sequence[int]) -> Schedule:
         """The plan that `settings` ask for, over prunable segments of these lengths."""
-        tokens = sum(lengths)
-        active = round((1 - settings.cache_ratio) * tokens)
-        if active:
-            active = max(active, len(lengths))  # every segment has its share
         return cls(
-            tokens,
-            active,
+            sum(lengths),
+            len(lengths),
+            settings.cache_ratio,
             settings.warmup_steps,
             settings.refresh_interval,
             settings.stride,
             settings.text_refresh,
             settings.tapered,
+            settings.plan,
         )
+
+    @property
+    def active(self) -> int:
+        """K: tokens that a step between dense ones computes; 0: it computes nothing."""
+        return self._active(self.cache_ratio)
 
     @property
     def selects(self) -> bool:
         """Whether any step computes some but not all tokens, so that caches are needed."""
-        return 0 < self.active < self.tokens
+        return any(0 < self._active(ratio) < self.tokens for ratio in self._ratios)
 
     @property
     def forecasts(self) -> bool:
         """Whether any token is ever forecast."""
-        return self.active < self.tokens and self.refresh_interval != 1
+        partial = any(self._active(ratio) < self.tokens for ratio in self._ratios)
+        return partial and (self.plan is not None or self.refresh_interval != 1)
 
-    def decide(self, index: int, left: float) -> tuple[int, str]:
-        """Tokens to compute at evaluation `index` (from 0) of a generation, and why so many.
+    @property
+    def usual(self) -> int:
+        """Evaluations that it is made for; 0: any number."""
+        return len(self.plan.ratios) if self.plan else 0
 
-        `left` evaluations are left, this one included, as far as is known.
-        """
-        since_dense = self._since_dense(index)
-        if index < self.warmup_steps:
+    def decide(self, place: Place) -> tuple[int, str]:
+        """Tokens to compute at an evaluation of a generation, and why so many."""
+        if self.plan is not None:
+            return self._follow(self.plan, place)
+        since_dense = self._since_dense(place.index)
+        if place.index < self.warmup_steps:
             return self.tokens, "warm-up"
         if self.active == self.tokens:
             return self.tokens, "no token may be left out"
         if not since_dense:
             how = "at most " if self.tapered else ""
             return self.tokens, f"dense {how}every {self.refresh_interval}"
-        if self.tapered and self.refresh_interval and left < LATE:
+        if self.tapered and self.refresh_interval and place.left < LATE:
             return self.tokens, "near the end"
         if self.active and since_dense % self.stride == 0:
             return self.active, f"the {self.active} highest scores"
         return 0, "forecast from earlier steps"
 
-    def text(self, index: int) -> bool:
+    def text(self, place: Place) -> bool:
         """Whether a selective evaluation computes text."""
-        selective = self._since_dense(index) // self.stride
-        return bool(self.text_refresh and selective % self.text_refresh == 0)
+        if not self.text_refresh:
+            return False
+        return self._selective_since_dense(place) % self.text_refresh == 0
+
+    def _follow(self, plan: Plan, place: Place) -> tuple[int, str]:
+        entry = plan.due(place.index, place.total, place.before)
+        if entry is None:
+            return 0, "between two evaluations of the plan"
+        count = self._active(plan.ratios[entry])
+        return count, f"the plan's evaluation {entry + 1} of {len(plan.ratios)}"
+
+    def _active(self, ratio: float) -> int:
+        active = round((1 - ratio) * self.tokens)
+        return max(active, self.segments) if active else 0
+
+    @property
+    def _ratios(self) -> tuple[float, ...]:
+        return self.plan.ratios if self.plan else (self.cache_ratio,)
+
+    def _selective_since_dense(self, place: Place) -> int:
+        """Counts this one."""
+        if self.plan is None:
+            return self._since_dense(place.index) // self.stride
+        entry = self.plan.due(place.index, place.total, place.before) or 0
+        last = max(index for index in (0, *self.plan.dense) if index <= entry)
+        return sum(0 < ratio < 1 for ratio in self.plan.ratios[last : entry + 1])
 
     def _since_dense(self, index: int) -> int:
         """Evaluations since the last dense one; 0 if this is one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from specdiff.options import Settings
 from specdiff.program import Programs, Signature
 from specdiff.runtime.caches import CachePool
-from specdiff.runtime.clock import evaluations_left, next_time, time_unit
+from specdiff.runtime.clock import next_time, time_unit
 from specdiff.runtime.correction import Correction, on_top
 from specdiff.runtime.forecast import forecast
 from specdiff.runtime.history import ComputedOutput
@@ -32,7 +33,7 @@ from specdiff.runtime.prediction import (
 from specdiff.runtime.reading import Reading
 from specdiff.runtime.recording import StepRecord
 from specdiff.runtime.registry import ModelState
-from specdiff.runtime.schedule import Schedule
+from specdiff.runtime.schedule import Place, Schedule
 from specdiff.runtime.speculation import landings, model_time, speculate
 from specdiff.runtime.streams import Stream, StreamTable
 
@@ -76,7 +77,7 @@ class Step:
         """Answer the call: the graph's outputs, safe from later evaluations."""
         stream, counters = self.stream, self.state.counters
         batch, count = self.programs.signature.batch, self._decide()
-        before = stream.history.computed[:1]
+        before = stream.history.computed
         self._settle()
         if count == self.schedule.tokens:
             tokens = self._dense()
@@ -88,7 +89,7 @@ class Step:
             tokens = self._skip()
             counters.skipped += 1
         if self._corrects and before:
-            tokens = self._corrected(before[0], tokens, computed=count > 0)
+            tokens = self._corrected(before, tokens, computed=count > 0)
         stream.times.append(self.time)
         self.table.touch(stream)
         counters.tokens_computed += batch * count
@@ -109,11 +110,14 @@ class Step:
         assert isinstance(latent, Tensor)
         return latent
 
+    @cached_property
+    def _place(self) -> Place:
+        return Place.of([*self.stream.times, self.time], self.given, self.schedule.usual)
+
     def _decide(self) -> int:
         """Tokens to compute; all of them if a selective step would have no caches."""
-        index, tokens = self.stream.history.evaluations, self.schedule.tokens
-        left = evaluations_left([*self.stream.times, self.time], self.given)
-        count, reason = self.schedule.decide(index, left)
+        tokens, place = self.schedule.tokens, self._place
+        count, reason = self.schedule.decide(place)
         if 0 < count < tokens and not self.stream.lease:
             count, reason = tokens, "no caches yet"
         self._keep(
@@ -122,7 +126,7 @@ class Step:
             kind="dense" if count == tokens else "selective" if count else "skipped",
             reason=reason,
             generation=self.stream.number,
-            index=index,
+            index=place.index,
             time=self.time,
         )
         return count
@@ -174,16 +178,23 @@ class Step:
         A solver of higher order uses earlier predictions again, what was put on top of them too.
         """
         rounding = torch.finfo(self._latent.dtype).eps / max(reading.change, 1e-6)
-        residual = reading.residual(self.candidates, self.stream.times[-1])
-        return residual <= FIRST_ORDER_FIT + 2 * rounding
+        chosen = self.stream.sampler.chosen if self.stream.sampler is not None else None
+        likely = (chosen[0],) if chosen is not None else self.candidates
+        return any(
+            reading.residual(candidates, self.stream.times[-1]) <= FIRST_ORDER_FIT + 2 * rounding
+            for candidates in dict.fromkeys((likely, self.candidates))
+        )
 
-    def _corrected(self, before: ComputedOutput, tokens: Tensor, *, computed: bool) -> Tensor:
+    def _corrected(
+        self, before: Sequence[ComputedOutput], tokens: Tensor, *, computed: bool
+    ) -> Tensor:
         """`tokens`, and on top of those just computed what their forecasts had cost the latent."""
         stream, newest = self.stream, self.stream.history.computed[0]
         if stream.correction is None:
             stream.correction = Correction.none(newest)
         elif stream.sampler is not None and computed:
-            missing = stream.correction.collect(before, newest)
+            older = before[1] if len(before) > 1 else None
+            missing = stream.correction.collect(before[0], older, newest)
             due = next_time([*stream.times, self.time], self.given)
             more = on_top(missing, *stream.sampler.step(self.time, due))
             tokens = (tokens.float() + more).to(tokens.dtype)
@@ -211,7 +222,7 @@ class Step:
             previous = stream.history.steps[0].tokens
             predicted = torch.where(reused.unsqueeze(-1), previous, predicted)
             self._keep(reused=reused)
-        text = self.schedule.text(stream.history.evaluations)
+        text = self.schedule.text(self._place)
         evaluation = self.programs.selective(self.inputs, stream.lease.caches, active, text)
         rows = active.unsqueeze(-1).expand_as(evaluation.tokens)
         merged = predicted.scatter(1, rows, evaluation.tokens.to(predicted.dtype))

@@ -324,5 +324,5 @@ def test_every_option_is_documented_and_every_choice_exists():
         assert None not in {
             getattr(settings, f.name)
             for f in dataclasses.fields(Settings)
-            if f.name not in ("guidance_scale", "alphas_cumprod", "max_cache_bytes")
+            if f.name not in ("guidance_scale", "alphas_cumprod", "max_cache_bytes", "plan")
         }

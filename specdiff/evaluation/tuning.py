@@ -1,0 +1,98 @@
+"""What `specdiff tune` does with its options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+
+from specdiff.comparison import psnr
+from specdiff.errors import SpecdiffError
+from specdiff.evaluation.features import feature_distance, features
+from specdiff.evaluation.subject import Subject, find_subject
+from specdiff.methods import usable_device
+from specdiff.options import PLAN_SETTINGS
+from specdiff.tuning import Likeness, Tell, Tuned, tune
+
+
+def _negative_distance(picture: Tensor, reference: Tensor) -> float:
+    """Of deep features, so that higher is closer; pictures `[H, W, 3]`."""
+    seen, expected = (features(one.permute(2, 0, 1)[None]) for one in (picture, reference))
+    return -float(feature_distance(seen, expected))
+
+
+MEASURES: Mapping[str, tuple[Likeness, int, float]] = {
+    "psnr": (psnr, 1, 40.0),
+    "features": (_negative_distance, -1, 0.15),
+}
+"""How to judge, the sign by which higher is closer, and what to keep if nothing is said."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The options of `specdiff tune`; see its help."""
+
+    model: str
+    weights: Path
+    device: str
+    measure: str
+    target: float | None
+    prompts: int
+    held_back: int
+    budget: int
+    steps: int
+    options: Mapping[str, Any]
+
+
+def tune_subject(wanted: Tuning, console: Console) -> Tuned:
+    """Tune on a shipped subject behind a progress bar.
+
+    Raises:
+        SpecdiffError: An option has no such value.
+    """
+    if wanted.measure not in MEASURES:
+        raise SpecdiffError(f"no measure {wanted.measure!r}: choose from {', '.join(MEASURES)}")
+    likeness, sign, usual = MEASURES[wanted.measure]
+    target = sign * (usual if wanted.target is None else wanted.target)
+    subject = find_subject(wanted.model, wanted.weights, usable_device(wanted.device))
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    text = TextColumn("{task.description}", markup=False)
+    with Progress(*columns, text, console=console) as progress:
+        task = progress.add_task("compiling", total=wanted.budget)
+
+        def tell(spent: int, line: str) -> None:
+            progress.update(task, completed=spent, description=line)
+
+        return _tune(wanted, subject, likeness, target, tell)
+
+
+def _tune(wanted: Tuning, subject: Subject, likeness: Likeness, target: float, tell: Tell) -> Tuned:
+    pipeline = subject.load()
+    requests = subject.tuning_requests(wanted.prompts + wanted.held_back)
+    options = {**subject.options, **wanted.options}
+    settings = {name: options.pop(name) for name in PLAN_SETTINGS if name in options}
+    compiled: Any = torch.compile(
+        pipeline.transformer, backend="specdiff", fullgraph=True, options=options
+    )
+    pipeline.transformer = compiled
+
+    def draw(index: int) -> Tensor:
+        return subject.picture(subject.draw(pipeline, requests[index], wanted.steps))
+
+    return tune(
+        compiled,
+        draw,
+        target=target,
+        prompts=wanted.prompts,
+        held_back=wanted.held_back,
+        likeness=likeness,
+        budget=wanted.budget,
+        tell=tell,
+        **settings,
+    )

@@ -1,0 +1,283 @@
+"""Tuning: the fastest plan that keeps pictures as close to the dense ones as is asked for.
+
+    def draw(index: int) -> Tensor:
+        seed = torch.Generator("cpu").manual_seed(index)
+        return to_pixels(pipe(prompts[index], generator=seed, output_type="latent").images)
+
+    tuned = specdiff.tune(pipe.transformer, draw, prompts=3, target=40)
+    tuned.plan.save(Path("plan.json"))
+
+Candidates are plans of dense and skipped evaluations, each drawn in a session of its own, so that
+nothing recompiles. `Search` knows nothing of models: it asks for the score of places.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from specdiff.comparison import psnr
+from specdiff.errors import SpecdiffError
+from specdiff.plan import Plan
+from specdiff.runtime.api import record, session
+from specdiff.runtime.recording import StepRecord
+
+Places = tuple[int, ...]
+"""Indices of the dense evaluations, rising from 0."""
+Draw = Callable[[int], Tensor]
+"""Draws the picture of a prompt, given by its number, always from the same seed: any shape."""
+Likeness = Callable[[Tensor, Tensor], float]
+"""How close a picture is to the dense one; higher is closer."""
+Tell = Callable[[int, str], None]
+"""Told of every candidate: evaluations spent so far, and a line."""
+
+TAPER = 1.25
+"""How spaced places grow apart: place i of d at (i / (d - 1)) ** TAPER of the way."""
+GAIN = 0.01
+"""Least gain in score that a move must bring."""
+
+
+class Spent(Exception):
+    """The budget is used up."""
+
+
+@dataclass
+class Search:
+    """The fewest dense evaluations, and where, whose score reaches the target.
+
+    Deterministic. Begins with places spaced by a power law, as few as reach the target; then each
+    time removes the place that costs least, or spaces anew, and moves single places to their
+    neighbours as long as that gains.
+    """
+
+    evaluations: int
+    score: Callable[[Places], float]
+    """Of some places; may raise `Spent`."""
+    target: float
+    best: Places = ()
+    best_score: float = math.inf
+    _known: dict[Places, float] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Find `best`; all evaluations if nothing reaches the target."""
+        self.best = tuple(range(self.evaluations))
+        with contextlib.suppress(Spent):
+            self._spaced()
+            while len(self.best) > 2 and self._with_one_fewer():
+                pass
+            self._climb(self.best, math.inf)
+
+    def _spaced(self) -> None:
+        """Bisect the number of spaced places."""
+        low, high = 1, self.evaluations
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self._score(spaced(self.evaluations, middle)) >= self.target:
+                high = middle
+            else:
+                low = middle
+
+    def _with_one_fewer(self) -> bool:
+        fewer = len(self.best) - 1
+        starts = [spaced(self.evaluations, fewer), *_with_one_removed(self.best)]
+        return self._climb(max(starts, key=self._score), self.target) >= self.target
+
+    def _climb(self, places: Places, target: float) -> float:
+        """Move places while that gains, until the target is reached."""
+        score, moved = self._score(places), True
+        while moved and score < target:
+            moved = False
+            for neighbour in self._neighbours(places):
+                if (found := self._score(neighbour)) > score + GAIN:
+                    places, score, moved = neighbour, found, True
+                    break
+        return score
+
+    def _neighbours(self, places: Places) -> Iterator[Places]:
+        """With one place moved by one, the latest places first."""
+        for index in range(len(places) - 1, 0, -1):
+            for step in (-1, 1):
+                moved = places[index] + step
+                found = tuple(sorted({*places[:index], moved, *places[index + 1 :]}))
+                if 0 < moved < self.evaluations and len(found) == len(places):
+                    yield found
+
+    def _score(self, places: Places) -> float:
+        if places not in self._known:
+            self._known[places] = self.score(places)
+        score = self._known[places]
+        if score >= self.target and (-len(places), score) > (-len(self.best), self.best_score):
+            self.best, self.best_score = places, score
+        return score
+
+
+def spaced(evaluations: int, count: int) -> Places:
+    """So many places, further and further apart, the first and (from two on) the last included."""
+    last = evaluations - 1
+    ideal = [last * (i / max(count - 1, 1)) ** TAPER for i in range(count)]
+    found: list[int] = []
+    for index, place in enumerate(ideal):
+        low, high = found[-1] + 1 if found else 0, last - (count - 1 - index)
+        found.append(min(max(round(place), low), high))
+    return tuple(found)
+
+
+def _with_one_removed(places: Places) -> list[Places]:
+    return [places[:index] + places[index + 1 :] for index in range(len(places) - 1, 0, -1)]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning found."""
+
+    plan: Plan
+    score: float
+    """Mean likeness over the prompts tuned on; infinite if every evaluation is dense."""
+    checked: float | None
+    """The same over the prompts held back; None if there were none."""
+    speedup: float
+    """Predicted: time of a dense generation over the plan's, from the steps' times."""
+    spent: int
+    """Evaluations that tuning has computed."""
+
+
+@dataclass
+class _Trials:
+    """Draws pictures by plans and counts what that costs."""
+
+    model: nn.Module
+    draw: Draw
+    likeness: Likeness
+    budget: int
+    settings: dict[str, Any]
+    tell: Tell
+    evaluations: int = 0
+    spent: int = 0
+    steps: list[StepRecord] = field(default_factory=list)
+
+    def dense(self, prompt: int) -> Tensor:
+        """The picture by which others are judged; also finds how many evaluations there are."""
+        with session(self.model, cache_ratio=0.0), record(self.model) as recording:
+            picture = self.draw(prompt).clone()
+        generations = recording.generations()
+        if not generations:
+            reasons = {step.reason for step in recording.steps} or {"the model did not run"}
+            raise SpecdiffError(f"nothing to tune: {', '.join(sorted(reasons))}")
+        self.evaluations = max(len(steps) for steps in generations)
+        self.spent += self.evaluations
+        self.tell(self.spent, f"dense picture {prompt + 1}")
+        return picture
+
+    def planned(self, plan: Plan, prompt: int) -> Tensor:
+        """The picture by a plan."""
+        with session(self.model, plan=plan), record(self.model) as recording:
+            picture = self.draw(prompt)
+        self.steps += recording.steps
+        self.spent += len(plan.dense)
+        return picture
+
+    def plan(self, places: Places, **notes: Any) -> Plan:
+        """What to load for these places."""
+        plan = Plan.of(self.evaluations, places, **self.settings)
+        return Plan(plan.ratios, plan.settings, notes)
+
+    def score(self, places: Places, prompts: Sequence[int], references: Sequence[Tensor]) -> float:
+        """Mean likeness; raises `Spent` rather than go over the budget."""
+        if self.spent + len(prompts) * len(places) > self.budget:
+            raise Spent
+        plan = self.plan(places)
+        found = statistics.fmean(
+            self.likeness(self.planned(plan, prompt), reference)
+            for prompt, reference in zip(prompts, references, strict=True)
+        )
+        self.tell(self.spent, f"{len(places)} dense: {found:.4g}")
+        return found
+
+    def require_skips(self) -> None:
+        """Raise SpecdiffError if guards made every evaluation dense."""
+        if self.steps and not any(step.kind == "skipped" for step in self.steps):
+            reasons = sorted({step.reason for step in self.steps if step.kind == "fallback"})
+            raise SpecdiffError(f"no evaluation could be skipped: {', '.join(reasons)}")
+
+    def speedup(self, places: Places) -> float:
+        """Predicted from the median time of dense and of skipped steps."""
+        seconds = {
+            kind: [step.seconds for step in self.steps if step.kind == kind]
+            for kind in ("dense", "skipped")
+        }
+        if not all(seconds.values()):
+            return 1.0
+        dense, skipped = (statistics.median(each) for each in seconds.values())
+        spent = len(places) * dense + (self.evaluations - len(places)) * skipped
+        return self.evaluations * dense / spent
+
+
+@torch.no_grad()
+def tune(
+    compiled: nn.Module,
+    draw: Draw,
+    *,
+    target: float,
+    prompts: int = 3,
+    held_back: int = 0,
+    likeness: Likeness = psnr,
+    budget: int = 1500,
+    tell: Tell = lambda spent, line: None,
+    **settings: Any,
+) -> Tuned:
+    """The fastest plan whose pictures are as close to the dense ones as `target` says.
+
+    Args:
+        compiled: the compiled model, with whatever options its pipeline needs (`guidance_scale`).
+        draw: draws prompt number i from a seed of its own: a picture, in 0..1 for PSNR.
+        target: mean likeness to keep, in dB by default.
+        prompts: how many to tune on, numbers from 0.
+        held_back: how many more to check the result on; they count beside the budget.
+        likeness: of a picture to the dense one; higher is closer.
+        budget: evaluations of the model to spend; what is found until then is returned.
+        tell: told of every candidate.
+        settings: options that a plan may hold, such as `forecast`, tuned with and kept in the plan.
+
+    Raises:
+        OptionError: A setting that a plan cannot hold.
+        SpecdiffError: The model's evaluations cannot be skipped; says why.
+    """
+    trials = _Trials(compiled, draw, likeness, budget, settings, tell)
+    numbers = range(prompts)
+    references = [trials.dense(prompt) for prompt in numbers]
+
+    def score(places: Places) -> float:
+        found = trials.score(places, numbers, references)
+        trials.require_skips()
+        return found
+
+    search = Search(trials.evaluations, score, target)
+    search.run()
+    checked = _checked(trials, search.best, range(prompts, prompts + held_back))
+    speedup = trials.speedup(search.best)
+    notes = {
+        "score": search.best_score if math.isfinite(search.best_score) else None,
+        "score_held_back": checked,
+        "target": target,
+        "prompts": prompts,
+        "predicted_speedup": round(speedup, 2),
+        "evaluations_spent": trials.spent,
+    }
+    plan = trials.plan(search.best, **notes)
+    return Tuned(plan, search.best_score, checked, speedup, trials.spent)
+
+
+def _checked(trials: _Trials, places: Places, prompts: Sequence[int]) -> float | None:
+    """The score on other prompts, whatever the budget."""
+    if not prompts:
+        return None
+    references = [trials.dense(prompt) for prompt in prompts]
+    trials.budget = trials.spent + len(prompts) * len(places)
+    return trials.score(places, prompts, references)

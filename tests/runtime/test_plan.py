@@ -1,0 +1,215 @@
+"""Plans as data: read, refused with the field's name, scaled, and followed by the runtime."""
+
+import json
+import math
+
+import pytest
+import torch
+from toy import Euler, sigmas, toy
+
+import specdiff.runtime as sd
+from specdiff.errors import OptionError
+from specdiff.options import METHOD_DEFAULTS, QUALITIES, SCHEDULE, Options, check_overrides
+from specdiff.plan import Plan
+from specdiff.runtime.clock import evaluations_planned
+from specdiff.runtime.schedule import Place, Schedule
+
+HAND = {"specdiff_plan": 1, "evaluations": ["dense", "skip", 0.5, "dense", "skip", "dense"]}
+DENSE = (0, 2, 4, 7, 10, 14, 18, 22, 26, 27)
+
+
+def followed(plan, total, tokens=16):
+    schedule = Schedule.of(Options(plan=plan).resolve(), (tokens,))
+    return [schedule.decide(Place.known(i, total))[0] for i in range(total)]
+
+
+def dense_of(counts):
+    return [index for index, count in enumerate(counts) if count]
+
+
+def test_a_file_is_what_it_was_saved_as(tmp_path):
+    plan = Plan((0.0, 1.0, 0.9, 0.0), {"forecast": "reuse", "correction": False}, {"psnr_db": 40.0})
+    plan.save(tmp_path / "plan.json")
+    found = Plan.load(tmp_path / "plan.json")
+    assert (found, found.notes) == (plan, plan.notes)
+    stored = json.loads((tmp_path / "plan.json").read_text())
+    assert stored["evaluations"] == ["dense", "skip", 0.9, "dense"]
+    assert Options(plan=str(tmp_path / "plan.json")).plan == plan == Options(plan=stored).plan
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"specdiff_plan": 2}, "specdiff_plan=2: must be 1"),
+        ({"evaluation": []}, "evaluation: no such field; fields: specdiff_plan, evaluations"),
+        ({"evaluations": ["dense"]}, "evaluations: must be a list of at least 2"),
+        ({"evaluations": {}}, "evaluations: must be a list"),
+        ({"evaluations": ["dense", "dens"]}, r"evaluations\[1\]='dens': must be 'dense', 'skip'"),
+        ({"evaluations": ["dense", 1.5]}, r"evaluations\[1\]=1.5: must be"),
+        ({"evaluations": ["dense", True]}, r"evaluations\[1\]=True: must be"),
+        ({"evaluations": ["skip", "dense"]}, r"evaluations\[0\]='skip': must be 'dense'"),
+        ({"settings": []}, r"settings=\[\]: must be an object"),
+        ({"settings": {"forecast": "cubic"}}, "settings.forecast='cubic': must be one of"),
+        ({"settings": {"forecasts": "reuse"}}, "settings.forecasts: no such option.*'forecast'"),
+        ({"settings": {"cache_ratio": 0.5}}, "settings.cache_ratio: no such option"),
+    ],
+)
+def test_a_wrong_field_is_named(tmp_path, change, said):
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps({**HAND, **change}))
+    with pytest.raises(OptionError, match=said):
+        Options(plan=file)
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(OptionError, match=r"cannot read '.*missing.json'"):
+        sd.configure(toy(), plan=tmp_path / "missing.json")
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(OptionError, match=r"broken.json: not JSON"):
+        sd.session(toy(), plan=tmp_path / "broken.json")
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(OptionError, match=r"list.json: must be an object"):
+        Options(plan=tmp_path / "list.json")
+    with pytest.raises(OptionError, match=r"plan=3: must be a file"):
+        Options(plan=3)
+
+
+@pytest.mark.parametrize("name", [*SCHEDULE, "quality"])
+def test_a_plan_and_the_schedule_it_replaces_exclude_each_other(name):
+    value = "fast" if name == "quality" else METHOD_DEFAULTS["history"][name]
+    with pytest.raises(OptionError, match=f"{name}: the plan takes its place"):
+        Options(plan=HAND, **{name: value})
+    # given later, either replaces the other
+    planned, plain = Options(plan=HAND), Options(**{name: value})
+    assert planned.override(check_overrides({name: value})) == plain
+    assert plain.override(check_overrides({"plan": HAND})) == planned
+
+
+def test_settings_of_a_plan_yield_to_what_is_given():
+    plan = {**HAND, "settings": {"forecast": "reuse", "method": "paper", "text_refresh": 0}}
+    settings = Options(plan=plan, forecast="quadratic").resolve()
+    assert (settings.forecast, settings.method, settings.text_refresh) == ("quadratic", "paper", 0)
+    assert settings.starvation == METHOD_DEFAULTS["paper"]["starvation"]
+    assert Options(plan=plan, method="history").resolve().starvation == 0
+
+
+def test_a_run_of_the_same_length_follows_it_to_the_letter():
+    assert followed(HAND, 6) == [16, 0, 8, 16, 0, 16]
+    assert dense_of(followed(Plan.of(28, DENSE), 28)) == list(DENSE)
+
+
+@pytest.mark.parametrize("total", [2, 5, 10, 14, 20, 27, 29, 40, 50, 100])
+def test_a_run_of_another_length_has_its_dense_evaluations_at_the_same_places(total):
+    found = dense_of(followed(Plan.of(28, DENSE), total))
+    assert found[0] == 0 and found[-1] == total - 1
+    places = {round(i * (total - 1) / 27) for i in DENSE}
+    assert set(found) == places
+    assert len(found) == len(places) <= 10
+
+
+def test_where_entries_meet_the_one_that_computes_most_counts():
+    plan = {"specdiff_plan": 1, "evaluations": ["dense", "skip", 0.75, 0.5, "skip", "skip"]}
+    assert followed(plan, 3) == [16, 8, 0]
+    assert followed(plan, 11) == [16, 0, 0, 0, 4, 0, 8, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("steps", [14, 28, 50])
+@pytest.mark.parametrize("rising", [False, True])
+@pytest.mark.parametrize("unit", [1, 1000])
+def test_the_length_of_a_run_is_read_off_its_times(steps, rising, unit):
+    times = [unit * (1 - s if rising else s) for s in sigmas(steps)[:-1]]
+    for index in range(steps):
+        seen = times[: index + 1]
+        assert evaluations_planned(seen, None, 28) == (28 if index < 2 else steps)
+        assert evaluations_planned(seen, times, 28) == steps
+
+
+@pytest.mark.parametrize("shift", [1, 3, 6])
+@pytest.mark.parametrize("steps", [14, 50])
+def test_rounded_times_are_waited_for(steps, shift):
+    uniform = torch.linspace(1, 0, steps + 1)[:-1]
+    times = (shift * uniform / (1 + (shift - 1) * uniform)).to(torch.bfloat16).tolist()
+    found = [evaluations_planned(times[: index + 1], None, 28) for index in range(steps)]
+    assert found[:3] == [28] * 3 and set(found[-steps // 4 :]) <= {steps - 1, steps, steps + 1}
+    assert all(abs(total - steps) < 0.3 * steps for total in found if total != 28)
+    assert evaluations_planned([1.0] * 9, None, 28) == 28
+
+
+def test_a_schedule_that_ends_above_zero_has_one_evaluation_more():
+    uniform = torch.linspace(1, 0.003, 50, dtype=torch.float64)
+    times = (3 * uniform / (1 + 2 * uniform)).tolist()
+    assert evaluations_planned(times[:20], None, 28) == 50
+
+
+@pytest.mark.parametrize("session", [True, False])
+@pytest.mark.parametrize("steps", [14, 28, 50])
+def test_the_runtime_follows_a_plan(session, steps):
+    model = toy(plan=Plan.of(28, DENSE), correction=False)
+    run = Euler(model, steps=steps)
+    with sd.session(model, timesteps=run.sigmas[:-1] if session else None):
+        run.run()
+    exact = [index for index, error in enumerate(run.errors) if error < 1e-6]
+    expected = {round(i * (steps - 1) / 27) for i in DENSE}
+    # without the times, the first two evaluations are taken for those of a run of 28
+    assert {i for i in exact if session or i > 3} <= expected and steps - 1 in exact
+    assert abs(len(exact) - len(expected)) <= 2 * (not session)
+    assert sd.stats(model).dense == len(exact)
+
+
+def test_a_plan_mixes_dense_selective_and_skipped_without_recompiling():
+    plan = {**HAND, "evaluations": ["dense", "skip", "dense", 0.5, "skip", 0.75, "dense"]}
+    model = toy(speculative_steps=0, cache_ratio=0.0)
+    sd.configure(model, plan=plan)
+    Euler(model, steps=7).run()
+    counts = sd.stats(model)
+    assert (counts.dense, counts.selective, counts.skipped) == (3, 2, 2)
+    assert counts.tokens_computed == 3 * 16 + 8 + 4
+    with sd.session(model, cache_ratio=0.0):
+        Euler(model, steps=7).run()
+    assert sd.stats(model).dense == 10
+    sd.configure(model, plan=None, cache_ratio=0.0)
+    Euler(model, steps=7).run()
+    assert sd.stats(model).dense == 17 and sd.stats(model).recompiles == 0
+
+
+def test_text_of_a_plan():
+    evaluations = ["dense", 0.5, 0.5, 0.5, "dense", 0.5, "skip", 0.5]
+    plan = {"specdiff_plan": 1, "evaluations": evaluations}
+    schedule = Schedule.of(Options(plan=plan, text_refresh=2).resolve(), (16,))
+    found = [schedule.text(Place.known(i, 8)) for i in range(8)]
+    assert [found[i] for i in (1, 2, 3, 5, 7)] == [False, True, False, False, True]
+    assert schedule.selects and schedule.forecasts
+
+
+def test_qualities_are_plans_that_a_schedule_takes_the_place_of():
+    assert set(QUALITIES) == {"near-lossless", "balanced", "fast"}
+    dense = [len(QUALITIES[name].dense) for name in ("near-lossless", "balanced", "fast")]
+    assert dense == sorted(dense, reverse=True)
+    assert Options(quality="balanced").resolve() == Options().resolve()
+    assert Options().resolve().plan == QUALITIES["balanced"]
+    assert Options(method="paper").resolve().plan is None
+    assert Options(method="paper", quality="fast").resolve().plan == QUALITIES["fast"]
+    assert Options(quality="fast", forecast="reuse").resolve().plan == QUALITIES["fast"]
+    assert Options(quality="fast", refresh_interval=5).resolve().plan is None
+    with pytest.raises(OptionError, match="quality='best': must be one of 'near-lossless'"):
+        Options(quality="best")
+
+
+def test_a_quality_given_later_replaces_an_earlier_schedule():
+    compiled = Options(refresh_interval=3, correction=False)
+    later = compiled.override(check_overrides({"quality": "fast"}))
+    assert later == Options(quality="fast", correction=False)
+    assert later.override(check_overrides({"refresh_interval": 5})).resolve().plan is None
+
+
+@pytest.mark.parametrize("quality", QUALITIES)
+def test_the_runtime_follows_a_quality(quality):
+    model = toy(quality=quality)
+    Euler(model, steps=28).run()
+    assert sd.stats(model).dense == len(QUALITIES[quality].dense)
+
+
+def test_a_run_longer_than_was_thought_ends_dense():
+    schedule = Schedule.of(Options().resolve(), (16,))
+    found = [schedule.decide(Place(i, math.inf, 28, 28))[0] for i in range(40)]
+    assert all(found[28:]) and not all(found[:28])

@@ -1,0 +1,173 @@
+"""Tuning: the search on made-up scores, and on a model whose steps are known."""
+
+import itertools
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "runtime"))
+from toy import Euler, toy
+
+import specdiff
+from specdiff import cli
+from specdiff.comparison import psnr
+from specdiff.errors import OptionError, SpecdiffError
+from specdiff.evaluation.subject import TUNING_SEED, emoji
+from specdiff.plan import Plan
+from specdiff.tuning import Search, Spent, Tuned, spaced, tune
+
+
+def gaps(places, end):
+    return [b - a for a, b in zip(places, (*places[1:], end), strict=True)]
+
+
+def searched(score, target, evaluations=28, budget=10**6):
+    tried = []
+
+    def counted(places):
+        if sum(map(len, tried)) + len(places) > budget:
+            raise Spent
+        tried.append(places)
+        return score(places)
+
+    search = Search(evaluations, counted, target)
+    search.run()
+    assert len(tried) == len(set(tried))
+    return search, tried
+
+
+def test_spaced_places():
+    assert spaced(28, 28) == tuple(range(28))
+    assert spaced(28, 1) == (0,) and spaced(28, 2) == (0, 27)
+    for count in range(2, 29):
+        places = spaced(28, count)
+        assert len(set(places)) == count and (places[0], places[-1]) == (0, 27)
+    found = spaced(28, 8)
+    assert found[4] < 27 * 4 / 7 and found[1] >= 2
+
+
+def test_the_search_finds_fewest_and_where():
+    """Each place wants to be at a wish, and three are needed."""
+
+    def score(places):
+        wished = (0, 9, 11, 20)
+        return -float(sum(min(abs(wish - place) for place in places) for wish in wished))
+
+    search, _ = searched(score, target=0)
+    assert search.best == (0, 9, 11, 20) and search.best_score == 0
+
+
+def test_the_search_is_deterministic_and_polishes_what_it_found():
+    def score(places):
+        return -float(sum(gap**2 for gap in gaps(places, 28)))
+
+    first, tried = searched(score, target=-130)
+    again, tried_again = searched(score, target=-130)
+    assert first.best == again.best and tried == tried_again
+    # of so many places none is better, and one fewer cannot do
+    found = gaps(first.best, 28)
+    assert all(abs(a - b) <= 1 for a, b in itertools.pairwise(found))
+    assert len(first.best) == 7
+
+
+def test_nothing_reaches_the_target():
+    search, _ = searched(lambda places: 0.0, target=1, evaluations=6)
+    assert search.best == tuple(range(6)) and search.best_score == math.inf
+
+
+@pytest.mark.parametrize("budget", [1, 30, 100])
+def test_the_budget_ends_the_search(budget):
+    search, tried = searched(lambda places: float(len(places)), target=5, budget=budget)
+    assert sum(map(len, tried)) <= budget
+    assert search.best == tuple(range(28)) or len(search.best) >= 5
+
+
+def drawn(model, steps=12):
+    def draw(index):
+        return Euler(model, seed=index, steps=steps).run().latent / 8 + 0.5
+
+    return draw
+
+
+def test_a_model_is_tuned_without_touching_its_settings():
+    model, lines = toy(cache_ratio=0.0), []
+    tuned = tune(
+        model, drawn(model), target=45, prompts=2, held_back=1, budget=2000,
+        tell=lambda spent, line: lines.append((spent, line)), forecast="reuse",
+    )  # fmt: skip
+    assert tuned.score >= 45 and 2 <= len(tuned.plan.dense) < 12
+    assert tuned.plan.settings == {"forecast": "reuse"}
+    assert lines[-1][0] == tuned.spent <= 2000 + 12 + len(tuned.plan.dense)
+    assert tuned.plan.notes["score"] == tuned.score and tuned.checked is not None
+    reference = drawn(model)(0), drawn(model)(1)  # still dense
+    with specdiff.session(model, plan=tuned.plan):
+        found = [psnr(drawn(model)(i), reference[i]) for i in range(2)]
+    assert sum(found) / 2 == pytest.approx(tuned.score)
+    assert specdiff.stats(model).recompiles == 0
+
+
+def test_a_tuned_plan_goes_through_a_file(tmp_path):
+    model = toy()
+    tuned = tune(model, drawn(model), target=30, prompts=1, budget=200)
+    tuned.plan.save(tmp_path / "plan.json")
+    specdiff.configure(model, plan=tmp_path / "plan.json")
+    before = specdiff.stats(model).dense
+    drawn(model)(0)
+    assert specdiff.stats(model).dense == before + len(tuned.plan.dense)
+    assert Plan.load(tmp_path / "plan.json") == tuned.plan
+
+
+def test_what_cannot_be_tuned_says_why():
+    from toy import ToyPrograms
+
+    model = toy(programs=ToyPrograms(time=False))
+    with pytest.raises(SpecdiffError, match="nothing to tune: no time input"):
+        tune(model, drawn(model), target=40)
+    model = toy()
+    with pytest.raises(SpecdiffError, match="the model did not run"):
+        tune(model, lambda index: torch.zeros(3), target=40)
+    with pytest.raises(OptionError, match=r"settings.cache_ratio: no such option"):
+        tune(model, drawn(model), target=40, prompts=1, cache_ratio=0.5)
+
+
+def test_prompts_and_seeds_to_tune_on_are_not_measured_on():
+    subject = emoji(torch.device("cpu"))
+    tuned_on, measured = subject.tuning_requests(24), subject.requests(256, 100)
+    assert not {r.prompt for r in tuned_on} & {r.prompt for r in measured}
+    assert not {r.seed for r in tuned_on} & {r.seed for r in measured}
+    assert tuned_on[0].seed == TUNING_SEED
+
+
+def ran(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["specdiff", "tune", *map(str, arguments)])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def test_the_command_saves_a_plan(monkeypatch, tmp_path, capsys):
+    seen = []
+
+    def pretend(wanted, console):
+        seen.append(wanted)
+        return Tuned(Plan.of(4, (0, 3), **wanted.options), 41.0, None, 1.9, 77)
+
+    monkeypatch.setattr("specdiff.evaluation.tuning.tune_subject", pretend)
+    out = tmp_path / "plans" / "plan.json"
+    given = ("--target", 41, "--budget", 80, "--option", "forecast=reuse", "--out", out)
+    assert ran(monkeypatch, *given) == 0
+    assert (seen[0].target, seen[0].budget, seen[0].options) == (41, 80, {"forecast": "reuse"})
+    assert Plan.load(out).dense == (0, 3)
+    assert "dense: (0, 3), 2 skipped" in capsys.readouterr().out
+
+
+def test_the_command_names_a_wrong_measure(monkeypatch, tmp_path, capsys):
+    out = tmp_path / "plan.json"
+    assert ran(monkeypatch, "--measure", "ssim", "--out", out) == 2
+    assert "no measure 'ssim': choose from psnr, features" in capsys.readouterr().err
+    assert not out.exists()
