@@ -21,6 +21,9 @@ BITS, GOLDEN = 16, 40503
 """Multiples of GOLDEN / 2^BITS, modulo 1, fill 0 to 1 evenly, however many there are.
 Whole numbers, so that a program which is told where it begins finds the same rows."""
 
+FEWEST = 8
+"""Rows that an attention is sampled at, where it computes as many and the sample allows."""
+
 
 class ImportanceSum:
     """Accumulates over the attentions of one program."""
@@ -64,8 +67,7 @@ class ImportanceSum:
         self, found: Attention, query: fx.Node, key: fx.Node, mask: fx.Node | None
     ) -> fx.Node:
         call = self._writer.call
-        rows = shape_of(query)[-2]
-        every = self._sampled_rows(rows)
+        every = self._sampled_rows(shape_of(query)[-2], shape_of(found.query)[-2])
         # scaled before the product: of all its values the logits are the most
         sampled = call(aten.mul.Tensor, _every(self._writer, query, every), found.scale)
         if found.grouped:
@@ -82,12 +84,16 @@ class ImportanceSum:
         mean = call(aten.mean.dim, weights, [rank_of(weights) - 2])
         return call(aten.sum.dim_IntList, mean, heads) if heads else mean
 
-    def _sampled_rows(self, rows: int) -> range | fx.Node:
+    def _sampled_rows(self, rows: int, of: int) -> range | fx.Node:
         """Evenly strided, from another row in each attention; a node if `before` is one.
 
-        Attention is mostly local: what lies near one and the same sample would win.
+        Attention is mostly local: what lies near one and the same sample would win. Where only some
+        rows `of` all are computed, as large a share of them is sampled, so that the sample takes no
+        more of a step with few rows than of a dense one.
         """
-        stride = -(-rows // self._sample)
+        stride = -(-of // self._sample)
+        if rows < of:
+            stride = min(stride, -(-rows // min(self._sample, FEWEST)))
         number, stop = self._observed, rows // stride * stride
         self._observed += 1
         if self.before is not None and stride > 1:
