@@ -81,18 +81,18 @@ class Plan:
         """Indices of the dense evaluations."""
         return tuple(i for i, ratio in enumerate(self.ratios) if ratio == 0)
 
-    def due(self, index: int, total: int, before: int) -> int | None:
+    def due(self, index: int, total: float, before: float) -> int | None:
         """The entry that evaluation `index` of a run follows, if any.
 
-        Entry i of N goes to the evaluation nearest to its place, i (M - 1) / (N - 1), in a run of
-        M; of several there the one that computes most counts, and where there is none the
+        Entry i of N has its place at i / N of the way in time, and goes to the evaluation nearest
+        to it; of several there the one that computes most counts, and where there is none the
         evaluation is skipped. So the dense evaluations of a shorter or longer run lie where they
         lay in noise, and a longer run gains more.
 
         Args:
             index: of the evaluation, from 0.
-            total: M, as far as is known.
-            before: M, as it was known at the previous evaluation.
+            total: evaluations until time ends, as far as is known; need not be whole.
+            before: the same, as it was known at the previous evaluation.
         """
         if index >= before:  # the run is longer than was thought: what is left is unknown
             return self.dense[-1]
@@ -100,12 +100,12 @@ class Plan:
         entries = range(first, self._reached(index, total) + 1)
         return min(entries, key=lambda entry: self.ratios[entry], default=None)
 
-    def _reached(self, index: int, total: int) -> int:
-        """The last entry whose place is at most `index`."""
-        last = len(self.ratios) - 1
-        if index >= total - 1:
-            return last
-        return min(math.ceil((index + 0.5) * last / (total - 1)) - 1, last)
+    def _reached(self, index: int, total: float) -> int:
+        """The last entry whose place is nearest to evaluation `index` or an earlier one."""
+        count = len(self.ratios)
+        if index + 1.5 > total:  # the last one, or what follows it is hardly a step
+            return count - 1
+        return min(math.ceil((index + 0.5) * count / total) - 1, count - 1)
 
 
 def _word(ratio: float) -> str | float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,11 +13,15 @@ import torch
 import specdiff
 from specdiff.errors import SpecdiffError
 from specdiff.evaluation.subject import STEPS, Subject
+from specdiff.options import QUALITIES
 from specdiff.runtime.stats import Stats
 
+OURS = "specdiff"
 FEWER_STEPS = (7, 9, 12, 14, 18)
 SPECDIFF: Mapping[str, Mapping[str, Any]] = {
-    "specdiff, default": {},
+    "specdiff, near-lossless": {"quality": "near-lossless"},
+    "specdiff, balanced": {"quality": "balanced"},
+    "specdiff, fast": {"quality": "fast"},
     "specdiff, dense every 2": {"refresh_interval": 2},
     "specdiff, dense every 3": {"refresh_interval": 3},
     "specdiff, dense every 5": {"refresh_interval": 5},
@@ -28,7 +33,7 @@ SPECDIFF: Mapping[str, Mapping[str, Any]] = {
     "specdiff, paper 0.9": {"method": "paper", "cache_ratio": 0.9},
 }
 """Options by name; a default that is tuned belongs in `specdiff.options`, not here."""
-PRESETS = ("dense", "specdiff, default")
+PRESETS = ("dense", *(f"{OURS}, {quality}" for quality in QUALITIES))
 """Methods that also draw the large set for the distance between sets and the probe."""
 
 
@@ -96,9 +101,11 @@ def fewer_steps() -> list[Candidate]:
     ]
 
 
-def own(subject: Subject) -> list[Candidate]:
-    """Specdiff at several settings."""
-    return [_own(name, {**subject.options, **options}) for name, options in SPECDIFF.items()]
+def own(subject: Subject, plans: Sequence[Path] = ()) -> list[Candidate]:
+    """Specdiff at several settings, and by plans in files."""
+    planned = {f"{OURS}, {plan.name}": {"plan": str(plan)} for plan in plans}
+    settings = {**SPECDIFF, **planned}
+    return [_own(name, {**subject.options, **options}) for name, options in settings.items()]
 
 
 def _own(name: str, options: Mapping[str, Any]) -> Candidate:
@@ -109,15 +116,15 @@ def _own(name: str, options: Mapping[str, Any]) -> Candidate:
         pipeline.transformer = compiled
         return Prepared(pipeline, "graph", lambda: specdiff.stats(compiled))
 
-    family = "specdiff, paper" if options.get("method") == "paper" else "specdiff"
+    family = f"{OURS}, paper" if options.get("method") == "paper" else OURS
     return Candidate(name, family, STEPS, options, prepare)
 
 
-def all_candidates(subject: Subject) -> list[Candidate]:
-    """Every method, dense first."""
+def all_candidates(subject: Subject, plans: Sequence[Path] = ()) -> list[Candidate]:
+    """Every method, dense first, and specdiff by these plans."""
     from specdiff.evaluation.peers import peers
 
-    return [DENSE, *fewer_steps(), *own(subject), *peers(subject)]
+    return [DENSE, *fewer_steps(), *own(subject, plans), *peers(subject)]
 
 
 def choose(candidates: Sequence[Candidate], patterns: Sequence[str]) -> list[Candidate]:

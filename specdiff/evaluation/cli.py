@@ -31,6 +31,9 @@ def evaluate_methods(
     method: Annotated[
         list[str] | None, typer.Option(help="Only methods of this name or pattern; repeatable.")
     ] = None,
+    plan: Annotated[
+        list[Path] | None, typer.Option(help="Also specdiff by a plan in a file; repeatable.")
+    ] = None,
     measure: Annotated[
         list[str] | None, typer.Option(help="Only this phase, pictures or flops; repeatable.")
     ] = None,
@@ -61,8 +64,9 @@ def evaluate_methods(
         usual.large_set if large_set is None else large_set,
     )
     wanted = Wanted(
-        model, weights, device, sizes, seed, probe, out, method or (), measure or (), minutes, clock
-    )
+        model, weights, device, sizes, seed, probe, out,
+        method or (), plan or (), measure or (), minutes, clock,
+    )  # fmt: skip
     left = evaluate(wanted, console)
     console.print(f"{out}: " + (f"{left} measurements left: run again" if left else "complete"))
 

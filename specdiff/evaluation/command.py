@@ -56,6 +56,7 @@ class Wanted:
     probe: Path | None
     out: Path
     methods: Sequence[str]
+    plans: Sequence[Path]
     phases: Sequence[str]
     minutes: float | None
     clock: str
@@ -104,7 +105,7 @@ def evaluate(wanted: Wanted, console: Console) -> int:
         raise SpecdiffError(f"no clock {wanted.clock!r}: choose from {', '.join(CLOCKS)}")
     device = usable_device(wanted.device)
     subject = find_subject(wanted.model, wanted.weights, device)
-    candidates = choose(all_candidates(subject), wanted.methods)
+    candidates = choose(all_candidates(subject, wanted.plans), wanted.methods)
     findings = Findings.open(wanted.out / RESULTS, _plan(wanted), environment(device))
     deadline = None if wanted.minutes is None else time.monotonic() + 60 * wanted.minutes
     campaign = Campaign(_bench(wanted, subject), findings, wanted.out, deadline)

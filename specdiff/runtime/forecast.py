@@ -100,7 +100,9 @@ def _weighted_mean(history: History, time: float, scale: float) -> Tensor:
 
 def _along(newer: ComputedOutput, older: ComputedOutput, ahead: Tensor) -> Tensor:
     """The line through two outputs, `ahead` (float32 [B, N], in time) of the newer."""
-    return newer.tokens + slope(newer, older) * ahead.unsqueeze(-1)
+    span, start = newer.times - older.times, newer.tokens.float()
+    share = torch.where(span != 0, ahead / nonzero(span), 0.0)
+    return torch.addcmul(start, start - older.tokens.float(), share.unsqueeze(-1))
 
 
 def slope(newer: ComputedOutput, older: ComputedOutput) -> Tensor:

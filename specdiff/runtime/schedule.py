@@ -27,9 +27,9 @@ class Place:
     """From 0."""
     left: float
     """Evaluations left, this one included, as far as is known."""
-    total: int
-    """Evaluations of the generation, as far as is known; only plans ask."""
-    before: int
+    total: float
+    """Evaluations of the generation until time ends, as far as is known; only plans ask."""
+    before: float
     """The same, as it was known at the previous evaluation."""
 
     @classmethod

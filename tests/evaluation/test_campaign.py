@@ -33,6 +33,7 @@ from specdiff.evaluation.findings import (
 from specdiff.evaluation.measuring import Bench
 from specdiff.evaluation.plot import draw_frontier, frontier_figure
 from specdiff.evaluation.table import markdown
+from specdiff.options import QUALITIES
 from tests.evaluation.toy import dimmed, rival, toy_subject
 
 PLAN = Plan("toy", 28, 2, 1, 0, 0, "cpu", "wall")
@@ -79,6 +80,14 @@ def test_a_peer_that_fails_leaves_its_reason_and_no_numbers(finished: Path) -> N
     found = campaign(finished).findings.methods["broken"]
     assert found.reason == "RuntimeError: this model has no blocks"
     assert found.values == {}
+
+
+def test_qualities_and_plans_are_methods() -> None:
+    found = {one.name: one for one in all_candidates(toy_subject(), [Path("tuned/mine.json")])}
+    assert found["specdiff, mine.json"].settings == {"plan": "tuned/mine.json"}
+    large = {name for name, one in found.items() if one.in_large_set}
+    assert large == {"dense", *(f"specdiff, {quality}" for quality in QUALITIES)}
+    assert all(found[f"specdiff, {q}"].settings == {"quality": q} for q in QUALITIES)
 
 
 def test_a_failure_of_our_own_is_not_hidden(tmp_path: Path) -> None:

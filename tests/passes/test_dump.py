@@ -216,6 +216,13 @@ def test_a_fault_in_a_trace_stops_nothing(caplog, monkeypatch):
     assert specdiff.stats(model).selective == 1
 
 
+def test_no_trace_is_written_unasked():
+    """Pytest, too, listens: every test would draw every graph, and keep what it drew."""
+    model, inputs = flux(layers=1)
+    run(torch.compile(model, backend=specdiff.backend(**OPTIONS)), inputs, steps=1)
+    assert not torch_adapter.traces_artifacts()
+
+
 def test_constants_of_a_graph_are_stored_beside_it(tmp_path):
     class Scaled(nn.Module):
         def __init__(self) -> None:

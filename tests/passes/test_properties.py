@@ -68,13 +68,14 @@ def traced_without_dynamo(model: nn.Module, *calls: dict[str, Any]) -> Traced:
 
 
 def pairs(model: nn.Module, found: Traced, later: dict[str, Any]) -> Iterator[Pair]:
-    """Oracles 1 to 3, the first two with one active set each."""
+    """Oracles 1 to 3, the first two with one active set each, with text computed and without."""
     programs, flat = found.programs(), found.flat
     signature = found.analysis.signature
     count = max(len(signature.lengths), round(0.4 * signature.prunable_tokens))
     active = random_active(signature.batch, signature.lengths, count)
     yield from oracles.idempotence(found.analysis, programs, flat[0], active)
     yield from oracles.masked_dense(found.analysis, programs, *flat, active)
+    yield from oracles.frozen_text(found.analysis, programs, *flat, active)
     yield from oracles.all_active(found.analysis, programs, *flat, model(**later))
 
 

@@ -101,16 +101,15 @@ def test_a_run_of_the_same_length_follows_it_to_the_letter():
 @pytest.mark.parametrize("total", [2, 5, 10, 14, 20, 27, 29, 40, 50, 100])
 def test_a_run_of_another_length_has_its_dense_evaluations_at_the_same_places(total):
     found = dense_of(followed(Plan.of(28, DENSE), total))
-    assert found[0] == 0 and found[-1] == total - 1
-    places = {round(i * (total - 1) / 27) for i in DENSE}
-    assert set(found) == places
+    places = {min(math.ceil(i * total / 28 - 0.5 + 1e-9), total - 1) for i in DENSE}
+    assert set(found) == places and 0 in places
     assert len(found) == len(places) <= 10
 
 
 def test_where_entries_meet_the_one_that_computes_most_counts():
     plan = {"specdiff_plan": 1, "evaluations": ["dense", "skip", 0.75, 0.5, "skip", "skip"]}
-    assert followed(plan, 3) == [16, 8, 0]
-    assert followed(plan, 11) == [16, 0, 0, 0, 4, 0, 8, 0, 0, 0, 0]
+    assert followed(plan, 3) == [16, 4, 8]
+    assert followed(plan, 12) == [16, 0, 0, 0, 4, 0, 8, 0, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("steps", [14, 28, 50])
@@ -120,8 +119,9 @@ def test_the_length_of_a_run_is_read_off_its_times(steps, rising, unit):
     times = [unit * (1 - s if rising else s) for s in sigmas(steps)[:-1]]
     for index in range(steps):
         seen = times[: index + 1]
-        assert evaluations_planned(seen, None, 28) == (28 if index < 2 else steps)
-        assert evaluations_planned(seen, times, 28) == steps
+        expected = 28 if index < 2 else steps
+        assert evaluations_planned(seen, None, 28) == pytest.approx(expected, rel=1e-3)
+        assert evaluations_planned(seen, times, 28) == pytest.approx(steps, rel=1e-3)
 
 
 @pytest.mark.parametrize("shift", [1, 3, 6])
@@ -130,15 +130,20 @@ def test_rounded_times_are_waited_for(steps, shift):
     uniform = torch.linspace(1, 0, steps + 1)[:-1]
     times = (shift * uniform / (1 + (shift - 1) * uniform)).to(torch.bfloat16).tolist()
     found = [evaluations_planned(times[: index + 1], None, 28) for index in range(steps)]
-    assert found[:3] == [28] * 3 and set(found[-steps // 4 :]) <= {steps - 1, steps, steps + 1}
+    assert found[:3] == [28] * 3 and all(abs(total - steps) < 1 for total in found[-steps // 4 :])
     assert all(abs(total - steps) < 0.3 * steps for total in found if total != 28)
     assert evaluations_planned([1.0] * 9, None, 28) == 28
 
 
-def test_a_schedule_that_ends_above_zero_has_one_evaluation_more():
-    uniform = torch.linspace(1, 0.003, 50, dtype=torch.float64)
+def test_a_last_evaluation_that_is_hardly_a_step_is_not_wasted_on():
+    """As Stable Diffusion 3 has it: the plan's last entry goes to the last but one."""
+    uniform = torch.linspace(1, 0.003, 28, dtype=torch.float64)
     times = (3 * uniform / (1 + 2 * uniform)).tolist()
-    assert evaluations_planned(times[:20], None, 28) == 50
+    schedule = Schedule.of(Options(plan=Plan.of(28, (0, 14, 27))).resolve(), (16,))
+    for given in (times, None):
+        places = [Place.of(times[: i + 1], given, 28) for i in range(28)]
+        assert places[9].total == pytest.approx(27.08, abs=0.01)
+        assert dense_of(schedule.decide(place)[0] for place in places) == [0, 14, 26]
 
 
 @pytest.mark.parametrize("session", [True, False])
@@ -149,9 +154,11 @@ def test_the_runtime_follows_a_plan(session, steps):
     with sd.session(model, timesteps=run.sigmas[:-1] if session else None):
         run.run()
     exact = [index for index, error in enumerate(run.errors) if error < 1e-6]
-    expected = {round(i * (steps - 1) / 27) for i in DENSE}
+    expected = set(dense_of(followed(Plan.of(28, DENSE), steps)))
     # without the times, the first two evaluations are taken for those of a run of 28
-    assert {i for i in exact if session or i > 3} <= expected and steps - 1 in exact
+    later = {i for i in exact if session or i > 3}
+    # a place halfway between two evaluations may go to either
+    assert all({i - 1, i, i + 1} & expected for i in later)
     assert abs(len(exact) - len(expected)) <= 2 * (not session)
     assert sd.stats(model).dense == len(exact)
 
