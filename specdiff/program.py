@@ -197,7 +197,10 @@ class Programs(Protocol):
         """Every token computed, no cache read or written."""
 
     def dense(self, inputs: Sequence[object], caches: Sequence[Tensor]) -> Evaluation:
-        """Every token computed; the caches are overwritten in place."""
+        """Every token computed; the caches are overwritten in place and never read.
+
+        So they may share memory where nobody reads them later either.
+        """
 
     def selective(
         self,

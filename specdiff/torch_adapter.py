@@ -208,7 +208,8 @@ def compile_program(
     # Without a ShapeEnv Inductor caches nothing; of real inputs AOTAutograd would then make every
     # size symbolic, parameters' too, so it gets fakes whose sizes are numbers.
     mode = FakeTensorMode(shape_env=ShapeEnv())
-    fakes = [_static_fake(mode, value) for value in inputs]
+    placeholders = module.graph.find_nodes(op="placeholder")
+    fakes = [_static_fake(mode, *given) for given in zip(placeholders, inputs, strict=True)]
     with tracing(TracingContext(mode)), torch.no_grad():
         if backend == "aot_eager":
             compiled = aot_eager(module, fakes)
@@ -218,8 +219,15 @@ def compile_program(
     return lambda values: compiled(*values)
 
 
-def _static_fake(mode: FakeTensorMode, value: Any) -> Any:
-    return mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value
+def _static_fake(mode: FakeTensorMode, placeholder: fx.Node, value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    if placeholder.meta.get("static"):  # a cache; those of a scratch set share their memory
+        with mode:
+            return torch.empty_strided(
+                value.shape, value.stride(), dtype=value.dtype, device=value.device
+            )
+    return mode.from_tensor(value, static_shapes=True)
 
 
 def compile_untouched(

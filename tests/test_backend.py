@@ -58,6 +58,27 @@ def configured(**options: Any) -> Any:
     return specdiff.backend(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "programs", "speculative"),
+    [
+        ({}, {"probe", "tail"}, 0),
+        ({"method": "paper"}, {"dense", "selective_2", "tail"}, 1),
+        ({"method": "paper", "speculative_steps": 0}, {"dense", "selective_2", "tail"}, 0),
+        ({"cache_ratio": 0.5, "text_refresh": 0}, {"dense", "frozen_10", "tail"}, 1),
+    ],
+    ids=["default", "paper", "no look-ahead", "text left out"],
+)
+def test_no_more_programs_are_compiled_than_a_plan_needs(small, options, programs, speculative):
+    """One that computes every token, one that computes some; over one generation and the next."""
+    model, inputs = small
+    options = {"inner_backend": "eager", **options}
+    selective = torch.compile(model, backend="specdiff", fullgraph=True, options=options)
+    for _ in range(2):
+        loop(selective, inputs)
+        assert set(specdiff.stats(selective).compile_seconds) == programs
+    assert specdiff.stats(selective).speculative == 2 * speculative
+
+
 # Entry point and options ------------------------------------------------------------------------
 
 
@@ -123,7 +144,7 @@ def test_inductor_settings_among_the_options(small, handed_over):
     options = {"epilogue_fusion": False, "cpp.simdlen": 1, **PLAN}
     loop(torch.compile(model, backend="specdiff", options=options), inputs)
     settings = {"epilogue_fusion": False, "cpp.simdlen": 1}
-    assert handed_over == [settings] * 4  # probe, tail, dense, selective
+    assert handed_over == [settings] * 3  # dense, tail, selective
 
 
 def test_setting_beside_mode_wins(small, handed_over):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import astuple
 from math import prod
 from typing import Any
 
@@ -16,6 +17,7 @@ from specdiff import torch_adapter
 from specdiff.oracles import pick, random_active
 from specdiff.passes.lower import LoweredPrograms
 from specdiff.passes.rows import emit_selective
+from specdiff.runtime.caches import CachePool
 from tests.models import changed, flux, sd3
 from tests.oracles import Traced, trace
 
@@ -93,6 +95,45 @@ def test_allocations_are_seen(wide, monkeypatch):
     """The test above can fail: a dense program does hold buffers as large as a cache."""
     code = inductor_code(wide, "dense", monkeypatch)
     assert max(allocations(code)) >= smallest_cache(wide)
+
+
+def test_dense_program_reads_no_cache(wide, monkeypatch):
+    """So that evaluations which leave no caches may write all of them to one and the same place."""
+    code = inductor_code(wide, "dense", monkeypatch)
+    signature = wide.analysis.signature
+    first, count = len(signature.inputs), len(signature.caches)
+    caches = {f"arg{first + index}_1" for index in range(count)}
+    kinds = dict(re.findall(r"(\w+) = async_compile\.cpp_pybinding\(\[(.*?)\]", code))
+    body, written = code.split("def call(")[1].split("return (")[0], []
+    for line in map(str.strip, body.splitlines()):
+        idle = line.startswith(("del ", "assert_size_stride(")) or line.endswith(" = args")
+        if idle or not caches.intersection(re.findall(r"\w+", line)):
+            continue
+        name, arguments = line.removesuffix(")").split("(", 1)
+        for kind, given in zip(kinds[name].split(", "), arguments.split(", "), strict=True):
+            if given in caches:
+                assert kind == "'float*'", f"{name} reads {given}"
+                written.append(given)
+    assert sorted(written) == sorted(caches)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [flux, sd3])
+def test_dense_program_needs_no_memory_of_its_own_for_each_cache(build):
+    model, inputs = build(layers=2)
+    with torch.no_grad():
+        found = trace(model, inputs)
+        signature, flat = found.analysis.signature, found.flat[0]
+        programs, caches = found.programs("inductor"), [s.allocate() for s in signature.caches]
+        # compiled for the scratch set, and run with caches
+        passing = programs.dense(flat, CachePool(signature.caches).scratch())
+        lasting = programs.dense(flat, caches)
+        exact = found.programs("eager")
+        expected = [slot.allocate() for slot in signature.caches]
+        exact.dense(flat, expected)
+    torch.testing.assert_close(astuple(passing), astuple(lasting), rtol=0, atol=0)
+    torch.testing.assert_close(caches, expected, **TOLERANCE)
+    assert programs.compile_seconds.keys() == {"dense"}
 
 
 def test_tables_are_neither_made_nor_gathered_block_by_block(monkeypatch):

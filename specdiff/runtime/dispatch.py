@@ -88,7 +88,7 @@ class Runtime:
         refusal, begins = _place(stream, reading, given, candidates)
         if refusal is not None:
             _abandon(table, stream, refusal)
-            return self._fall_back(inputs, state, refusal, record)
+            return self._fall_back(inputs, state, refusal, record, schedule.selects)
         if stream is None or begins:
             stream = table.start(conditions, self._history(), replacing=stream)
             stream.number = next(self._generations)
@@ -145,8 +145,12 @@ class Runtime:
         state: ModelState,
         reason: str,
         record: StepRecord | None,
+        selects: bool = False,
     ) -> list[Tensor]:
-        """A dense evaluation that touches no stream, counted with its reason."""
+        """A dense evaluation that touches no stream, counted with its reason.
+
+        Where others of this plan select tokens, it runs the same dense program as they do.
+        """
         if record is not None:
             record.reason = reason
             record.batch = self.programs.signature.batch
@@ -159,8 +163,9 @@ class Runtime:
         state.say(logger, f"running dense: {reason}")
         if reason == AMBIGUOUS:
             state.say(logger, AMBIGUOUS_HINT)
-        outputs = self.programs.tail(inputs, self.programs.probe(inputs).tokens)
-        return [output.clone() for output in outputs]
+        programs = self.programs
+        found = programs.dense(inputs, self.pool.scratch()) if selects else programs.probe(inputs)
+        return [output.clone() for output in programs.tail(inputs, found.tokens)]
 
 
 class DenseOnly:

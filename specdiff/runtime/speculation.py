@@ -64,6 +64,7 @@ def model_time(landing: float, given: tuple[float, float], seen: tuple[Tensor, T
 
 def speculate(
     programs: Programs,
+    scratch: Sequence[Tensor],
     inputs: Sequence[object],
     stream: Stream,
     prediction: Prediction,
@@ -74,6 +75,7 @@ def speculate(
 
     Args:
         programs: of the graph.
+        scratch: caches that nobody reads.
         inputs: the flat inputs of the evaluation just made.
         stream: holds that evaluation's latents and predictions.
         prediction: how the sampler moves the latent.
@@ -87,7 +89,7 @@ def speculate(
             prediction.jump(latent, ways, stream.times[-1], landing)
             for latent, *ways in zip(stream.latents, *stream.predictions, strict=True)
         ]
-        evaluation = programs.probe(_moved(signature, inputs, latents, value))
+        evaluation = programs.dense(_moved(signature, inputs, latents, value), scratch)
         importance = per_sample(evaluation.importance, shared)
         trusted = prediction.trusted.to(importance.device, non_blocking=True)
         found.append((landing, torch.where(trusted, importance, 1.0)))

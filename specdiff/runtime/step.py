@@ -142,10 +142,11 @@ class Step:
         # A key seen once costs nothing: caches are for trajectories that go on.
         if self.schedule.selects and stream.history.evaluations > 0:
             self._ensure_lease()
-        if stream.lease is None:
+        if not self.schedule.selects:
             evaluation = self.programs.probe(self.inputs)
         else:
-            evaluation = self.programs.dense(self.inputs, stream.lease.caches)
+            caches = stream.lease.caches if stream.lease else self.pool.scratch()
+            evaluation = self.programs.dense(self.inputs, caches)
         tokens = evaluation.tokens.clone()  # the program's next run may overwrite them
         stream.importance = per_sample(evaluation.importance, self._shared)
         self._keep(importance=stream.importance)
@@ -299,7 +300,8 @@ class Step:
         stream, times = self.stream, self.stream.times
         landed = landings(times, self.settings.speculative_steps, self.given)
         places = [(landing, self._input_at(landing, time)) for landing in landed]
-        speculate(self.programs, self.inputs, stream, prediction, places, self._shared)
+        scratch = self.pool.scratch()
+        speculate(self.programs, scratch, self.inputs, stream, prediction, places, self._shared)
         self.state.counters.speculative += len(places)
         self._keep(speculative=len(places))
         tokens = self.programs.signature.batch * self.schedule.tokens

@@ -26,7 +26,7 @@ from specdiff.passes.dump import Dump
 from tests.models import flux
 
 PASSES = ["00_dynamo", "01_normalize", "02_axes", "03_selective", "04_invariant", "05_regions"]
-PROGRAMS = ["06_program_probe", "07_program_tail", "08_program_dense", "09_program_selective_21"]
+PROGRAMS = ["06_program_dense", "07_program_tail", "08_program_selective_21"]
 OPTIONS = {
     "inner_backend": "eager",
     "cache_ratio": 0.5,
@@ -103,12 +103,12 @@ def test_code_of_the_programs_is_what_ran(dumped):
         return codes[name]["forward"](codes[name]["constants"], *values)
 
     flat, _ = calls[-1]
-    tokens, importance = call("probe", *flat)
+    caches = [torch.zeros_like(c) for c in codes["dense"]["inputs"]()[len(flat) :]]
+    tokens, importance = call("dense", *flat, *caches)
     (whole,) = call("tail", *flat, tokens)
     torch.testing.assert_close(whole, expected, rtol=1e-4, atol=1e-5)
     assert importance.shape == (2, 42)
     before, after = calls[-2][0], calls[-1][0]
-    caches = [torch.zeros_like(c) for c in codes["dense"]["inputs"]()[len(flat) :]]
     call("dense", *before, *caches)
     # what ran last was selective: where it computed, the code says the same
     active = torch.arange(21).expand(2, -1)
@@ -116,7 +116,7 @@ def test_code_of_the_programs_is_what_ran(dumped):
     some, _ = call("selective_21", *after, *caches, active)
     assert some.shape == (2, 21, 8)
     assert any(not torch.equal(old, new) for old, new in zip(stale, caches, strict=True))
-    every, _ = call("probe", *after)
+    every, _ = call("dense", *after, *caches)
     near = (some - every[:, :21]).norm() / every[:, :21].norm()
     assert 0 < near < 0.1
 
@@ -129,7 +129,7 @@ def test_the_head_says_where_code_comes_from(dumped):
         assert head.startswith(f'"""{step}: ') and " nodes; " in head
     assert "segments of tokens: s0 of 42, s1 of 4" in heads["02_axes"]
     assert "42 prunable tokens" in heads["03_selective"]
-    program = (folder / "09_program_selective_21.py").read_text().split("\n", 1)[0]
+    program = (folder / "08_program_selective_21.py").read_text().split("\n", 1)[0]
     assert "index_put_" in program
 
 
@@ -199,7 +199,7 @@ def test_a_fault_in_a_drawing_stops_nothing(tmp_path, caplog, monkeypatch):
         run(model, inputs, dump_dir=tmp_path)
     assert "not complete" in caplog.text and "no such colour" in caplog.text
     assert specdiff.stats(model).selective == 1
-    assert (tmp_path / "graph_0" / "09_program_selective_10.py").exists()
+    assert (tmp_path / "graph_0" / "08_program_selective_10.py").exists()
 
 
 def test_a_fault_in_a_trace_stops_nothing(caplog, monkeypatch):
@@ -263,7 +263,7 @@ def test_torch_logs_and_torch_trace(tmp_path):
     said = [line for line in result.stderr.splitlines() if "specdiff/" in line]
     for decision in (
         "normalize: ", "segments of tokens: s0 of 20", "20 prunable tokens", "1 attention+mlp",
-        "has a selective form", "program_probe: ", "program_selective_10: ",
+        "has a selective form", "program_dense: ", "program_selective_10: ",
     ):  # fmt: skip
         assert sum(decision in line for line in said) == 1, (decision, result.stderr)
     (log,) = tmp_path.glob("*.log")

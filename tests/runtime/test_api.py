@@ -45,7 +45,7 @@ def test_session_with_times_reads_nothing_back(per_model):
             velocity = model(latent, time_input, run.prompt)
         latent = latent + (run.sigmas[index + 1] - run.sigmas[index]) * velocity
         if index == 1:
-            landed, time = model.runtime.programs.probed[-1]
+            landed, time = model.runtime.programs.passing[-1]
             torch.testing.assert_close(time, torch.tensor([landing]))
             jumped = before + (landing - run.sigmas[1]) * velocity
             torch.testing.assert_close(landed, jumped, rtol=1e-3, atol=1e-4)

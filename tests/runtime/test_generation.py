@@ -30,9 +30,9 @@ PLAN = {"cache_ratio": 0.75, "warmup_steps": 3, "refresh_interval": 4, "tapered"
 def test_programs_follow_the_schedule():
     model = toy(**PLAN)
     Euler(model, steps=10).run()
-    # The probe in third place is the speculative evaluation, after the second real one.
+    # The one in third place is the speculative evaluation, after the second real one.
     assert model.runtime.programs.names() == (
-        ["probe", "dense", "probe", "dense"] + ["selective"] * 3 + ["dense"] + ["selective"] * 3
+        ["scratch", "dense", "scratch", "dense"] + ["selective"] * 3 + ["dense"] + ["selective"] * 3
     )
     actives = [active for _, active in model.runtime.programs.calls if active is not None]
     assert all(active.shape == (1, 4) and active.dtype == torch.int64 for active in actives)
@@ -153,7 +153,7 @@ def test_speculation_lands_where_euler_would():
     start = run.sigmas[1]
     latent = run.latent
     velocity = run.step()
-    landed, time = model.runtime.programs.probed[-1]
+    landed, time = model.runtime.programs.passing[-1]
     torch.testing.assert_close(time, torch.tensor([0.5]))
     torch.testing.assert_close(landed, latent + (0.5 - start) * velocity)
     reference = model.runtime.programs._run(
@@ -186,7 +186,7 @@ def test_meaning_of_time_is_inferred(sign, unit, rising):
     run = Euler(model, steps=10, as_time=as_time).run(1)
     latent, start = run.latent, run.sigmas[1]
     velocity = run.step()
-    landed, time = programs.probed[-1]
+    landed, time = programs.passing[-1]
     torch.testing.assert_close(time, torch.tensor([0.5 * unit]))
     torch.testing.assert_close(landed, latent + (0.5 - start) * velocity * sign)
 
@@ -198,7 +198,7 @@ def test_no_speculation_beyond_the_landing():
     run.sigmas = [1.0, 0.4, 0.3, 0.2, 0.0]
     run.run()
     assert sd.stats(model).speculative == 0
-    assert model.runtime.programs.names() == ["probe", "dense", "dense", "selective"]
+    assert model.runtime.programs.names() == ["scratch", "dense", "dense", "selective"]
 
 
 def test_no_speculation_when_steps_have_the_wrong_length():
@@ -278,7 +278,7 @@ def test_guidance_halves_share_one_active_set():
     assert len(actives) == 3
     assert all(torch.equal(a[0], a[1]) for a in actives)
     assert sd.stats(model).speculative == 1
-    landed, jumped = model.runtime.programs.probed[-1][0], noise()
+    landed, jumped = model.runtime.programs.passing[-1][0], noise()
     velocity = dense_velocity(model, torch.cat([jumped] * 2), run.time(0), text)
     jumped = jumped + (run.sigmas[1] - 1) * torch.lerp(velocity[0], velocity[1], 5.0)
     velocity = dense_velocity(model, torch.cat([jumped] * 2), run.time(1), text)
@@ -350,7 +350,7 @@ def test_speculation_keeps_the_strides_of_inputs(expanded):
         time = run.time(index) if expanded else run.time(index).repeat(3)[::2][:2]
         velocity = model(padded[..., :SIDE], time, run.prompt)
         run.latent = run.latent + (run.sigmas[index + 1] - run.sigmas[index]) * velocity
-    landed, landing = model.runtime.programs.probed[-1]
+    landed, landing = model.runtime.programs.passing[-1]
     assert landing.tolist() == [0.5, 0.5]
     assert landing.stride() == time.stride() == ((0,) if expanded else (2,))
     assert landed.stride() == padded[..., :SIDE].stride()

@@ -233,7 +233,7 @@ def test_speculation_lands_where_the_scheduler_would(kind, given):
         before = run.latent
     else:
         before, predicted = run.latent, run.step()
-    landed, time = programs.probed[-1]
+    landed, time = programs.passing[-1]
     end = 400 if given else 450
     assert time.item() == end
     weights = Diffusion(kind, usual_tables()[2]).jump(800, end)

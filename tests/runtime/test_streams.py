@@ -9,6 +9,7 @@ from toy import Euler, N, Toy, ToyPrograms, dense_velocity, noise, prompt, sigma
 
 import specdiff.runtime as sd
 from specdiff.options import Options
+from specdiff.runtime.caches import CachePool
 
 PLAN = {"cache_ratio": 0.75, "warmup_steps": 3, "refresh_interval": 4, "tapered": False}
 ALONE = (4, 6, 0)
@@ -51,7 +52,7 @@ def test_two_seeds_on_one_prompt_tensor_run_dense(lead, caplog):
     assert max(max(run.errors) for run in runs) < 1e-6
     stats = sd.stats(model)
     assert stats.selective == 0
-    # All but the probes that began the first generation and restarted it for the second.
+    # All but the evaluations that began the first generation and restarted it for the second.
     assert stats.fallbacks == {"ambiguous stream": lead + 12 - (lead + 2)}
     assert stats.dense == lead + 12
     assert caplog.messages.count("running dense: ambiguous stream") == 1
@@ -147,7 +148,7 @@ def test_same_call_again_and_again_is_a_new_start_each_time():
     run = Euler(model)
     for _ in range(5):
         model(run.latent, run.time(), run.prompt)
-    assert model.runtime.programs.names() == ["probe"] * 5
+    assert model.runtime.programs.names() == ["scratch"] * 5
     assert sd.stats(model).cache_bytes == 0
 
 
@@ -159,6 +160,17 @@ def test_prompt_tensor_rewritten_in_place_is_another_key():
     assert max(run.errors[5:8]) < 1e-6 < run.errors[8]
     assert counts(model) == (6, 4, 0)
     assert sd.stats(model).fallbacks == {}
+
+
+def test_the_scratch_set_is_as_large_as_one_slot():
+    signature = ToyPrograms().signature
+    pool = CachePool(signature.caches)
+    scratch = pool.scratch()
+    assert [(s.shape, s.dtype) for s in scratch] == [(s.shape, s.dtype) for s in signature.caches]
+    (storage,) = {tensor.untyped_storage() for tensor in scratch}
+    assert storage.nbytes() == max(slot.nbytes for slot in signature.caches)
+    assert pool.nbytes == 0
+    assert all(a is b for a, b in zip(pool.scratch(), scratch, strict=True))  # as CUDA graphs need
 
 
 def test_conditions_made_anew_at_every_call_cost_no_caches():

@@ -32,7 +32,10 @@ class Toy(nn.Module):
 
 
 class ToyPrograms:
-    """The four programs, eager, with every call logged as (name, active tokens or None)."""
+    """The four programs, eager, with every call logged as (name, active tokens or None).
+
+    A dense call that is given the scratch set is logged by that name.
+    """
 
     compile_seconds: Mapping[str, float] = {"dense": 1.0, "selective": 2.0}
 
@@ -45,7 +48,8 @@ class ToyPrograms:
         self.sign, self.unit, self.rising = sign, unit, rising
         self.calls: list[tuple[str, Tensor | None]] = []
         self.texts: list[bool] = []
-        self.probed: list[tuple[Tensor, Tensor]] = []
+        self.passing: list[tuple[Tensor, Tensor]] = []
+        """Latent and time of dense evaluations that leave no caches."""
         self._buffers: dict[str, Evaluation] = {}
         slot = CacheSlot("kv", (batch, N, 2, WIDTH), torch.float32, torch.device("cpu"))
         tokens = CacheSlot("tokens", (batch, N, CHANNELS), torch.float32, torch.device("cpu"))
@@ -65,11 +69,13 @@ class ToyPrograms:
 
     def probe(self, inputs: Sequence[object]) -> Evaluation:
         self.calls.append(("probe", None))
-        self.probed.append((inputs[5], inputs[6]))
         return self._in_buffers("probe", self._run(inputs, None, None))
 
     def dense(self, inputs: Sequence[object], caches: Sequence[Tensor]) -> Evaluation:
-        self.calls.append(("dense", None))
+        scratch = len({cache.data_ptr() for cache in caches}) == 1
+        self.calls.append(("scratch" if scratch else "dense", None))
+        if scratch:
+            self.passing.append((inputs[5], inputs[6]))
         return self._in_buffers("dense", self._run(inputs, caches, None))
 
     def selective(
