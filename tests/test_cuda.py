@@ -112,7 +112,7 @@ def test_two_streams_take_turns(sampler):
     schedulers = [sampler._scheduler() for _ in latents]
     for time in times:
         for index, (session, scheduler) in enumerate(zip(sessions, schedulers, strict=True)):
-            with session:
+            with session, torch.no_grad():
                 latents[index] = step(sampler, model, scheduler, latents[index], time)
     for latent in latents:
         torch.testing.assert_close(latent, alone, **BF16)
@@ -157,7 +157,8 @@ def test_cuda_graphs_copy_neither_weights_nor_caches(sampler):
         picture(sampler, model)
     made = [value for value in sampler.first_call().values() if isinstance(value, Tensor)]
     recorded = list(recorded_graphs())
-    assert len(recorded) >= 4  # probe, dense, selective, tail
+    # dense with the caches and with the scratch set, selective; FLUX's tail has no kernel
+    assert len(recorded) >= 3
     for node in recorded:
         assert len(node.non_static_input_idx) <= len(made) + 1
 

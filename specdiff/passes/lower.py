@@ -17,7 +17,6 @@ from specdiff.passes.emit import emit_block_dense, emit_dense, emit_tail
 from specdiff.passes.frozen import emit_frozen, joins_text
 from specdiff.passes.importance import observed
 from specdiff.passes.listing import kinds_of_ops
-from specdiff.passes.occupancy import fill_processors
 from specdiff.passes.rows import emit_block_selective, emit_selective
 from specdiff.passes.selective import SelectivePlan
 from specdiff.passes.signature import cache_slots
@@ -56,7 +55,6 @@ class Lowered:
         if name not in self._executables:
             start = time.perf_counter()
             program = emit()
-            fill_processors(program)
             program.meta["record"] = self._record(name, program, time.perf_counter() - start)
             self._executables[name] = self._compiler(name, program, values)
             self._seconds[name] = time.perf_counter() - start
