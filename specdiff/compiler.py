@@ -23,7 +23,7 @@ from specdiff.errors import Unsupported
 from specdiff.options import Options
 from specdiff.passes.axes import AxesPass, AxisFacts
 from specdiff.passes.base import Notes, Observer, PassRecord, PassRunner
-from specdiff.passes.block import plan_block
+from specdiff.passes.block import plan_block, work_of
 from specdiff.passes.dump import Dump, unfailing
 from specdiff.passes.invariant import InvariantPass
 from specdiff.passes.listing import listing
@@ -42,6 +42,7 @@ from specdiff.runtime.shapes import PerShape
 log = logging.getLogger(__name__)
 
 ALL_QUERIES = 1 << 62
+CHANGING = "numbers in the graph, such as an adapter's strength, change too often to compile for"
 Found = TypeVar("Found")
 
 
@@ -196,11 +197,12 @@ def specdiff_backend(
     known, settings = Options.parse(dict(options or {}), torch_adapter.inductor_keys())
     settings = {**torch_adapter.mode_settings(settings.pop("mode", mode)), **settings}
     states = module_states(module, inputs)
-    symbolic = torch_adapter.symbolic_inputs(inputs)
+    symbolic, floats = torch_adapter.symbolic_inputs(inputs), floats_of(module)
     reason = refusal(inputs)
-    if symbolic and reason is None:
+    if (symbolic or floats) and reason is None:
         specialised = partial(at_shape, module, states, known, settings)
-        return PerShape(symbolic, floats_of(module), specialised)
+        changing = DenseOnly(module.forward, CHANGING, parameters_among(states))
+        return PerShape(symbolic, floats, specialised, changing)
     traced: Traced | str
     traced = guarded(lambda: trace(module, inputs, known)) if reason is None else reason
     if isinstance(traced, Traced):
@@ -253,7 +255,8 @@ def answer(
 
     classes = traced.axes.classes
     lengths = [classes.size(segment) for segment in traced.axes.segments]
-    return Block(alone, dense, module.forward, lengths, planned, parameters)
+    work = work_of(traced.module.graph)
+    return Block(alone, dense, module.forward, lengths, planned, parameters, work)
 
 
 def when_needed(

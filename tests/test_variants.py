@@ -13,7 +13,9 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor, nn
 
 import specdiff
+from specdiff.compiler import CHANGING
 from specdiff.runtime.regional import RootCall
+from specdiff.runtime.shapes import MAX_VALUES
 from tests.models import flux, sd3
 from tests.models.case import Inputs
 
@@ -37,10 +39,12 @@ def small_sd3() -> tuple[nn.Module, Inputs]:
     return sd3(height=8, width=12)
 
 
-def compiled(model: nn.Module, fullgraph: bool = True, **options: Any) -> Any:
+def compiled(
+    model: nn.Module, fullgraph: bool = True, dynamic: bool | None = False, **options: Any
+) -> Any:
     options = {"inner_backend": "eager", **PLAN, **options}
     return torch.compile(
-        model, backend="specdiff", fullgraph=fullgraph, dynamic=False, options=options
+        model, backend="specdiff", fullgraph=fullgraph, dynamic=dynamic, options=options
     )
 
 
@@ -196,12 +200,12 @@ def test_autocast_entered_within_a_generation_of_blocks(monkeypatch):
     caches: list[tuple[Tensor, ...]] = []
     run = RootCall._run
 
-    def watched(call: RootCall, programs: Any, values: Any) -> Any:
+    def watched(call: RootCall, programs: Any, *given: Any) -> Any:
         if call.kind != "probe":
             dtypes = [slot.dtype for slot in programs.slots]
             assert [cache.dtype for cache in call.caches[: len(dtypes)]] == dtypes
             caches.append(tuple(call.caches))
-        return run(call, programs, values)
+        return run(call, programs, *given)
 
     monkeypatch.setattr(RootCall, "_run", watched)
     generate(model, inputs, 8, lambda step: torch.set_autocast_enabled("cpu", step >= 4))
@@ -349,6 +353,53 @@ def test_adapter_switched_within_a_generation():
     assert max(found[4:6]) <= ROUNDING[torch.float32]
     assert min(found[:4]) > 0.01  # those were of the other one
     assert counts(selective)[:2] == (4, 4)
+
+
+def weaker(model: nn.Module) -> None:
+    """Each adapter's strength halved: a number in the graphs, no other parameters."""
+    for module in model.modules():
+        if hasattr(module, "set_scale"):
+            module.set_scale("one", 0.5)
+
+
+def test_strength_of_an_adapter_that_changes():
+    """Dynamo makes it an input at its second value, and specdiff a constant of each value's own."""
+    pytest.importorskip("peft")
+    model, inputs = small_flux()
+    add_adapter(model, "one")
+    layers = [module for module in model.modules() if hasattr(module, "set_scale")]
+    selective = compiled(model, dynamic=None)
+    generate(selective, inputs, 1)
+    for strength in (0.5, 0.25):
+        for layer in layers:
+            layer.set_scale("one", strength)
+        assert_first_steps_exact(selective, model, inputs)
+    for number in range(MAX_VALUES + 1):
+        for layer in layers:
+            layer.set_scale("one", 0.1 + number / 10)
+        assert max(errors(model, generate(selective, inputs, 1))) <= ROUNDING[torch.float32]
+    assert set(specdiff.stats(selective).fallbacks) == {CHANGING}
+
+
+@pytest.mark.parametrize(
+    "change", [lambda model: model.set_adapter("two"), weaker], ids=["other", "weaker"]
+)
+def test_adapter_changed_within_a_generation_of_blocks(change):
+    """Caches and history that one adapter has filled are not read under another."""
+    pytest.importorskip("peft")
+    model, inputs = small_flux()
+    add_adapter(model, "one")
+    add_adapter(model, "two")
+    model.set_adapter("one")
+    before, after = copy.deepcopy(model), copy.deepcopy(model)
+    change(after)
+    model.compile_repeated_blocks(backend="specdiff", options={"inner_backend": "eager"})
+    specdiff.attach(model, **PLAN)
+    seen = generate(model, inputs, 8, lambda step: step == 4 and change(model))
+    assert max(errors(before, seen[:2])) <= ROUNDING[torch.float32]
+    assert max(errors(after, seen[4:6])) <= ROUNDING[torch.float32]
+    assert min(errors(after, seen[:4])) > 0.01
+    assert counts(model)[:2] == (4, 4)
 
 
 # Quantization -----------------------------------------------------------------------------------

@@ -7,14 +7,31 @@ last computed, which nothing reads but the root's own head, whose output is merg
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 
+import torch
 from torch import fx
 
 from specdiff.errors import Unsupported
 from specdiff.passes.axes import AxisFacts
 from specdiff.passes.rules.registry import is_tensor
+from specdiff.passes.rules.shape import VIEWS
 from specdiff.passes.selective import SelectivePlan, propagate
+
+aten = torch.ops.aten
+AS_STRIDES_ARE = (*VIEWS, aten.clone.default, aten.contiguous.default, aten.alias.default)
+"""Which of these a graph has depends on the strides of its inputs."""
+
+
+def work_of(graph: fx.Graph) -> Hashable:
+    """What a graph computes: each op, with its numbers but for sizes, as often as it occurs."""
+    work: Counter[Hashable] = Counter()
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target not in AS_STRIDES_ARE:
+            given = (*node.args, *node.kwargs.values())
+            work[(node.target, *(v for v in given if isinstance(v, bool | float)))] += 1
+    return frozenset(work.items())
 
 
 def plan_block(axes: AxisFacts, tokens: int, states: Sequence[bool]) -> SelectivePlan:

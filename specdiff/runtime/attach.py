@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,6 @@ from specdiff.options import Options
 from specdiff.program import (
     CacheSlot,
     Denoised,
-    Evaluation,
     InputRole,
     InputSpec,
     Segment,
@@ -34,17 +33,8 @@ from specdiff.program import (
 )
 from specdiff.runtime.dispatch import Runtime
 from specdiff.runtime.patches import Patches, possible
-from specdiff.runtime.regional import (
-    Diverged,
-    Kind,
-    RootCall,
-    Visit,
-    enter,
-    identities,
-    leave,
-    numbered,
-    under,
-)
+from specdiff.runtime.regional import Diverged, RootCall, Visit, enter, identities, leave
+from specdiff.runtime.root import RootPrograms, forward
 from specdiff.runtime.shapes import remember
 
 logger = logging.getLogger(__name__)
@@ -52,93 +42,11 @@ logger = logging.getLogger(__name__)
 MAX_SHAPES = 8
 """Call shapes that are remembered, each with caches of its own."""
 MAX_LOOKS = 4
+"""Looks at calls of one shape, before calls that go through other blocks each time run dense."""
+FORGIVEN = 8
+"""Calls answered for one look more."""
 _RESULT: ContextVar[tuple[object, Any] | None] = ContextVar("specdiff_result", default=None)
 """The attachment whose root is being called, and what that call is to return."""
-
-
-class RootPrograms:
-    """The programs of a whole model whose blocks are compiled: forwards of the root.
-
-    Implements `specdiff.program.Programs`. Flat inputs are the leaves of the call's arguments, then
-    the root's parameters.
-
-    Args:
-        root: the model.
-        arguments: structure of the call's arguments.
-        patches: how its output is tokens.
-        visits: the block calls of one forward.
-        signature: what flat inputs mean.
-    """
-
-    def __init__(
-        self,
-        root: nn.Module,
-        arguments: pytree.TreeSpec,
-        patches: Patches,
-        visits: Sequence[Visit],
-        signature: Signature,
-    ) -> None:
-        self.signature = signature
-        self._root = root
-        self._arguments = arguments
-        self._patches = patches
-        self._visits = numbered(visits, patches.tokens)
-
-    @property
-    def compile_seconds(self) -> Mapping[str, float]:
-        """Of every block's programs, those that blocks share counted once."""
-        seconds: Counter[str] = Counter()
-        for block in {visit.block for visit in self._visits}:
-            if self._patches.tokens in block.lengths:
-                seconds.update(block.planned(self._patches.tokens).compile_seconds)
-        return seconds
-
-    def probe(self, inputs: Sequence[object]) -> Evaluation:
-        """Every token computed by every block, no cache read or written."""
-        return self._evaluation(inputs, self._call("probe", inputs))
-
-    def dense(self, inputs: Sequence[object], caches: Sequence[Tensor]) -> Evaluation:
-        """Every token computed; the caches are overwritten in place."""
-        return self._evaluation(inputs, self._call("dense", inputs, caches))
-
-    def selective(
-        self,
-        inputs: Sequence[object],
-        caches: Sequence[Tensor],
-        active: Tensor,
-        text: bool = True,
-    ) -> Evaluation:
-        """Only `active` computed by the blocks; what lies around them computes every token.
-
-        Text always is: a block hands it on to the next.
-        """
-        found = self._evaluation(inputs, self._call("selective", inputs, caches, active))
-        rows = active.unsqueeze(-1).expand(-1, -1, found.tokens.shape[2])
-        return Evaluation(found.tokens.gather(1, rows), found.importance)
-
-    def tail(self, inputs: Sequence[object], tokens: Tensor) -> list[Tensor]:
-        """The model's output of its tokens."""
-        return [self._patches.join(tokens)]
-
-    def idle(self, inputs: Sequence[object]) -> RootCall:
-        """A call in which blocks compute nothing."""
-        return self._call("skip", inputs)
-
-    def _call(
-        self,
-        kind: Kind,
-        inputs: Sequence[object],
-        caches: Sequence[Tensor] = (),
-        active: Tensor | None = None,
-    ) -> RootCall:
-        parameters = identities(inputs[self._arguments.num_leaves :])
-        return RootCall(kind, parameters, self._patches.tokens, self._visits, caches, active)
-
-    def _evaluation(self, inputs: Sequence[object], call: RootCall) -> Evaluation:
-        (output,), _ = _forward(self._root, inputs, self._arguments, call)
-        call.finish()
-        assert call.importance is not None  # its tokens are those of a block, which has plans
-        return Evaluation(self._patches.split(output), call.importance)
 
 
 @dataclass(frozen=True)
@@ -160,8 +68,8 @@ class Attachment:
         self._found: dict[Hashable, Found | str] = {}
         forward = getattr(root, "_orig_mod", root).forward
         self._argument_names = tuple(inspect.signature(forward).parameters)
-        self._lost: Counter[Hashable] = Counter()
-        """How often calls of a shape went through other blocks than before."""
+        self._lost: defaultdict[Hashable, float] = defaultdict(float)
+        """How often of late calls of a shape went through other blocks than before."""
         self._hooks = (
             root.register_forward_pre_hook(self._before, with_kwargs=True),
             root.register_forward_hook(self._after, with_kwargs=True, always_call=True),
@@ -188,19 +96,22 @@ class Attachment:
         if torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *root.parameters())):
             return
         key = self._key(leaves, arguments)
-        if key not in self._found:
-            remember(self._found, key, self._look(leaves, arguments), MAX_SHAPES)
-        found = self._found[key]
-        if isinstance(found, str):
-            return
         inputs = (*leaves, *root.parameters())
-        try:
-            outputs = found.runtime(*inputs)
-        except Diverged as error:
-            self._forget(key, str(error))
+        for _ in range(2):  # blocks may not be those of the last look
+            if key not in self._found:
+                remember(self._found, key, self._look(leaves, arguments), MAX_SHAPES)
+            found = self._found[key]
+            if isinstance(found, str):
+                return
+            try:
+                outputs = found.runtime(*inputs)
+            except Diverged as error:
+                self._forget(key, str(error))
+                continue
+            self._lost[key] = max(0.0, self._lost[key] - 1 / FORGIVEN)
+            enter(found.programs.idle(inputs))
+            _RESULT.set((self, pytree.tree_unflatten(outputs, found.structure)))
             return
-        enter(found.programs.idle(inputs))
-        _RESULT.set((self, pytree.tree_unflatten(outputs, found.structure)))
 
     def _after(self, root: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """The result that the hook before has."""
@@ -221,7 +132,7 @@ class Attachment:
         return (arguments, tuple(kinds))
 
     def _forget(self, key: Hashable, reason: str) -> None:
-        """Look again at the next call, as adapters may have been loaded; but not for ever."""
+        """Look again, as adapters may have been loaded or switched; but not for ever."""
         self._lost[key] += 1
         if self._lost[key] < MAX_LOOKS:
             del self._found[key]
@@ -231,7 +142,7 @@ class Attachment:
     def _look(self, leaves: Sequence[Any], arguments: pytree.TreeSpec) -> Found | str:
         """One forward with the blocks as they were traced; then what it allows."""
         call = RootCall("plain", identities(self._root.parameters()))
-        outputs, structure = _forward(self._root, leaves, arguments, call)
+        outputs, structure = forward(self._root, leaves, arguments, call)
         try:
             patches = _patches_of(outputs, call.visits)
             signature = self._signature(leaves, arguments, patches, outputs[0], call.visits)
@@ -285,15 +196,6 @@ class Attachment:
         named = [*zip(self._argument_names, args, strict=False), *kwargs.items()]
         found = [name for name, value in named for _ in pytree.tree_leaves(value)]
         return found + [""] * (len(leaves) - len(found))
-
-
-def _forward(
-    root: nn.Module, inputs: Sequence[object], arguments: pytree.TreeSpec, call: RootCall
-) -> tuple[list[Any], pytree.TreeSpec]:
-    """The leaves of the root's output and their structure, its blocks answering to `call`."""
-    args, kwargs = pytree.tree_unflatten(list(inputs[: arguments.num_leaves]), arguments)
-    with under(call):
-        return pytree.tree_flatten(root.forward(*args, **kwargs))
 
 
 def _patches_of(outputs: Sequence[Any], visits: Sequence[Visit]) -> Patches:

@@ -7,7 +7,7 @@ active ones or none, each with caches of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -68,6 +68,8 @@ class Block:
         lengths: tokens of each segment that the block's attentions read.
         plan: programs for a number of prunable tokens. Raises Unsupported.
         parameters: positions of parameters and buffers among the inputs.
+        work: what the block computes: equal for one that was traced anew for other strides, but
+            not for other processors, or adapters of another strength.
     """
 
     def __init__(
@@ -78,11 +80,13 @@ class Block:
         lengths: Sequence[int],
         plan: Callable[[int], Programs],
         parameters: Sequence[int],
+        work: Hashable = None,
     ) -> None:
         self._alone = alone
         self.dense = dense
         self.eager = eager
         self.lengths = frozenset(lengths)
+        self.work = work
         self._plan = plan
         self._parameters = tuple(parameters)
         self._planned: dict[int, Programs] = {}
@@ -93,7 +97,11 @@ class Block:
         first = first_parameter(inputs, self._parameters)
         if call is None or id(first) not in call.parameters:
             return self._alone(*inputs)
-        return call.answer(self, id(first), inputs)
+        return call.answer(self, self._owner(inputs), inputs)
+
+    def _owner(self, inputs: Sequence[object]) -> int:
+        values = (inputs[index] for index in self._parameters)
+        return hash(identities(v for v in values if isinstance(v, torch.nn.Parameter)))
 
     def planned(self, tokens: int) -> Programs:
         """The programs that prune the segment of this many tokens. Raises Unsupported."""
@@ -108,7 +116,7 @@ class Visit:
 
     block: Block
     owner: int
-    """Identity of the first parameter: blocks of a class share a graph, not parameters."""
+    """Hash of the parameters, adapters included: blocks of a class share a graph, not those."""
     blanks: tuple[Callable[[], Any], ...]
     """Make outputs that nobody reads, of the strides that Dynamo guards in the next block."""
     before: Tensor | None = None
@@ -158,7 +166,8 @@ class RootCall:
         if self.kind == "skip":
             return self._pass(block, owner, inputs)
         visit = self._next(owner)
-        # Dynamo may have traced a block again, for a guard on anything: its caches must be the same
+        # Dynamo may have traced a block again, for a guard on anything: what the caches and the
+        # history hold must be of one and the same model
         if visit is None or not self._alike(block, visit.block):
             raise Diverged(f"block call {self._visited - 1} is not the one of the first forward")
         if self.tokens not in block.lengths:
@@ -184,11 +193,13 @@ class RootCall:
         return self.known[index] if known else None
 
     def _alike(self, block: Block, other: Block) -> bool:
-        prunable = [self.tokens in b.lengths for b in (block, other)]
-        if block is other or not any(prunable):
+        if block is other:
             return True
-        if not all(prunable):
+        prunable = [self.tokens in b.lengths for b in (block, other)]
+        if block.work != other.work or prunable[0] != prunable[1]:
             return False
+        if not any(prunable):
+            return True
         try:
             mine, theirs = (
                 [(slot.shape, slot.dtype) for slot in b.planned(self.tokens).slots]
