@@ -48,7 +48,7 @@ def trace(model: nn.Module, *calls: dict[str, Any]) -> Traced:
 
         return run
 
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
     with torch.no_grad():
         for call in calls:
             compiled(**call)

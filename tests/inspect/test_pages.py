@@ -114,7 +114,7 @@ def test_prediction_of_a_schedule_that_skips_whole_steps():
     found = specdiff.explain(model, **inputs).predict(RATES, 12)
     assert found.selective is None
     assert found.dense > 100 * found.skipped > 0
-    assert found.run == pytest.approx(6 * found.dense + 6 * found.skipped)
+    assert found.run == pytest.approx(9 * found.dense + 3 * found.skipped)
 
 
 def test_terminal_shows_the_same(report):
