@@ -55,7 +55,7 @@ METHOD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 QUALITIES: Mapping[str, Plan] = {
     "near-lossless": Plan.of(28, (0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 27)),
     "balanced": Plan.of(28, (0, 2, 4, 7, 10, 14, 18, 22, 26, 27)),
-    "fast": Plan.of(28, (0, 3, 6, 10, 15, 20, 25, 27)),
+    "fast": Plan.of(28, (0, 3, 7, 11, 16, 21, 25, 27)),
 }
 USUAL = "balanced"
 """What "history" does if nothing is said."""
