@@ -6,7 +6,7 @@ assert and for `specdiff.verify` to measure.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,20 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from specdiff.compiler import Analysis
-from specdiff.passes.lower import LoweredPrograms
+from specdiff.passes.lower import BlockPrograms, LoweredPrograms
 from specdiff.passes.selective import SelectivePlan, cache_order
 from specdiff.passes.writer import STRIDED_VIEWS
 from specdiff.program import Programs, share_out
 
 aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """A graph as one block of a model that is compiled block by block."""
+
+    module: fx.GraphModule
+    plan: SelectivePlan
 
 
 @dataclass(frozen=True)
@@ -105,6 +113,38 @@ def frozen_text(
             yield Pair(name, cache, expected)
 
 
+def of_block(
+    block: BlockPlan, programs: BlockPrograms, inputs: Sequence[Any], later: Sequence[Any]
+) -> Iterator[Pair]:
+    """Oracles 1 to 3 of a block's own outputs; `later` are other values of what it transforms."""
+    plan, before = block.plan, torch.zeros(1, dtype=torch.int64)
+    active = random_active(plan.axes.samples, plan.lengths, max(1, round(0.3 * plan.tokens)))
+    every = torch.arange(plan.tokens).expand(plan.axes.samples, -1)
+    caches = _filled(slot.allocate() for slot in programs.slots)
+    device = caches[0].device
+    active, every, before = active.to(device), every.to(device), before.to(device)
+
+    def selective(values: Sequence[Any], rows: Tensor) -> list[Tensor]:
+        programs.dense(inputs, caches, before)
+        outputs = programs.selective(values, caches, rows, before)[:-1]
+        # an output is a cache, which the next run overwrites
+        return [o.clone() if isinstance(o, Tensor) else o for o in outputs]
+
+    first = MaskedDense(block, {}, active)
+    whole = first.run(*inputs)
+    masked = MaskedDense(block, first.values, active).run(*later)
+    moved = MaskedDense(block, {}, active).run(*later)
+    for name, found, expected in (
+        ("dense", programs.dense(inputs, caches, before)[:-1], whole),
+        ("idempotence", selective(inputs, active), whole),
+        ("masked dense", selective(later, active), masked),
+        ("all active", selective(later, every), moved),
+    ):
+        for value, wanted in zip(found, expected, strict=True):
+            if isinstance(value, Tensor):
+                yield Pair(f"as a block of {plan.tokens}, {name}", value, wanted)
+
+
 def all_active(
     analysis: Analysis,
     programs: Programs,
@@ -164,7 +204,7 @@ class MaskedDense(fx.Interpreter):
 
     def __init__(
         self,
-        analysis: Analysis,
+        analysis: Analysis | BlockPlan,
         cached: dict[str, Tensor],
         active: Tensor,
         every: bool = False,
@@ -217,5 +257,8 @@ def fresh_rows(plan: SelectivePlan, node: fx.Node, active: Tensor, text: bool = 
 
 def _caches(analysis: Analysis) -> list[Tensor]:
     """Empty caches: a row that is read before it is written shows as nan."""
-    caches = [slot.allocate() for slot in analysis.signature.caches]
+    return _filled(slot.allocate() for slot in analysis.signature.caches)
+
+
+def _filled(caches: Iterable[Tensor]) -> list[Tensor]:
     return [c.fill_(torch.nan) if c.is_floating_point() else c for c in caches]

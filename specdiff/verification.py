@@ -2,29 +2,44 @@
 
 The gate before a compiled plan goes live: every graph of the model is traced, rewritten and held
 to oracles 1 to 3, in the model's own dtype and on its own device, with the programs run eagerly.
-The plans of single blocks, under `specdiff.attach`, are not among them.
+A graph without a time or a plan is held to them as a block, which `specdiff.attach` may make it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from specdiff import torch_adapter
-from specdiff.compiler import Analysis, attempt, programs_of
+from specdiff.compiler import (
+    ALL_QUERIES,
+    Analysis,
+    attempt,
+    guarded,
+    module_states,
+    program_compiler,
+    programs_of,
+    trace,
+)
 from specdiff.options import Options
 from specdiff.oracles import (
+    BlockPlan,
     Pair,
     all_active,
     frozen_text,
     idempotence,
     masked_dense,
+    of_block,
     random_active,
 )
+from specdiff.passes.block import plan_block
+from specdiff.passes.lower import BlockPrograms
 from specdiff.report import Report, report_of
 
 TOLERANCES: Mapping[torch.dtype, float] = {
@@ -48,7 +63,7 @@ class GraphVerdict:
 
     @property
     def passed(self) -> bool:
-        """A graph that runs dense is the model itself."""
+        """A graph that runs dense is the model itself, and nothing is held against it."""
         return all(error <= self.tolerance for error in self.errors.values())
 
     def __str__(self) -> str:
@@ -113,9 +128,11 @@ def verify(
 
     def backend(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         found = attempt(module, inputs, Options(timestep_arg=timestep_arg), verify=True)
+        alone = isinstance(found, Analysis) and found.signature.time is not None
+        blocks = [] if alone else _blocks(module, inputs)
 
         def run(*values: Any) -> Any:
-            verdicts.append(_verdict(module, found, values, tolerance))
+            verdicts.append(_verdict(module, found, blocks, values, tolerance))
             return module(*values)
 
         return run
@@ -125,17 +142,49 @@ def verify(
     return Verification(tuple(verdicts))
 
 
+def _blocks(module: fx.GraphModule, inputs: Sequence[Any]) -> list[BlockPlan]:
+    """What a root may make of a graph: a plan for each number of tokens of its output."""
+    states = module_states(module, inputs)
+    traced = guarded(lambda: trace(module, inputs, Options()))
+    if isinstance(traced, str):
+        return []
+    axes = traced.axes
+    sizes = sorted({axes.classes.size(segment) for segment in axes.segments})
+    plans = [guarded(partial(plan_block, axes, size, states)) for size in sizes]
+    return [BlockPlan(traced.module, plan) for plan in plans if not isinstance(plan, str)]
+
+
 def _verdict(
-    module: fx.GraphModule, found: Analysis | str, inputs: Sequence[Any], tolerance: float | None
+    module: fx.GraphModule,
+    found: Analysis | str,
+    blocks: Sequence[BlockPlan],
+    inputs: Sequence[Any],
+    tolerance: float | None,
 ) -> GraphVerdict:
-    if isinstance(found, str):
-        return GraphVerdict(report_of(found), {}, 0.0)
-    if tolerance is None:
-        tolerance = TOLERANCES.get(found.signature.tokens.dtype, TOLERANCES[torch.float32])
     errors: dict[str, float] = {}
-    for pair in _pairs(module, found, inputs):
+    pairs = [_block_pairs(block, inputs) for block in blocks]
+    if not isinstance(found, str):
+        pairs.append(_pairs(module, found, inputs))
+    dtype = torch.float32
+    for pair in chain.from_iterable(pairs):
         errors[pair.oracle] = max(errors.get(pair.oracle, 0.0), pair.error)
+        dtype = pair.expected.dtype
+    if tolerance is None:
+        dtype = dtype if isinstance(found, str) else found.signature.tokens.dtype
+        tolerance = TOLERANCES.get(dtype, TOLERANCES[torch.float32])
     return GraphVerdict(report_of(found), errors, tolerance)
+
+
+def _block_pairs(block: BlockPlan, inputs: Sequence[Any]) -> Iterator[Pair]:
+    options = Options(inner_backend="eager")
+    compiler = program_compiler(None, options, {})
+    programs = BlockPrograms(block.module, block.plan, ALL_QUERIES, compiler)
+    placeholders = block.module.graph.find_nodes(op="placeholder")
+    later = list(inputs)
+    for index, node in enumerate(placeholders):
+        if node in block.plan.stale and later[index].is_floating_point():
+            later = _later(later, index)
+    yield from of_block(block, programs, inputs, later)
 
 
 def _pairs(module: fx.GraphModule, found: Analysis, inputs: Sequence[Any]) -> Iterator[Pair]:
