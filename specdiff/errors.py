@@ -17,3 +17,7 @@ class NotCompiledError(SpecdiffError, LookupError):
 
 class Unsupported(SpecdiffError):
     """The graph has no token-selective form; the message is the reason shown to the user."""
+
+
+class Fault(SpecdiffError):
+    """A program could not be written or compiled, though it should: the graph runs dense."""

@@ -275,6 +275,24 @@ def test_error_in_a_pass_runs_dense(small, monkeypatch, caplog):
 # explain ----------------------------------------------------------------------------------------
 
 
+def test_error_in_writing_a_program_runs_dense(small, monkeypatch, caplog):
+    """Programs are written when they are first run: a fault in one is not the user's, either."""
+    model, inputs = small
+    exact = loop(model, inputs)
+    selective = compiled(model)
+
+    def failing(*_: Any) -> None:
+        raise RuntimeError("broken emitter")
+
+    monkeypatch.setattr("specdiff.passes.lower.emit_selective", failing)
+    for _ in range(2):
+        torch.testing.assert_close(loop(selective, inputs), exact, **EXACT)
+    assert counts(model) == (2 * STEPS, 0, 0, 1)
+    (reason,) = specdiff.stats(model).fallbacks
+    assert reason.startswith("internal error: no program") and "broken emitter" in reason
+    assert caplog.text.count("specdiff failed on a graph") == 1
+
+
 @pytest.mark.parametrize(("build", "tokens", "text"), [(flux, 42, 4), (sd3, 48, 5)])
 def test_explain(build, tokens, text):
     model, inputs = build()

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from specdiff.errors import Unsupported
+from specdiff.errors import Fault, Unsupported
 from specdiff.passes.base import PassRecord
 from specdiff.passes.emit import emit_block_dense, emit_dense, emit_tail
 from specdiff.passes.frozen import emit_frozen, joins_text
@@ -54,11 +54,20 @@ class Lowered:
     def _run(self, name: str, emit: Emit, values: Sequence[Any]) -> Sequence[Tensor]:
         if name not in self._executables:
             start = time.perf_counter()
-            program = emit()
-            program.meta["record"] = self._record(name, program, time.perf_counter() - start)
-            self._executables[name] = self._compiler(name, program, values)
+            try:
+                self._executables[name] = self._build(name, emit, values)
+            except Unsupported:
+                raise
+            except Exception as error:
+                raise Fault(f"no program {name!r}: {type(error).__name__}: {error}") from error
             self._seconds[name] = time.perf_counter() - start
         return self._executables[name](values)
+
+    def _build(self, name: str, emit: Emit, values: Sequence[Any]) -> Executable:
+        start = time.perf_counter()
+        program = emit()
+        program.meta["record"] = self._record(name, program, time.perf_counter() - start)
+        return self._compiler(name, program, values)
 
     def _record(self, name: str, program: fx.GraphModule, seconds: float) -> PassRecord:
         """Provenance of a program, for dumps."""

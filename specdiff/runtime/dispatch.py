@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdiff.errors import Fault
 from specdiff.options import Options, Settings
 from specdiff.program import Programs
 from specdiff.runtime.caches import CachePool
@@ -61,6 +62,7 @@ class Runtime:
         self._conditions = programs.signature.indices("condition")
         self._nameless = ModelState()
         self._generations = itertools.count()
+        self._fault = ""
 
     @torch.no_grad()
     def __call__(self, *inputs: object) -> list[Tensor]:
@@ -99,6 +101,11 @@ class Runtime:
         )  # fmt: skip
         try:
             return step.run()
+        except Fault as error:
+            self._fault = f"internal error: {error}"
+            table.drop(stream)
+            logger.warning("specdiff failed on a graph, which runs dense", exc_info=True)
+            return self._fall_back(inputs, state, self._fault, record)
         except BaseException:
             # Half an evaluation leaves caches and history that belong to no point in time.
             table.drop(stream)
@@ -117,6 +124,8 @@ class Runtime:
     ) -> str | None:
         """Why no call of this graph can be anything but dense, if so."""
         signature, budget = self.programs.signature, settings.max_cache_bytes
+        if self._fault:
+            return self._fault
         if signature.time is None and given is None:
             return NO_TIME
         if signature.prunable_tokens < 2:
