@@ -3,6 +3,9 @@
 The N x N attention map is never materialised: each attention contributes softmax rows of at most
 `sample` queries, summed over heads and averaged over those queries, accumulated in float32 over all
 layers (paper, equation 1: his; exact when the sample is all queries).
+
+Attention is mostly local, so that tokens near a sampled query seem to receive more. As the sample
+is strided, this error repeats with the stride, and is divided out (`_levelled`).
 """
 
 from __future__ import annotations
@@ -21,6 +24,10 @@ BITS, GOLDEN = 16, 40503
 """Multiples of GOLDEN / 2^BITS, modulo 1, fill 0 to 1 evenly, however many there are.
 Whole numbers, so that a program which is told where it begins finds the same rows."""
 
+PERIODS = 8
+"""Strides in a segment, at least, for their average to show what repeats."""
+NOTHING = 1e-30
+"""Attention received below which there is no share of it."""
 FEWEST = 8
 """Rows that an attention is sampled at, where it computes as many and the sample allows."""
 
@@ -43,9 +50,14 @@ class ImportanceSum:
         if not pieces:
             return
         call = self._writer.call
-        received = self._received(found, query, key, mask)
+        rows, every_row = shape_of(query)[-2], shape_of(found.query)[-2]
+        sample = self._sampled_rows(rows, every_row)
+        received = self._received(found, query, key, mask, sample)
+        strided = rows == every_row == shape_of(key)[-2]
         for piece in pieces:
             share = call(aten.slice.Tensor, received, 1, piece.offset, piece.offset + piece.length)
+            if strided:
+                share = self._levelled(share, self._stride(rows, every_row))
             total = self._totals.get(piece.segment)
             if total is not None:
                 share = call(aten.add.Tensor, total, share)
@@ -64,10 +76,15 @@ class ImportanceSum:
         return shares[0] if len(shares) == 1 else call(aten.cat.default, shares, 1)
 
     def _received(
-        self, found: Attention, query: fx.Node, key: fx.Node, mask: fx.Node | None
+        self,
+        found: Attention,
+        query: fx.Node,
+        key: fx.Node,
+        mask: fx.Node | None,
+        every: range | fx.Node,
     ) -> fx.Node:
+        """float32 [B, S]: what each key receives of `every` sampled row."""
         call = self._writer.call
-        every = self._sampled_rows(shape_of(query)[-2], shape_of(found.query)[-2])
         # scaled before the product: of all its values the logits are the most
         sampled = call(aten.mul.Tensor, _every(self._writer, query, every), found.scale)
         if found.grouped:
@@ -84,16 +101,42 @@ class ImportanceSum:
         mean = call(aten.mean.dim, weights, [rank_of(weights) - 2])
         return call(aten.sum.dim_IntList, mean, heads) if heads else mean
 
-    def _sampled_rows(self, rows: int, of: int) -> range | fx.Node:
-        """Evenly strided, from another row in each attention; a node if `before` is one.
+    def _levelled(self, share: fx.Node, stride: int) -> fx.Node:
+        """`share` [B, L] without what repeats with the stride: its mean at each place of a period.
 
-        Attention is mostly local: what lies near one and the same sample would win. Where only some
-        rows `of` all are computed, as large a share of them is sampled, so that the sample takes no
-        more of a step with few rows than of a dense one.
+        What a sample shows of local attention is the same around each sampled row; what tokens
+        receive from all rows repeats with no stride.
         """
-        stride = -(-of // self._sample)
+        call, (batch, length) = self._writer.call, shape_of(share)
+        periods = length // stride
+        if stride == 1 or periods < PERIODS:
+            return share
+        whole = call(aten.slice.Tensor, share, 1, 0, periods * stride)
+        places = call(aten.reshape.default, whole, [batch, periods, stride])
+        mean = call(aten.mean.dim, places, [1])
+        factor = call(
+            aten.div.Tensor,
+            call(aten.mean.dim, mean, [1], True),
+            call(aten.clamp_min.default, mean, NOTHING),
+        )
+        factors = call(aten.repeat.default, factor, [1, periods + 1])
+        return call(aten.mul.Tensor, share, call(aten.slice.Tensor, factors, 1, 0, length))
+
+    def _stride(self, rows: int, of: int) -> int:
+        """Where only some `rows` of all are computed, as large a share of them is sampled.
+
+        So the sample takes no more of a step with few rows than of a dense one. Odd, for pictures
+        are mostly of even width: an even stride would sample some of their columns only.
+        """
+        stride = -(-of // self._sample) if self._sample < of else 1
+        stride += stride > 1 and stride % 2 == 0
         if rows < of:
             stride = min(stride, -(-rows // min(self._sample, FEWEST)))
+        return stride
+
+    def _sampled_rows(self, rows: int, of: int) -> range | fx.Node:
+        """Evenly strided, from another row in each attention; a node if `before` is one."""
+        stride = self._stride(rows, of)
         number, stop = self._observed, rows // stride * stride
         self._observed += 1
         if self.before is not None and stride > 1:

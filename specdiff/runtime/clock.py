@@ -69,7 +69,7 @@ def evaluations_planned(times: Sequence[float], given: Sequence[float] | None, u
     if given is not None:
         guess = _total(given)
         return len(given) if math.isnan(guess) else guess
-    precision = 2.0 ** -max(map(_bits, times), default=0)
+    precision = 2.0 ** -max(map(_bits, times[-3:]), default=0)
     distance = abs(times[-1] - times[0]) / time_unit(times) if times else 0.0
     guess = _total(times) if distance > ROUNDED * precision else math.nan
     return usual if math.isnan(guess) or abs(guess - usual) <= CLOSE else guess

@@ -40,6 +40,8 @@ NOISE_TOLERANCE = 0.15
 added, up to which it passes: an unrelated latent of unit variance differs by 0.25 or more in runs
 of 20 steps, the sampler's own by a few hundredths, in tiny latents."""
 
+TINY = torch.finfo(torch.float32).tiny
+
 Ways = tuple[tuple[Tensor, ...], ...]
 """The predictions for all latents, float32, once for each way to read guidance from the batch."""
 
@@ -137,6 +139,34 @@ class Displacement:
         doubt = torch.arange(square.shape[1], device=square.device) * (2 * EVIDENCE / self.size)
         return Fits(torch.where(added, excess, share), expected.log() + ratio + doubt)
 
+    def misfit(self, process: Process, way: int, start: float, end: float) -> float:
+        """As the residual of `fits`, of one candidate and way, of products that were fetched."""
+        kept, moved, variance = process.step(start, end)
+        if process.free:
+            moved = self.factor(way)
+        cells, predicted, latent = self._cells, 2 + way, 1 - kept
+        square = cells[0][0] + latent * (2 * cells[0][1] + latent * cells[1][1])
+        square += moved**2 * cells[predicted][predicted]
+        square -= 2 * moved * (cells[0][predicted] + latent * cells[1][predicted])
+        if variance > 0:
+            return abs(square / (variance * self.size) - 1) * (POOR_FIT / NOISE_TOLERANCE)
+        return math.sqrt(max(square, TINY) / max(cells[0][0], TINY))
+
+    def factor(self, way: int) -> float:
+        """As `factors`, of products that were fetched."""
+        predicted = self._cells[2 + way]
+        return predicted[0] / max(predicted[2 + way], TINY)
+
+    def well_explained(self, way: int) -> bool:
+        """Whether a multiple of the prediction is nearly all of the step; fetched products."""
+        share = self.factor(way) * self._cells[0][2 + way] / max(self._cells[0][0], TINY)
+        return 1 - share < GOOD_FIT**2
+
+    @cached_property
+    def _cells(self) -> list[list[float]]:
+        found: list[list[float]] = self.products.tolist()
+        return found
+
     def _square(self, latent: Tensor, moved: Tensor) -> Tensor:
         """[C, W]: |step + latent x0 - moved p|², for coefficients [C, 1] and [C, W]."""
         inner = self.products
@@ -145,7 +175,7 @@ class Displacement:
         return square - 2 * moved * (inner[0, 2:] + latent * inner[1, 2:])
 
     def _safe(self, square: Tensor) -> Tensor:
-        return square.clamp_min(torch.finfo(torch.float32).tiny)
+        return square.clamp_min(TINY)
 
 
 @dataclass(frozen=True)
@@ -224,17 +254,24 @@ class Prediction:
             end: the time of the next evaluation.
             seen: the step, if it was taken: a flow's b is then measured, as times may be rounded.
         """
+        if self.chosen is not None:
+            return self._known_step(*self.chosen, start, end, seen)
         rates = self.rates
         if seen is not None and end != start:
             rates = torch.where(seen.unexplained < GOOD_FIT, seen.factors / (end - start), rates)
-        if self.chosen is not None:
-            process, way = self.chosen
-            kept, moved, _ = process.step(start, end)
-            rate = rates[way].item() if process.free else 1.0
-            return kept, moved * rate * bool(self.trusted)
         rows = [each.step(start, end)[:2] for each in self.candidates]
         weights = self._of_best(rows, rates)
         return weights[0], weights[1].sum() * self.trusted
+
+    def _known_step(
+        self, process: Process, way: int, start: float, end: float, seen: Displacement | None
+    ) -> tuple[float, float]:
+        kept, moved, _ = process.step(start, end)
+        if not self.trusted:
+            return kept, 0.0
+        if process.free and seen is not None and end != start and seen.well_explained(way):
+            return kept, seen.factor(way)
+        return kept, moved * (self.rates[way].item() if process.free else 1.0)
 
     @cached_property
     def chosen(self) -> tuple[Process, int] | None:

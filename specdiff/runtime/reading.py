@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class Reading:
     moved: Displacement | None = None
     """How the sampler came here, if there is a previous evaluation; on the host."""
 
-    @property
+    @cached_property
     def change(self) -> float:
         """Relative change of the latent since the previous evaluation; 0.0 if there is none."""
         return self.moved.change.item() if self.moved is not None else 0.0

@@ -28,6 +28,8 @@ class StreamOwner:
 
     def __init__(self, *, keep_values: bool) -> None:
         self.overrides: dict[str, Any] = {}
+        self.resolved: tuple[Options, dict[str, Any], Settings] | None = None
+        """What `effective` last made of which options and overrides."""
         self._keep_values = keep_values
         self._tables: weakref.WeakKeyDictionary[object, StreamTable] = weakref.WeakKeyDictionary()
 
@@ -162,5 +164,10 @@ def active_session(state: ModelState) -> Session | None:
 
 def effective(options: Options, state: ModelState, session: Session | None) -> Settings:
     """Settings of a call: the session's, over the model's, over those it was compiled with."""
-    inner = session.overrides if session is not None else {}
-    return options.override({**state.overrides, **inner}).resolve()
+    owner: StreamOwner = state if session is None else session
+    overrides = state.overrides if session is None else {**state.overrides, **session.overrides}
+    known = owner.resolved
+    if known is None or known[0] is not options or known[1] != overrides:
+        known = options, dict(overrides), options.override(overrides).resolve()
+        owner.resolved = known
+    return known[2]

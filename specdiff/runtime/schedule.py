@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
 
 from specdiff.options import Settings
 from specdiff.plan import Plan
@@ -77,7 +79,7 @@ class Schedule:
     @classmethod
     def of(cls, settings: Settings, lengths: Sequence[int]) -> Schedule:
         """The plan that `settings` ask for, over prunable segments of these lengths."""
-        return cls(
+        return _schedule(
             sum(lengths),
             len(lengths),
             settings.cache_ratio,
@@ -94,12 +96,12 @@ class Schedule:
         """K: tokens that a step between dense ones computes; 0: it computes nothing."""
         return self._active(self.cache_ratio)
 
-    @property
+    @cached_property
     def selects(self) -> bool:
         """Whether any step computes some but not all tokens, so that caches are needed."""
         return any(0 < self._active(ratio) < self.tokens for ratio in self._ratios)
 
-    @property
+    @cached_property
     def forecasts(self) -> bool:
         """Whether any token is ever forecast."""
         partial = any(self._active(ratio) < self.tokens for ratio in self._ratios)
@@ -172,3 +174,9 @@ class Schedule:
         """From the dense evaluation `last` to the next."""
         widest = self.refresh_interval
         return min(widest, 2 + last * widest // TAPER) if self.tapered else widest
+
+
+@lru_cache(maxsize=64)
+def _schedule(*fields: Any) -> Schedule:
+    """One object for equal fields, as every evaluation asks."""
+    return Schedule(*fields)

@@ -1,11 +1,14 @@
-"""Which attention rows measure importance: a share, and no larger one where few are computed."""
+"""Which attention rows measure importance, and what is made of them."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import fx
+import torch.nn.functional as F
+from torch import fx, nn
 
+from specdiff.compiler import programs_of
+from specdiff.options import Options
 from specdiff.passes.emit import emit_dense
 from specdiff.passes.frozen import emit_frozen
 from specdiff.passes.rows import emit_selective
@@ -30,12 +33,44 @@ def analysis(**sizes):
 
 def test_a_selective_step_samples_as_small_a_share_as_a_dense_one():
     found = analysis(rows=24, columns=28, text=8)
-    assert sampled(emit_dense(found.module, found.plan, 68, fill=False)) == {68}
+    # every eleventh of 680: an even stride would meet the same columns again and again
+    assert sampled(emit_dense(found.module, found.plan, 68, fill=False)) == {61}
     # 332 image tokens and the text: half of all
-    assert sampled(emit_selective(found.module, found.plan, 68, 332)) == {34}
+    assert sampled(emit_selective(found.module, found.plan, 68, 332)) == {30}
 
 
 @pytest.mark.parametrize(("sample", "rows"), [(128, 5), (24, 5), (2, 1)])
 def test_a_few_rows_are_sampled_anyway(sample, rows):
     found = analysis(rows=12, columns=14, text=12)
     assert sampled(emit_frozen(found.module, found.plan, sample, 5)) == {rows}
+
+
+class Local(nn.Module):
+    """Tokens on a ring that attend to their neighbours, all in the same way."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        turns = torch.arange(tokens)[:, None] / tokens * torch.arange(1, 17) * 2 * torch.pi
+        self.register_buffer("places", torch.cat([turns.cos(), turns.sin()], 1))
+        self.embed, self.head = nn.Linear(8, 32), nn.Linear(32, 8)
+
+    def forward(self, hidden_states, timestep):
+        x = self.embed(hidden_states) * 1e-3 + timestep[:, None, None] * 1e-3
+        query = (x + self.places).unflatten(-1, (1, 32)).transpose(1, 2)
+        out = F.scaled_dot_product_attention(query, query, query, scale=1.0)
+        return self.head(x + out.transpose(1, 2).flatten(2))
+
+
+def test_nearness_to_the_sampled_rows_does_not_count():
+    """Nine tokens from one sampled row to the next, and few that attend over more than three."""
+    tokens, sample = 198, 24
+    model, noise = Local(tokens), torch.randn(2, tokens, 8)
+    assert (model.places @ model.places.T).softmax(1).max() * tokens > 9
+    with torch.no_grad():
+        found = trace(model, {"hidden_states": noise, "timestep": torch.ones(2)})
+        flat = found.flat[0]
+        exact = found.programs().probe(flat).importance
+        options = Options(importance_queries=sample, inner_backend="eager")
+        importance = programs_of(found.analysis, options, {}).probe(flat).importance
+    assert not torch.equal(importance, exact)
+    torch.testing.assert_close(importance, exact, rtol=0.05, atol=0)

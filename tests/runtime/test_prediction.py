@@ -263,3 +263,37 @@ def test_a_change_of_guidance_between_two_evaluations_costs_the_look_ahead_alone
         time = made.timesteps[index]
         latent = made.step(compiled(latent, time.expand(2), text), time, latent).prev_sample
     assert sd.stats(compiled).fallbacks == {}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_numbers_on_the_host_are_those_of_tensors(name):
+    """What is known of one candidate agrees with what is said of all of them at once."""
+    made = scheduler(name, "epsilon", 0)
+    before, predicted, after = one_step(made)
+    start, end = made.timesteps[:2].tolist()
+    seen = Displacement.of([after], [before], [(predicted,), (gaussian(3),)])
+    fetched = seen.fetched(seen.products.flatten().tolist())
+    candidates = processes("auto", None)
+    residuals = fetched.fits(candidates, start, end).residuals
+    for index, candidate in enumerate(candidates):
+        for way in range(2):
+            found = fetched.misfit(candidate, way, start, end)
+            assert found == pytest.approx(residuals[index, way].item(), rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize(("scale", "noise_share"), [(-0.1, 0.0), (-0.1, 0.05), (0.2, 0.3)])
+def test_a_step_on_the_host_is_that_of_tensors(scale, noise_share):
+    before, predicted = gaussian(0), gaussian(1)
+    after = before + scale * predicted + noise_share * scale * gaussian(2)
+    seen = Displacement.of([after], [before], [(predicted,)])
+    fetched = seen.fetched(seen.products.flatten().tolist())
+    candidates = processes("auto", None)
+    for later in (None, True):
+        steps = [
+            Prediction.infer(each, candidates, 1.0, 0.9, 1, exact=False).step(
+                0.9, 0.7, each if later else None
+            )
+            for each in (seen, fetched)
+        ]
+        on_device, on_host = ([float(number) for number in step] for step in steps)
+        assert on_host == pytest.approx(on_device, rel=1e-4)
