@@ -124,9 +124,9 @@ def of_block(
     device = caches[0].device
     active, every, before = active.to(device), every.to(device), before.to(device)
 
-    def selective(values: Sequence[Any], rows: Tensor) -> list[Tensor]:
+    def selective(values: Sequence[Any], rows: Tensor) -> list[Any]:
         programs.dense(inputs, caches, before)
-        outputs = programs.selective(values, caches, rows, before)[:-1]
+        outputs: Sequence[Any] = programs.selective(values, caches, rows, before)[:-1]
         # an output is a cache, which the next run overwrites
         return [o.clone() if isinstance(o, Tensor) else o for o in outputs]
 
