@@ -87,7 +87,8 @@ class Plan:
         Entry i of N has its place at i / N of the way in time, and goes to the evaluation nearest
         to it; of several there the one that computes most counts, and where there is none the
         evaluation is skipped. So the dense evaluations of a shorter or longer run lie where they
-        lay in noise, and a longer run gains more.
+        lay in noise, and a longer run gains more. A last evaluation that is hardly a step, as that
+        of Stable Diffusion 3, has the last entry like the one before it: it rids pictures of noise.
 
         Args:
             index: of the evaluation, from 0.
@@ -97,6 +98,8 @@ class Plan:
         if index >= before:  # the run is longer than was thought: what is left is unknown
             return self.dense[-1]
         first = self._reached(index - 1, before) + 1 if index else 0
+        if first == len(self.ratios) and index + 0.5 > total:
+            return first - 1
         entries = range(first, self._reached(index, total) + 1)
         return min(entries, key=lambda entry: self.ratios[entry], default=None)
 

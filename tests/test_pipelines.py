@@ -244,9 +244,8 @@ def test_default_options_are_close(make_image):
     assert 1e-4 < apart(make_image(selective), exact) < 0.15
     found = specdiff.stats(selective)
     # by default whole steps are forecast, where 28 steps would leave out one at the same noise: of
-    # ten steps few are, one more where the last is so close to the end that it hardly counts
-    dense = 8 if make_image is flux_image else 7
-    assert counts(selective) == (dense, 0, 10 - dense, 0)
+    # ten steps two
+    assert counts(selective) == (8, 0, 2, 0)
     assert found.evaluations == STEPS
     assert found.fallbacks == {}
 

@@ -72,7 +72,10 @@ def evaluations_planned(times: Sequence[float], given: Sequence[float] | None, u
     precision = 2.0 ** -max(map(_bits, times[-3:]), default=0)
     distance = abs(times[-1] - times[0]) / time_unit(times) if times else 0.0
     guess = _total(times) if distance > ROUNDED * precision else math.nan
-    return usual if math.isnan(guess) or abs(guess - usual) <= CLOSE else guess
+    if math.isnan(guess):  # steps grow towards the end: there are no more than at their mean so far
+        whole = abs(times[0] - end_of(times)) / time_unit(times) if distance else 0.0
+        return min(usual, (len(times) - 1) * whole / distance) if distance else usual
+    return usual if abs(guess - usual) <= CLOSE else guess
 
 
 def _bits(time: float) -> int:

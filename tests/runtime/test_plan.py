@@ -119,8 +119,11 @@ def test_the_length_of_a_run_is_read_off_its_times(steps, rising, unit):
     times = [unit * (1 - s if rising else s) for s in sigmas(steps)[:-1]]
     for index in range(steps):
         seen = times[: index + 1]
-        expected = 28 if index < 2 else steps
-        assert evaluations_planned(seen, None, 28) == pytest.approx(expected, rel=1e-3)
+        found = evaluations_planned(seen, None, 28)
+        if index < 2:  # two times tell no more than that there are at most so many
+            assert min(steps, 28) <= found <= 28
+        else:
+            assert found == pytest.approx(steps, rel=1e-3)
         assert evaluations_planned(seen, times, 28) == pytest.approx(steps, rel=1e-3)
 
 
@@ -130,20 +133,20 @@ def test_rounded_times_are_waited_for(steps, shift):
     uniform = torch.linspace(1, 0, steps + 1)[:-1]
     times = (shift * uniform / (1 + (shift - 1) * uniform)).to(torch.bfloat16).tolist()
     found = [evaluations_planned(times[: index + 1], None, 28) for index in range(steps)]
-    assert found[:3] == [28] * 3 and all(abs(total - steps) < 1 for total in found[-steps // 4 :])
-    assert all(abs(total - steps) < 0.3 * steps for total in found if total != 28)
+    assert found[0] == 28 and all(abs(total - steps) < 1 for total in found[-steps // 4 :])
+    assert all(0.7 * min(steps, 28) < total < max(28.1, 1.3 * steps) for total in found)
     assert evaluations_planned([1.0] * 9, None, 28) == 28
 
 
-def test_a_last_evaluation_that_is_hardly_a_step_is_not_wasted_on():
-    """As Stable Diffusion 3 has it: the plan's last entry goes to the last but one."""
+def test_a_last_evaluation_that_is_hardly_a_step_has_the_last_entry_too():
+    """As Stable Diffusion 3 has it: the plan's last entry goes to the last but one as well."""
     uniform = torch.linspace(1, 0.003, 28, dtype=torch.float64)
     times = (3 * uniform / (1 + 2 * uniform)).tolist()
     schedule = Schedule.of(Options(plan=Plan.of(28, (0, 14, 27))).resolve(), (16,))
     for given in (times, None):
         places = [Place.of(times[: i + 1], given, 28) for i in range(28)]
         assert places[9].total == pytest.approx(27.08, abs=0.01)
-        assert dense_of(schedule.decide(place)[0] for place in places) == [0, 14, 26]
+        assert dense_of(schedule.decide(place)[0] for place in places) == [0, 14, 26, 27]
 
 
 @pytest.mark.parametrize("session", [True, False])
@@ -220,3 +223,20 @@ def test_a_run_longer_than_was_thought_ends_dense():
     schedule = Schedule.of(Options().resolve(), (16,))
     found = [schedule.decide(Place(i, math.inf, 28, 28))[0] for i in range(40)]
     assert all(found[28:]) and not all(found[:28])
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4])
+def test_in_a_run_of_few_steps_every_one_is_dense(steps):
+    times = sigmas(steps)[:-1]
+    schedule = Schedule.of(Options().resolve(), (16,))
+    places = [Place.of(times[: i + 1], None, 28) for i in range(steps)]
+    assert [schedule.decide(place)[0] for place in places] == [16] * steps
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_an_all_dense_plan_leaves_nothing_out(given):
+    uniform = torch.linspace(1, 0.003, 28, dtype=torch.float64)
+    times = (3 * uniform / (1 + 2 * uniform)).tolist()
+    schedule = Schedule.of(Options(plan=Plan.of(28, range(28))).resolve(), (16,))
+    places = [Place.of(times[: i + 1], times if given else None, 28) for i in range(28)]
+    assert [schedule.decide(place)[0] for place in places] == [16] * 28
