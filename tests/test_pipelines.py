@@ -479,6 +479,19 @@ def test_one_symbolic_graph_answers_every_resolution(model):
     assert (found.selective, found.fallbacks) == (35, {})
 
 
+def test_tokens_marked_dynamic(model):
+    """Symbolic from the first call on, by the user's own word; no later shape is compiled for."""
+    selective = compiled(model, dynamic=None)
+    first = Run(selective, 0)
+    for value in (first.latent, first.places):
+        torch._dynamo.mark_dynamic(value, value.dim() - 2)
+    first.finish().assert_same(alone(model, 0))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        other = Run(selective, 1, rows=3, columns=7).finish()
+    other.assert_same(alone(model, 1, rows=3, columns=7))
+    assert specdiff.stats(selective).fallbacks == {}
+
+
 def test_symbolic_batch():
     model, inputs = flux(batch=2)
     _, more = flux(batch=3)

@@ -57,6 +57,12 @@ class FrozenEmitter(RowsEmitter):
             if node in self._absent:
                 raise Unsupported(f"{node.name} depends on text otherwise than by attention")
 
+    def emit_whole(self, node: fx.Node) -> None:
+        """`node` with whole operands. Raises Unsupported if one is text: no cache has the whole."""
+        if not self._absent.isdisjoint(node.all_input_nodes):
+            raise Unsupported(f"{node.name} depends on text otherwise than by attention")
+        super().emit_whole(node)
+
     def _emit_node(self, node: fx.Node, cache: fx.Node | None) -> None:
         if self._is_absent(node):
             self._absent.add(node)

@@ -173,6 +173,20 @@ FOUND = {
     "an attention of each token, over its heads": Spec(
         1, 4, 1, 4, (Block("self attention"), Block("wrapped", residual=False, a=1, b=662))
     ),
+    "a join of text that is read whole, in a step without text": Spec(
+        1,
+        6,
+        1,
+        4,
+        (
+            Block("joint step", residual=False),
+            Block("joint step", residual=False, b=201),
+            Block("cross attention", residual=False, a=272, b=128),
+            Block("linear", residual=False),
+            Block("overlapping sums", residual=False),
+            Block("linear", residual=False),
+        ),
+    ),
     "complex pairs of tokens of a value out of a cache": Spec(
         2, 6, 3, 8, (Block("joint attention", a=3), Block("complex pairs", a=3), Block("linear"))
     ),
