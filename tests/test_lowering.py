@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import fx
-from torch._inductor.exc import InductorError
 from torch._inductor.graph import GraphLowering
 
 from specdiff import torch_adapter
+from specdiff.errors import Fault
 from specdiff.oracles import pick, random_active
 from specdiff.passes.lower import LoweredPrograms
 from specdiff.passes.rows import emit_selective
@@ -60,7 +60,7 @@ def inductor_code(found: Traced, name: str, monkeypatch: pytest.MonkeyPatch) -> 
         raise Stop
 
     monkeypatch.setattr(GraphLowering, "save_output_code", staticmethod(save))
-    with torch._inductor.config.patch(force_disable_caches=True), pytest.raises(InductorError):
+    with torch._inductor.config.patch(force_disable_caches=True), pytest.raises(Fault):
         run(found, found.programs("inductor"), name)
     assert len(codes) == 1
     return codes[0]
@@ -174,7 +174,7 @@ def test_parameters_and_caches_are_static_inputs(wide, name, monkeypatch):
         return compile_fx(module, values, inner_compile=inner, **settings)
 
     monkeypatch.setattr(torch_adapter, "compile_fx", patched)
-    with torch._inductor.config.patch(force_disable_caches=True), pytest.raises(Stop):
+    with torch._inductor.config.patch(force_disable_caches=True), pytest.raises(Fault):
         run(wide, wide.programs("inductor"), name)
     signature = wide.analysis.signature
     expected = set(signature.indices("parameter"))
