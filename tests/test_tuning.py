@@ -112,7 +112,7 @@ def test_a_model_is_tuned_without_touching_its_settings():
 def test_a_tuned_plan_goes_through_a_file(tmp_path):
     model = toy()
     tuned = tune(model, drawn(model), target=30, prompts=1, budget=200)
-    tuned.plan.save(tmp_path / "plan.json")
+    tuned.plan.save(str(tmp_path / "plan.json"))
     specdiff.configure(model, plan=tmp_path / "plan.json")
     before = specdiff.stats(model).dense
     drawn(model)(0)
