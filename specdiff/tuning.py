@@ -40,8 +40,8 @@ Tell = Callable[[int, str], None]
 
 TAPER = 1.25
 """How spaced places grow apart: place i of d at (i / (d - 1)) ** TAPER of the way."""
-GAIN = 0.01
-"""Least gain in score that a move must bring."""
+GAIN = 2.5e-4
+"""Least gain in score that a move must bring, as a share of the target: 0.01 dB of 40."""
 
 
 class Spent(Exception):
@@ -93,9 +93,10 @@ class Search:
         """Move places while that gains, until the target is reached."""
         score, moved = self._score(places), True
         while moved and score < target:
+        least = GAIN * abs(self.target)
             moved = False
             for neighbour in self._neighbours(places):
-                if (found := self._score(neighbour)) > score + GAIN:
+                if (found := self._score(neighbour)) > score + least:
                     places, score, moved = neighbour, found, True
                     break
         return score

@@ -73,6 +73,16 @@ def test_the_search_is_deterministic_and_polishes_what_it_found():
     assert len(first.best) == 7
 
 
+@pytest.mark.parametrize("unit", [1e-6, 1e6])
+def test_the_search_does_not_depend_on_the_unit_of_the_measure(unit):
+    def score(places):
+        return -float(sum(gap**2 for gap in gaps(places, 28)) + max(places) / 100)
+
+    found, tried = searched(score, target=-130)
+    other, tried_too = searched(lambda places: unit * score(places), target=-130 * unit)
+    assert found.best == other.best and tried == tried_too
+
+
 def test_nothing_reaches_the_target():
     search, _ = searched(lambda places: 0.0, target=1, evaluations=6)
     assert search.best == tuple(range(6)) and search.best_score == math.inf
