@@ -33,7 +33,10 @@ FIELDS = (KEY, "evaluations", "settings", "notes")
 
 @dataclass(frozen=True)
 class Plan:
-    """What each evaluation of a generation computes."""
+    """What each evaluation of a generation computes.
+
+    Raises `OptionError` for a field that is wrong; `Options` checks what is in `settings`.
+    """
 
     ratios: tuple[float, ...]
     """Share of image tokens that each evaluation does not compute: 0 dense, 1 skipped."""
@@ -42,9 +45,21 @@ class Plan:
     notes: Mapping[str, Any] = field(default_factory=dict, hash=False, compare=False)
     """What a reader may want to know, such as what it was measured to keep."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ratios", _ratios(self.ratios, "plan: ratios"))
+        for name in ("settings", "notes"):
+            _check_object(getattr(self, name), f"plan: {name}")
+
     @classmethod
     def of(cls, evaluations: int, dense: Sequence[int], **settings: Any) -> Plan:
-        """Whole steps only: so many evaluations, those at the indices `dense` computed."""
+        """Whole steps only: so many evaluations, those at the indices `dense` computed.
+
+        Raises:
+            OptionError: An index of none of them, or the first is not dense.
+        """
+        for index in dense:
+            if index not in range(evaluations):
+                raise OptionError(f"plan: dense={index!r}: must be from 0 to {evaluations - 1}")
         return cls(tuple(float(i not in dense) for i in range(evaluations)), settings)
 
     @classmethod
@@ -65,7 +80,7 @@ class Plan:
         except json.JSONDecodeError as error:
             raise OptionError(f"{source}: not JSON: {error}") from error
 
-    def save(self, file: Path) -> None:
+    def save(self, file: str | os.PathLike[str]) -> None:
         """Write it as `load` reads it."""
         evaluations = ", ".join(json.dumps(_word(ratio)) for ratio in self.ratios)
         lines = [f'  "{KEY}": {FORMAT}', f'  "evaluations": [{evaluations}]']
@@ -74,7 +89,7 @@ class Plan:
             for name, values in (("settings", self.settings), ("notes", self.notes))
             if values
         ]
-        file.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+        Path(file).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
     @property
     def dense(self) -> tuple[int, ...]:
@@ -122,18 +137,25 @@ def _parsed(found: object, source: str) -> Plan:
         raise OptionError(f"{source}: {unknown[0]}: no such field; fields: {', '.join(FIELDS)}")
     if found.get(KEY) != FORMAT:
         raise OptionError(f"{source}: {KEY}={found.get(KEY)!r}: must be {FORMAT}")
-    evaluations = found.get("evaluations")
-    if not isinstance(evaluations, list) or len(evaluations) < 2:
-        raise OptionError(f"{source}: evaluations: must be a list of at least 2")
+    ratios = _ratios(found.get("evaluations"), f"{source}: evaluations")
     for name in ("settings", "notes"):
-        if not isinstance(found.get(name, {}), Mapping):
-            raise OptionError(f"{source}: {name}={found[name]!r}: must be an object")
-    ratios = tuple(
-        _ratio(value, f"{source}: evaluations[{i}]") for i, value in enumerate(evaluations)
-    )
-    if ratios[0] != 0:
-        raise OptionError(f"{source}: evaluations[0]={evaluations[0]!r}: must be {DENSE!r}")
+        _check_object(found.get(name, {}), f"{source}: {name}")
     return Plan(ratios, dict(found.get("settings", {})), dict(found.get("notes", {})))
+
+
+def _check_object(value: object, where: str) -> None:
+    if not isinstance(value, Mapping):
+        raise OptionError(f"{where}={value!r}: must be an object")
+
+
+def _ratios(values: object, where: str) -> tuple[float, ...]:
+    """The evaluations of a plan as it keeps them."""
+    if not isinstance(values, (list, tuple)) or len(values) < 2:
+        raise OptionError(f"{where}: must be a list of at least 2")
+    ratios = tuple(_ratio(value, f"{where}[{i}]") for i, value in enumerate(values))
+    if ratios[0] != 0:
+        raise OptionError(f"{where}[0]={values[0]!r}: must be {DENSE!r}")
+    return ratios
 
 
 def _ratio(value: object, where: str) -> float:

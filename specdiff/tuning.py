@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from specdiff.comparison import psnr
 from specdiff.errors import SpecdiffError
+from specdiff.options import check_overrides
 from specdiff.plan import Plan
 from specdiff.runtime.api import record, session
-from specdiff.runtime.recording import StepRecord
+from specdiff.runtime.recording import Recording, StepRecord
 
 Places = tuple[int, ...]
 """Indices of the dense evaluations, rising from 0."""
@@ -40,8 +41,8 @@ Tell = Callable[[int, str], None]
 
 TAPER = 1.25
 """How spaced places grow apart: place i of d at (i / (d - 1)) ** TAPER of the way."""
-GAIN = 0.01
-"""Least gain in score that a move must bring."""
+GAIN = 2.5e-4
+"""Least gain in score that a move must bring, as a share of the target: 0.01 dB of 40."""
 
 
 class Spent(Exception):
@@ -92,10 +93,11 @@ class Search:
     def _climb(self, places: Places, target: float) -> float:
         """Move places while that gains, until the target is reached."""
         score, moved = self._score(places), True
+        least = GAIN * abs(self.target)
         while moved and score < target:
             moved = False
             for neighbour in self._neighbours(places):
-                if (found := self._score(neighbour)) > score + GAIN:
+                if (found := self._score(neighbour)) > score + least:
                     places, score, moved = neighbour, found, True
                     break
         return score
@@ -155,32 +157,70 @@ class _Trials:
     model: nn.Module
     draw: Draw
     likeness: Likeness
-    budget: int
+    budget: float
     settings: dict[str, Any]
     tell: Tell
     evaluations: int = 0
+    """Of each generation."""
+    runs: int = 0
+    """Generations of a picture: two where the halves of guidance are calls of their own."""
+    fallbacks: int = 0
+    """The most that a picture has had."""
     spent: int = 0
     steps: list[StepRecord] = field(default_factory=list)
 
     def dense(self, prompt: int) -> Tensor:
-        """The picture by which others are judged; also finds how many evaluations there are."""
+        """The picture by which others are judged; also finds how many evaluations there are.
+
+        Raises:
+            SpecdiffError: None, one, or not as many as of the pictures before.
+        """
         with session(self.model, cache_ratio=0.0), record(self.model) as recording:
             picture = self.draw(prompt).clone()
-        generations = recording.generations()
-        if not generations:
-            reasons = {step.reason for step in recording.steps} or {"the model did not run"}
-            raise SpecdiffError(f"nothing to tune: {', '.join(sorted(reasons))}")
-        self.evaluations = max(len(steps) for steps in generations)
-        self.spent += self.evaluations
+        self._count(recording)
+        self._measure(recording, prompt)
         self.tell(self.spent, f"dense picture {prompt + 1}")
         return picture
 
+    def beside(self, prompts: Sequence[int]) -> list[Tensor]:
+        """Dense pictures to check the result by, beside the budget.
+
+        Drawn before the search, as one of another length would make it vain.
+        """
+        spent = self.spent
+        pictures = [self.dense(prompt) for prompt in prompts]
+        self.budget += self.spent - spent
+        return pictures
+
+    def _measure(self, recording: Recording, prompt: int) -> None:
+        """Find, or check, how many evaluations a picture takes."""
+        indices = [step.index for step in recording.steps if step.index is not None]
+        found = max(indices, default=-1) + 1
+        if found < 2:
+            reasons = {step.reason for step in recording.steps} or {"the model did not run"}
+            said = "a picture takes one evaluation" if found else ", ".join(sorted(reasons))
+            raise SpecdiffError(f"nothing to tune: {said}")
+        if self.evaluations and found != self.evaluations:
+            raise SpecdiffError(
+                f"picture {prompt + 1} takes {found} evaluations, those before {self.evaluations}:"
+                " one plan is tuned on pictures of one length"
+            )
+        self.evaluations, self.runs = found, max(self.runs, indices.count(0))
+
+    def _count(self, recording: Recording) -> None:
+        """Evaluations that a picture has computed."""
+        kinds = [step.kind for step in recording.steps]
+        ahead = sum(step.speculative for step in recording.steps)
+        self.spent += len(kinds) - kinds.count("skipped") + ahead
+        self.fallbacks = max(self.fallbacks, kinds.count("fallback"))
+
     def planned(self, plan: Plan, prompt: int) -> Tensor:
         """The picture by a plan."""
-        with session(self.model, plan=plan), record(self.model) as recording:
+        # Given to the session as well, they outrank what the model was compiled with.
+        with session(self.model, plan=plan, **self.settings), record(self.model) as recording:
             picture = self.draw(prompt)
         self.steps += recording.steps
-        self.spent += len(plan.dense)
+        self._count(recording)
         return picture
 
     def plan(self, places: Places, **notes: Any) -> Plan:
@@ -189,8 +229,9 @@ class _Trials:
         return Plan(plan.ratios, plan.settings, notes)
 
     def score(self, places: Places, prompts: Sequence[int], references: Sequence[Tensor]) -> float:
-        """Mean likeness; raises `Spent` rather than go over the budget."""
-        if self.spent + len(prompts) * len(places) > self.budget:
+        """Mean likeness; raises `Spent` rather than go over the budget, as far as is known."""
+        cost = self.runs * len(places) + self.fallbacks
+        if self.spent + len(prompts) * cost > self.budget:
             raise Spent
         plan = self.plan(places)
         found = statistics.fmean(
@@ -203,8 +244,9 @@ class _Trials:
     def require_skips(self) -> None:
         """Raise SpecdiffError if guards made every evaluation dense."""
         if self.steps and not any(step.kind == "skipped" for step in self.steps):
-            reasons = sorted({step.reason for step in self.steps if step.kind == "fallback"})
-            raise SpecdiffError(f"no evaluation could be skipped: {', '.join(reasons)}")
+            reasons = {step.reason for step in self.steps if step.kind == "fallback"}
+            reasons = reasons or {step.reason for step in self.steps}
+            raise SpecdiffError(f"no evaluation could be skipped: {', '.join(sorted(reasons))}")
 
     def speedup(self, places: Places) -> float:
         """Predicted from the median time of dense and of skipped steps."""
@@ -241,17 +283,21 @@ def tune(
         prompts: how many to tune on, numbers from 0.
         held_back: how many more to check the result on; they count beside the budget.
         likeness: of a picture to the dense one; higher is closer.
-        budget: evaluations of the model to spend; what is found until then is returned.
+        budget: evaluations of the model to spend, each half of guidance one where they are calls of
+            their own; what is found until then is returned.
         tell: told of every candidate.
         settings: options that a plan may hold, such as `forecast`, tuned with and kept in the plan.
 
     Raises:
         OptionError: A setting that a plan cannot hold.
-        SpecdiffError: The model's evaluations cannot be skipped; says why.
+        SpecdiffError: The model's evaluations cannot be skipped, or the pictures take different
+            numbers of them; says why.
     """
+    check_overrides({"plan": Plan((0.0, 1.0), settings)})
     trials = _Trials(compiled, draw, likeness, budget, settings, tell)
-    numbers = range(prompts)
+    numbers, others = range(prompts), range(prompts, prompts + held_back)
     references = [trials.dense(prompt) for prompt in numbers]
+    held = trials.beside(others)
 
     def score(places: Places) -> float:
         found = trials.score(places, numbers, references)
@@ -260,7 +306,7 @@ def tune(
 
     search = Search(trials.evaluations, score, target)
     search.run()
-    checked = _checked(trials, search.best, range(prompts, prompts + held_back))
+    checked = _checked(trials, search.best, others, held)
     speedup = trials.speedup(search.best)
     notes = {
         "score": search.best_score if math.isfinite(search.best_score) else None,
@@ -274,10 +320,11 @@ def tune(
     return Tuned(plan, search.best_score, checked, speedup, trials.spent)
 
 
-def _checked(trials: _Trials, places: Places, prompts: Sequence[int]) -> float | None:
+def _checked(
+    trials: _Trials, places: Places, prompts: Sequence[int], references: Sequence[Tensor]
+) -> float | None:
     """The score on other prompts, whatever the budget."""
     if not prompts:
         return None
-    references = [trials.dense(prompt) for prompt in prompts]
-    trials.budget = trials.spent + len(prompts) * len(places)
+    trials.budget = math.inf
     return trials.score(places, prompts, references)

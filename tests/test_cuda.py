@@ -126,14 +126,25 @@ def step(sampler: Sampler, model: Any, scheduler: Any, latent: Tensor, time: Ten
     return scheduler.step(velocity, time, latent, return_dict=False)[0]
 
 
+def calls_of(sampler: Sampler, model: Any) -> list[dict[str, Any]]:
+    """What a run hands to the model, step by step: a latent that moves."""
+    calls: list[dict[str, Any]] = []
+
+    def kept(**inputs: Any) -> Any:
+        calls.append(inputs)
+        return model(**inputs)
+
+    with specdiff.session(model, timesteps=sampler.timesteps()):
+        sampler.run(kept)
+    return calls
+
+
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 @pytest.mark.parametrize("method", ["paper", "history"])
 def test_explicit_sessions_never_wait_for_the_device(sampler, mode, method, no_sync):
     model = compiled(sampler, mode, method=method)
     times = sampler.timesteps().cpu()
-    for _ in range(2):
-        picture(sampler, model)
-    calls = [sampler._call(sampler.noise, time) for time in sampler.timesteps()]
+    calls = [calls_of(sampler, model) for _ in range(2)][-1]
     with specdiff.session(model, timesteps=times), torch.no_grad():
         no_sync()
         for call in calls:

@@ -73,6 +73,16 @@ def test_the_search_is_deterministic_and_polishes_what_it_found():
     assert len(first.best) == 7
 
 
+@pytest.mark.parametrize("unit", [1e-6, 1e6])
+def test_the_search_does_not_depend_on_the_unit_of_the_measure(unit):
+    def score(places):
+        return -float(sum(gap**2 for gap in gaps(places, 28)) + max(places) / 100)
+
+    found, tried = searched(score, target=-130)
+    other, tried_too = searched(lambda places: unit * score(places), target=-130 * unit)
+    assert found.best == other.best and tried == tried_too
+
+
 def test_nothing_reaches_the_target():
     search, _ = searched(lambda places: 0.0, target=1, evaluations=6)
     assert search.best == tuple(range(6)) and search.best_score == math.inf
@@ -109,10 +119,64 @@ def test_a_model_is_tuned_without_touching_its_settings():
     assert specdiff.stats(model).recompiles == 0
 
 
+def test_what_is_measured_is_what_is_saved():
+    """Also where the model was compiled with another value of the setting."""
+    model, fresh = toy(forecast="linear"), toy()
+    tuned = tune(model, drawn(model), target=40, prompts=1, budget=150, forecast="reuse")
+    with specdiff.session(fresh, cache_ratio=0.0):
+        reference = drawn(fresh)(0)
+    with specdiff.session(fresh, plan=tuned.plan):
+        assert psnr(drawn(fresh)(0), reference) == pytest.approx(tuned.score)
+
+
+@pytest.mark.parametrize(("prompts", "held_back"), [(2, 0), (1, 1)])
+def test_pictures_of_different_lengths_are_refused_before_the_search(prompts, held_back):
+    model, lines = toy(), []
+
+    def draw(index):
+        return drawn(model, steps=(12, 9)[index])(index)
+
+    with pytest.raises(SpecdiffError, match="picture 2 takes 9 evaluations, those before 12"):
+        tune(
+            model, draw, target=40, prompts=prompts, held_back=held_back,
+            tell=lambda spent, line: lines.append(line),
+        )  # fmt: skip
+    assert lines == ["dense picture 1"]
+
+
+def in_two_calls(model):
+    def draw(index):
+        halves = [Euler(model, seed=2 * index + half, steps=8) for half in range(2)]
+        for _ in range(8):
+            for half in halves:
+                half.step()
+        return sum(half.latent for half in halves) / 16 + 0.5
+
+    return draw
+
+
+def after_a_fallback(model):
+    def draw(index):
+        run = Euler(model, seed=9, steps=8)
+        model(run.latent * math.nan, run.time(), run.prompt)
+        return drawn(model, steps=8)(index)
+
+    return draw
+
+
+@pytest.mark.parametrize(("drawing", "dense"), [(in_two_calls, 16), (after_a_fallback, 9)])
+@pytest.mark.parametrize("budget", [60, 10**4])
+def test_the_budget_counts_every_evaluation(drawing, dense, budget):
+    model = toy()
+    tuned = tune(model, drawing(model), target=45, prompts=2, budget=budget)
+    assert tuned.spent == len(model.runtime.programs.calls) <= budget
+    assert tuned.spent >= 2 * dense and len(tuned.plan.ratios) == 8
+
+
 def test_a_tuned_plan_goes_through_a_file(tmp_path):
     model = toy()
     tuned = tune(model, drawn(model), target=30, prompts=1, budget=200)
-    tuned.plan.save(tmp_path / "plan.json")
+    tuned.plan.save(str(tmp_path / "plan.json"))
     specdiff.configure(model, plan=tmp_path / "plan.json")
     before = specdiff.stats(model).dense
     drawn(model)(0)
@@ -129,6 +193,10 @@ def test_what_cannot_be_tuned_says_why():
     model = toy()
     with pytest.raises(SpecdiffError, match="the model did not run"):
         tune(model, lambda index: torch.zeros(3), target=40)
+    with pytest.raises(SpecdiffError, match="nothing to tune: a picture takes one evaluation"):
+        tune(model, drawn(model, steps=1), target=40)
+    with pytest.raises(OptionError, match=r"settings.plan: no such option"):
+        tune(model, drawn(model), target=40, plan="plan.json")
     with pytest.raises(OptionError, match=r"settings.cache_ratio: no such option"):
         tune(model, drawn(model), target=40, prompts=1, cache_ratio=0.5)
 

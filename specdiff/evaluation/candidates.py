@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import specdiff
 from specdiff.errors import SpecdiffError
 from specdiff.evaluation.subject import STEPS, Subject
 from specdiff.options import QUALITIES
+from specdiff.plan import Plan
 from specdiff.runtime.stats import Stats
 
 OURS = "specdiff"
@@ -33,6 +35,8 @@ SPECDIFF: Mapping[str, Mapping[str, Any]] = {
     "specdiff, paper 0.9": {"method": "paper", "cache_ratio": 0.9},
 }
 """Options by name; a default that is tuned belongs in `specdiff.options`, not here."""
+DIGEST = 6
+"""Letters of the hash of a plan's file in the name of its method."""
 PRESETS = ("dense", *(f"{OURS}, {quality}" for quality in QUALITIES))
 """Methods that also draw the large set for the distance between sets and the probe."""
 
@@ -102,10 +106,20 @@ def fewer_steps() -> list[Candidate]:
 
 
 def own(subject: Subject, plans: Sequence[Path] = ()) -> list[Candidate]:
-    """Specdiff at several settings, and by plans in files."""
-    planned = {f"{OURS}, {plan.name}": {"plan": str(plan)} for plan in plans}
+    """Specdiff at several settings, and by plans in files.
+
+    Raises:
+        OptionError: A file holds no plan.
+    """
+    planned = {_name_of(plan): {"plan": str(plan)} for plan in plans}
     settings = {**SPECDIFF, **planned}
     return [_own(name, {**subject.options, **options}) for name, options in settings.items()]
+
+
+def _name_of(file: Path) -> str:
+    """Of the method by a plan: tells files of one name apart, and one from what it was before."""
+    Plan.load(file)
+    return f"{OURS}, {file.name} {hashlib.sha256(file.read_bytes()).hexdigest()[:DIGEST]}"
 
 
 def _own(name: str, options: Mapping[str, Any]) -> Candidate:

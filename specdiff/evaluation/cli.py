@@ -75,7 +75,7 @@ def tune_plan(
     model: Annotated[str, typer.Option(help="The trained model: emoji or textures.")] = "emoji",
     weights: Annotated[Path, typer.Option(help="Weights of the texture model.")] = WEIGHTS,
     target: Annotated[
-        float | None, typer.Option(help="What to keep: 40 dB, or a feature distance of 0.1.")
+        float | None, typer.Option(help="What to keep: 40 dB, or a feature distance of 0.15.")
     ] = None,
     measure: Annotated[str, typer.Option(help="psnr, or features.")] = "psnr",
     prompts: Annotated[int, typer.Option(min=1, help="Pictures to tune on.")] = 3,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -38,6 +39,7 @@ NO_TIME = "no time input"
 FEW_TOKENS = "too few tokens"
 ROWS_DIFFER = "time differs between batch rows"
 NOT_FINITE = "latent is not finite"
+TIME_NOT_FINITE = "time is not finite"
 AMBIGUOUS = "ambiguous stream"
 AMBIGUOUS_HINT = (
     "a latent came from nowhere: give two generations that share a prompt tensor a session each;"
@@ -223,6 +225,8 @@ def _place(
         return AMBIGUOUS, False
     if not reading.finite:
         return NOT_FINITE, False
+    if not math.isfinite(reading.time):
+        return TIME_NOT_FINITE, False
     if not reading.same_time:
         return ROWS_DIFFER, False
     if stream is None:

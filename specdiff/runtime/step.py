@@ -165,6 +165,8 @@ class Step:
     def _settle(self) -> None:
         """Note what the sampler's step since the previous evaluation has made of its forecasts."""
         stream = self.stream
+        if not self._corrects:
+            stream.correction = None  # what it knows grows old while nothing keeps it up
         if stream.correction is None or stream.sampler is None:
             return
         if self.reading is not None and not self._is_first_order(self.reading):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from specdiff import plan as plans
 from specdiff.errors import SpecdiffError
 from specdiff.evaluation.campaign import RESULTS, Campaign
 from specdiff.evaluation.candidates import (
@@ -82,9 +83,28 @@ def test_a_peer_that_fails_leaves_its_reason_and_no_numbers(finished: Path) -> N
     assert found.values == {}
 
 
-def test_qualities_and_plans_are_methods() -> None:
-    found = {one.name: one for one in all_candidates(toy_subject(), [Path("tuned/mine.json")])}
-    assert found["specdiff, mine.json"].settings == {"plan": "tuned/mine.json"}
+def test_plans_of_one_name_are_methods_of_their_own(tmp_path: Path) -> None:
+    files = [tmp_path / folder / "plan.json" for folder in "ab"]
+    for file, dense in zip(files, ((0, 2), (0, 3)), strict=True):
+        file.parent.mkdir()
+        plans.Plan.of(4, dense).save(file)
+
+    def settings() -> dict[str, Any]:
+        found = all_candidates(toy_subject(), files)
+        return {one.name: one.settings for one in found if "plan" in one.settings}
+
+    before = settings()
+    assert list(before.values()) == [{"plan": str(file)} for file in files]
+    assert all(name.startswith("specdiff, plan.json ") for name in before)
+    assert settings() == before
+    plans.Plan.of(4, (0, 1)).save(files[0])  # tuned again
+    assert len(settings()) == 2 and len(set(settings()) - set(before)) == 1
+    with pytest.raises(SpecdiffError, match=r"cannot read '.*missing.json'"):
+        all_candidates(toy_subject(), [tmp_path / "missing.json"])
+
+
+def test_qualities_are_methods() -> None:
+    found = {one.name: one for one in all_candidates(toy_subject())}
     large = {name for name, one in found.items() if one.in_large_set}
     assert large == {"dense", *(f"specdiff, {quality}" for quality in QUALITIES)}
     assert all(found[f"specdiff, {q}"].settings == {"quality": q} for q in QUALITIES)

@@ -9,6 +9,8 @@ from specdiff.options import Options
 from specdiff.program import Evaluation
 from specdiff.runtime import Runtime
 from specdiff.runtime.clock import next_time
+from specdiff.runtime.correction import Correction, on_top
+from specdiff.runtime.history import ComputedOutput
 from specdiff.runtime.schedule import Place, Schedule
 
 SKIPPING = {
@@ -127,6 +129,47 @@ def test_no_sync_and_nothing_left_where_all_is_dense():
     Euler(model).run()
     (stream,) = streams_of(model)
     assert stream.correction is None and stream.sampler is None
+
+
+def test_a_parabola_is_followed_where_the_sampler_keeps_a_share_of_the_latent():
+    """A sampler such as DDIM: x' = a x + b p, with a other than 1."""
+    generator = torch.Generator().manual_seed(7)
+    level, rise, bend = torch.randn(3, 1, N, CHANNELS, generator=generator)
+    kept, moved = (0.6 + 0.3 * torch.rand(2, 13, generator=generator)).tolist()
+    actual = exact = torch.zeros(1, N, CHANNELS)
+    correction, computed = None, ()
+    for index in range(13):
+        if correction:
+            correction.settle(kept[index - 1], moved[index - 1])
+        time = 1 - index / 13
+        prediction = level + rise * time + bend * time**2
+        handed = computed[0].tokens if computed else prediction
+        if index in DENSE:
+            before, newest = computed, ComputedOutput(torch.full((1, N), time), prediction)
+            computed, handed = (newest, *before)[:3], prediction
+            if correction:
+                missing = correction.collect(before[0], [*before[1:], None][0], newest)
+                handed = prediction + on_top(missing, kept[index], moved[index])
+        correction = correction or Correction.none(computed[0])
+        correction.hand_out(computed[0], handed, time)
+        exact = kept[index] * exact + moved[index] * prediction
+        actual = kept[index] * actual + moved[index] * handed
+        if index in DENSE:
+            torch.testing.assert_close(actual, exact, rtol=1e-4, atol=1e-5)
+
+
+def test_switched_off_and_on_again_it_knows_nothing_of_before():
+    """What was withheld before says nothing of the steps that follow."""
+    handed = []
+    for on in ({0, 1, 2, 3, 4, 5}, {0, 1}):  # two, for the sampler to show itself
+        model = toy(programs=LineOfTime(), **SKIPPING)
+        run = Euler(model, steps=13)
+        with sd.session(model, timesteps=run.sigmas[:-1]):
+            for index in range(13):
+                sd.configure(model, correction=index in on or index >= 8)
+                run.step()
+        handed.append(run.velocities[10])
+    torch.testing.assert_close(*handed, rtol=0, atol=1e-6)
 
 
 def test_solvers_that_use_predictions_again_are_left_alone():

@@ -61,6 +61,45 @@ def test_a_wrong_field_is_named(tmp_path, change, said):
         Options(plan=file)
 
 
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Plan((1.0, 0.0, 1.0)), r"plan: ratios\[0\]=1.0: must be 'dense'"),
+        (lambda: Plan((1.0, 1.0)), r"plan: ratios\[0\]=1.0: must be 'dense'"),
+        (lambda: Plan(()), "plan: ratios: must be a list of at least 2"),
+        (lambda: Plan("dense"), "plan: ratios: must be a list of at least 2"),
+        (lambda: Plan((0.0, math.nan)), r"plan: ratios\[1\]=nan: must be"),
+        (lambda: Plan((0.0, 2)), r"plan: ratios\[1\]=2: must be .* a cache ratio from 0 to 1"),
+        (lambda: Plan((0.0, 1.0), [1]), r"plan: settings=\[1\]: must be an object"),
+        (lambda: Plan((0.0, 1.0), {}, "good"), "plan: notes='good': must be an object"),
+        (lambda: Plan.of(10, (1, 2)), r"plan: ratios\[0\]=1.0: must be 'dense'"),
+        (lambda: Plan.of(10, (0, 10)), "plan: dense=10: must be from 0 to 9"),
+        (lambda: Plan.of(10, (0, -1)), "plan: dense=-1: must be from 0 to 9"),
+    ],
+)
+def test_a_wrong_field_of_a_plan_in_code_is_named(make, said):
+    with pytest.raises(OptionError, match=said):
+        make()
+
+
+def test_a_plan_in_code_is_what_a_file_would_give(tmp_path):
+    plan = Plan([0, 1, 0.5])
+    plan.save(str(tmp_path / "plan.json"))
+    assert plan == Plan((0.0, 1.0, 0.5)) == Plan.load(str(tmp_path / "plan.json"))
+    assert hash(plan) == hash(Plan((0.0, 1.0, 0.5)))
+
+
+def test_a_fallback_of_a_plan_that_selects_compiles_no_other_program():
+    model = toy(plan=HAND, speculative_steps=0)
+    run = Euler(model, steps=6).run(3)
+    programs = model.runtime.programs
+    before = set(programs.names())
+    programs.calls.clear()
+    model(run.latent * math.nan, run.time(), run.prompt)
+    assert sd.stats(model).fallbacks == {"latent is not finite": 1}
+    assert programs.names() == ["scratch"] and "scratch" in before
+
+
 def test_what_cannot_be_read_is_named(tmp_path):
     with pytest.raises(OptionError, match=r"cannot read '.*missing.json'"):
         sd.configure(toy(), plan=tmp_path / "missing.json")

@@ -230,6 +230,19 @@ def test_latent_that_is_not_finite(bad):
     torch.testing.assert_close(again.velocities, alone(0), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("index", [0, 5])
+@pytest.mark.parametrize("options", [PLAN, {}])
+def test_time_that_is_not_finite(bad, index, options):
+    model = toy(**options)
+    run = Euler(model).run(index)
+    output = model(run.latent, torch.tensor([bad]), run.prompt)
+    exact = dense_velocity(model, run.latent, torch.tensor([bad]), run.prompt)
+    torch.testing.assert_close(output, exact, equal_nan=True)
+    assert streams_of(model) == []
+    assert sd.stats(model).fallbacks == {"time is not finite": 1}
+
+
 def test_guards_count_their_reasons(caplog):
     timeless = toy(programs=ToyPrograms(time=False), **PLAN)
     run = Euler(timeless)
