@@ -32,5 +32,5 @@ def test_artifacts_and_warm_caches_serve_another_process(tmp_path):
     # on a CPU the artifacts hold sources, which are built again; a folder that is kept holds all
     again = process("load", file, tmp_path / "first")
     assert (again["hits"], again["misses"]) == (2, 0)
-    for name in ("dense", "selective_21"):
-        assert again["programs"][name] < cold["programs"][name] / 5
+    # ready in a tenth of the time, what is traced and emitted anew included
+    assert sum(again["programs"].values()) < sum(cold["programs"].values()) / 10
