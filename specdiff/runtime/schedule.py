@@ -130,11 +130,9 @@ class Schedule:
             return self.active, f"the {self.active} highest scores"
         return 0, "forecast from earlier steps"
 
-    def text(self, place: Place) -> bool:
-        """Whether a selective evaluation computes text."""
-        if not self.text_refresh:
-            return False
-        return self._selective_since_dense(place) % self.text_refresh == 0
+    def text(self, before: int) -> bool:
+        """Whether a selective evaluation computes text, after so many since the last dense one."""
+        return bool(self.text_refresh) and (before + 1) % self.text_refresh == 0
 
     def _follow(self, plan: Plan, place: Place) -> tuple[int, str]:
         entry = plan.due(place.index, place.total, place.before)
@@ -150,14 +148,6 @@ class Schedule:
     @property
     def _ratios(self) -> tuple[float, ...]:
         return self.plan.ratios if self.plan else (self.cache_ratio,)
-
-    def _selective_since_dense(self, place: Place) -> int:
-        """Counts this one."""
-        if self.plan is None:
-            return self._since_dense(place.index) // self.stride
-        entry = self.plan.due(place.index, place.total, place.before) or 0
-        last = max(index for index in (0, *self.plan.dense) if index <= entry)
-        return sum(0 < ratio < 1 for ratio in self.plan.ratios[last : entry + 1])
 
     def _since_dense(self, index: int) -> int:
         """Evaluations since the last dense one; 0 if this is one."""

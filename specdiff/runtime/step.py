@@ -226,7 +226,7 @@ class Step:
             previous = stream.history.steps[0].tokens
             predicted = torch.where(reused.unsqueeze(-1), previous, predicted)
             self._keep(reused=reused)
-        text = self.schedule.text(self._place)
+        text = self.schedule.text(stream.history.selective)
         evaluation = self.programs.selective(self.inputs, stream.lease.caches, active, text)
         rows = active.unsqueeze(-1).expand_as(evaluation.tokens)
         merged = predicted.scatter(1, rows, evaluation.tokens.to(predicted.dtype))

@@ -221,13 +221,15 @@ def test_a_plan_mixes_dense_selective_and_skipped_without_recompiling():
     assert sd.stats(model).dense == 17 and sd.stats(model).recompiles == 0
 
 
-def test_text_of_a_plan():
+@pytest.mark.parametrize("steps", [4, 8, 16])
+def test_text_of_a_plan(steps):
+    """Every second selective evaluation of a run, whatever the plan's own length."""
     evaluations = ["dense", 0.5, 0.5, 0.5, "dense", 0.5, "skip", 0.5]
-    plan = {"specdiff_plan": 1, "evaluations": evaluations}
-    schedule = Schedule.of(Options(plan=plan, text_refresh=2).resolve(), (16,))
-    found = [schedule.text(Place.known(i, 8)) for i in range(8)]
-    assert [found[i] for i in (1, 2, 3, 5, 7)] == [False, True, False, False, True]
-    assert schedule.selects and schedule.forecasts
+    model = toy(plan={"specdiff_plan": 1, "evaluations": evaluations}, text_refresh=2)
+    with sd.session(model, timesteps=sigmas(steps)[:-1]):
+        Euler(model, steps=steps).run()
+    # of a run as long as the plan or longer the first selective one is dense, for want of caches
+    assert model.runtime.programs.texts == ([False] if steps == 4 else [False, True] * 2)
 
 
 def test_qualities_are_plans_that_a_schedule_takes_the_place_of():
