@@ -1,10 +1,11 @@
 """Whole-step plans replayed outside the runtime, to try placements, forecasts and corrections.
 
     python examples/eval/replay.py --plan 0,3,7,11,16,21,25,27 --forecast linear --correct parabola
-    python examples/eval/replay.py --model textures --pictures 2 --plan ... --plan ...
+    python examples/eval/replay.py --model textures --forecast linear hermite --plan ... --plan ...
 
 The sampler is written out and the model runs eagerly: a plan costs its dense evaluations. Draws
-what `specdiff tune` may draw, and prints the PSNR of each picture to the dense one.
+what `specdiff tune` may draw, and prints the PSNR of each picture to the dense one. The two-sided
+forecasts cost one evaluation more than the plan says: compare them with a plan of one more.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +51,92 @@ def parabola(at: float, points: Sequence[Point]) -> Tensor:
     )
 
 
-FORECASTS: dict[str, Callable[[float, Sequence[Point]], Tensor]] = {
-    "reuse": lambda at, points: points[0][1],
-    "linear": line,
-    "quadratic": parabola,
+def hermite(at: float, points: Sequence[Point], reach: float = REACH) -> Tensor:
+    """The cubic through the newest two points, followed no further than `line`.
+
+    Its slope at each is that of the parabola through the point and the two before it: four points
+    in all, with fewer a line.
+    """
+    if len(points) < 4:
+        return line(at, points, reach)
+    (first, a), (second, b) = points[:2]
+    span = first - second
+    at = first + max(-reach * abs(span), min(reach * abs(span), at - first))
+    share = (at - second) / span
+    rise_a, rise_b = (_slope(points[k : k + 3]) * span for k in (0, 1))
+    return (
+        b
+        + (a - b) * share**2 * (3 - 2 * share)
+        + rise_b * share * (1 - share) ** 2
+        - rise_a * share**2 * (1 - share)
+    )
+
+
+def _slope(points: Sequence[Point]) -> Tensor:
+    """Of the parabola through three points, at the newest."""
+    (first, a), (second, b), (third, c) = points
+    rise, earlier = (a - b) / (first - second), (b - c) / (second - third)
+    return rise + (rise - earlier) * (first - second) / (first - third)
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A step that is forecast.
+
+    Attributes:
+        at: When it starts.
+        after: When it ends.
+        points: What the dense evaluations said, newest first.
+        future: What the speculative one says, of a time still to come; None if there is none.
+        jumped: When the jump to it was made.
+    """
+
+    at: float
+    after: float
+    points: Sequence[Point]
+    future: Point | None
+    jumped: float
+
+    @property
+    def middle(self) -> float:
+        """Where a line has its mean over the step: what Adams-Bashforth integrates."""
+        return (self.at + self.after) / 2
+
+
+def chord(gap: Gap) -> Tensor:
+    """From the newest point towards the speculative one."""
+    if gap.future is None:
+        return line(gap.at, gap.points)
+    return line(gap.at, [gap.points[0], gap.future], float("inf"))
+
+
+def fading(gap: Gap) -> Tensor:
+    """From the chord to the line, as the speculative time comes nearer."""
+    if gap.future is None:
+        return line(gap.at, gap.points)
+    goal = gap.future[0]
+    weight = (gap.at - goal) / (gap.jumped - goal)
+    return torch.lerp(line(gap.at, gap.points), chord(gap), weight)
+
+
+def arch(gap: Gap) -> Tensor:
+    """The parabola through the newest two points and the speculative one."""
+    if gap.future is None:
+        return line(gap.at, gap.points)
+    return parabola(gap.at, [gap.future, *gap.points[:2]])
+
+
+FORECASTS: dict[str, Callable[[Gap], Tensor]] = {
+    "reuse": lambda gap: gap.points[0][1],
+    "linear": lambda gap: line(gap.at, gap.points),
+    "quadratic": lambda gap: parabola(gap.at, gap.points),
+    "adams-bashforth": lambda gap: line(gap.middle, gap.points),
+    "adams-bashforth-unbound": lambda gap: line(gap.middle, gap.points, float("inf")),
+    "hermite": lambda gap: hermite(gap.at, gap.points),
+    "hermite-unbound": lambda gap: hermite(gap.at, gap.points, float("inf")),
 }
+TWO_SIDED: dict[str, Callable[[Gap], Tensor]] = {"chord": chord, "fading": fading, "arch": arch}
+"""These look ahead: one more evaluation, after an Euler jump from the second dense one."""
 CORRECTIONS: dict[str, Callable[[float, Sequence[Point]], Tensor] | None] = {
     "none": None,
     "line": lambda at, points: line(at, points[:2], float("inf")),
@@ -68,22 +151,33 @@ def replay(
     dense: Sequence[int],
     forecast: str,
     correct: str,
+    goal: float,
 ) -> Tensor:
-    """The final latent of a flow under Euler, of which only the evaluations `dense` compute."""
+    """The final latent of a flow under Euler, of which only the evaluations `dense` compute.
+
+    A two-sided forecast also evaluates at the sigma nearest to `goal`.
+    """
+    guess_at = (FORECASTS | TWO_SIDED)[forecast]
+    target = min(range(len(sigmas) - 1), key=lambda index: abs(sigmas[index] - goal))
     points: list[Point] = []
+    future: Point | None = None
     skipped: list[tuple[float, float, Tensor]] = []
     for index, (time, after) in enumerate(itertools.pairwise(sigmas)):
         step = after - time
         if index not in dense:
-            guess = FORECASTS[forecast](time, points)
+            ahead = future if index < target else None
+            guess = guess_at(Gap(time, after, points, ahead, sigmas[dense[1]]))
             skipped.append((time, step, guess))
             latent = latent + step * guess
             continue
-        points = [(time, predict(latent, index)), *points][:3]
+        points = [(time, predict(latent, index)), *points][:4]
         if (known := CORRECTIONS[correct]) is not None:
             for at, width, guess in skipped:
                 latent = latent + width * (known(at, points) - guess)
         skipped = []
+        if forecast in TWO_SIDED and index == dense[1]:
+            jump = latent + (sigmas[target] - time) * points[0][1]
+            future = (sigmas[target], predict(jump, target))
         latent = latent + step * points[0][1]
     return latent
 
@@ -127,7 +221,8 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=2)
     parser.add_argument("--first", type=int, default=0, help="number of the first picture")
     parser.add_argument("--plan", action="append", required=True, help="dense evaluations: 0,3,7")
-    parser.add_argument("--forecast", choices=FORECASTS, default="linear")
+    parser.add_argument("--forecast", choices=FORECASTS | TWO_SIDED, nargs="+", default=["linear"])
+    parser.add_argument("--goal", type=float, default=0.6, help="sigma two-sided forecasts look at")
     parser.add_argument("--correct", choices=CORRECTIONS, default="parabola")
     wanted = parser.parse_args()
     subject = find_subject(wanted.model, wanted.weights, torch.device("cpu"))
@@ -138,10 +233,11 @@ def main() -> None:
         reference, sigmas = subject.picture(latents), pipeline.scheduler.sigmas.tolist()
         start = calls[0]["hidden_states"][: len(latents)]
         predict = predictor(pipeline.transformer, calls, scale)
-        for plan in wanted.plan:
+        for plan, forecast in itertools.product(wanted.plan, wanted.forecast):
             dense = [int(index) for index in plan.split(",")]
-            found = replay(predict, start, sigmas, dense, wanted.forecast, wanted.correct)
-            print(f"{number} {plan} {psnr(subject.picture(found), reference):.2f} dB", flush=True)
+            found = replay(predict, start, sigmas, dense, forecast, wanted.correct, wanted.goal)
+            decibels = psnr(subject.picture(found), reference)
+            print(f"{number} {plan} {forecast} {decibels:.2f} dB", flush=True)
 
 
 if __name__ == "__main__":
