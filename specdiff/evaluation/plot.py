@@ -37,6 +37,10 @@ def _draw(axes: Axes, findings: Findings, measure: str, label: str, *, higher: b
             marker=MARKERS[index % len(MARKERS)], color=f"C{index % 10}", label=family,
             linewidth=2.2 if is_ours else 1.0, markersize=8 if is_ours else 5,
         )  # fmt: skip
+    faster = [one.values[measure] for one in points.values() if one.values[SPEEDUP] > 1]
+    if faster:  # what is no faster than dense may be equal to it, far away from all others
+        margin = 0.05 * (max(faster) - min(faster)) or 1.0
+        axes.set_ylim(min(faster) - margin, max(faster) + margin)
     axes.set(xlabel=f"speedup over dense, compiled ({findings.plan.clock} time)", ylabel=label)
     axes.grid(alpha=0.3)
 

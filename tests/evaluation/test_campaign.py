@@ -233,3 +233,13 @@ def test_methods_are_chosen_by_pattern() -> None:
     assert {one.name for one in choose(methods, ["dense", "7 st*"])} == {"dense", "7 steps"}
     with pytest.raises(SpecdiffError, match="no method matches 'x'"):
         choose(methods, ["x"])
+
+
+def test_what_is_no_faster_than_dense_does_not_set_the_scale() -> None:
+    """Equal to it in all but rounding, it would press all others together."""
+    values = {"no cache": (0.97, 140.0), "cache": (1.5, 40.0), "bold": (3.0, 30.0)}
+    points = {
+        name: Finding(name, 28, {}, values={SPEEDUP: speed, PSNR: db, FEATURES: 0.1})
+        for name, (speed, db) in values.items()
+    }
+    assert frontier_figure(Findings(PLAN, {}, points)).axes[0].get_ylim() == (29.5, 40.5)
