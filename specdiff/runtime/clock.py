@@ -69,12 +69,14 @@ def evaluations_planned(times: Sequence[float], given: Sequence[float] | None, u
     if given is not None:
         guess = _total(given)
         return len(given) if math.isnan(guess) else guess
-    precision = 2.0 ** -max(map(_bits, times[-3:]), default=0)
     distance = abs(times[-1] - times[0]) / time_unit(times) if times else 0.0
+    if not distance:
+        return usual
+    precision = 2.0 ** -max(map(_bits, times[-3:]))
     guess = _total(times) if distance > ROUNDED * precision else math.nan
     if math.isnan(guess):  # steps grow towards the end: there are no more than at their mean so far
-        whole = abs(times[0] - end_of(times)) / time_unit(times) if distance else 0.0
-        return min(usual, (len(times) - 1) * whole / distance) if distance else usual
+        whole = abs(times[0] - end_of(times)) / time_unit(times)
+        return min(usual, (len(times) - 1) * whole / distance)
     return usual if abs(guess - usual) <= CLOSE else guess
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -110,13 +109,10 @@ class Step:
         assert isinstance(latent, Tensor)
         return latent
 
-    @cached_property
-    def _place(self) -> Place:
-        return Place.of([*self.stream.times, self.time], self.given, self.schedule.usual)
-
     def _decide(self) -> int:
         """Tokens to compute; all of them if a selective step would have no caches."""
-        tokens, place = self.schedule.tokens, self._place
+        tokens, times = self.schedule.tokens, [*self.stream.times, self.time]
+        place = Place.of(times, self.given, self.schedule.usual)
         count, reason = self.schedule.decide(place)
         if 0 < count < tokens and not self.stream.lease:
             count, reason = tokens, "no caches yet"
