@@ -9,7 +9,7 @@ decoding by PyTorch's own flash kernel and a compiled merge; "as a sum" is a lin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,8 +27,11 @@ PARTS = (2, 3, 4, 6)
 SAMPLES = (128, 64, 32, 16)
 LINEARS = ((1, 3072, 9216), (1, 3072, 18432), (2, 1536, 9216))
 """(rows, in, out) of the modulations of FLUX's blocks and SD3's."""
-ROWS = (205, 256, 717, 768, 4608)
+ROWS = (205, 208, 224, 256, 717, 720, 736, 768, 4608)
 """Active tokens of FLUX at 95 %, with text and without, and what tiles would make of them."""
+PROJECTIONS = ((3072, (3072, 3072, 3072, 12288)), (3072, (3072,) * 3), (1536, (1536,) * 3))
+"""(in, outs) of linear layers that share their input: FLUX's single block, its double, SD3's."""
+PROJECTED_ROWS = (82, 205, 256, 717, 768, 4608)
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,17 @@ def rates(rows: int) -> str:
     return f"linear {rows} x 3072 -> 21504: {took:.0f}, {rate:.0f} TFLOP/s"
 
 
+def projections(inner: int, outers: Sequence[int]) -> str:
+    """Linear layers of one input, one by one and as one, by the number of rows."""
+    weights = [normal(outer, inner) for outer in outers]
+    merged, found = torch.cat(weights), []
+    for rows in PROJECTED_ROWS:
+        x = normal(rows, inner)
+        separate = microseconds(lambda x=x: [F.linear(x, weight) for weight in weights])
+        found.append(f"{rows} rows {separate:.0f} / {microseconds(lambda x=x: x @ merged.T):.0f}")
+    return f"linear {inner} -> {'+'.join(map(str, outers))}, separate / merged: " + ", ".join(found)
+
+
 def main() -> None:
     """Print every figure."""
     print(torch.__version__, torch.cuda.get_device_name())
@@ -148,6 +162,8 @@ def main() -> None:
         print(samples(shape), flush=True)
     for rows in ROWS:
         print(rates(rows), flush=True)
+    for inner, outers in PROJECTIONS:
+        print(projections(inner, outers), flush=True)
 
 
 if __name__ == "__main__":
