@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
+import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,17 @@ from torch import Tensor
 from specdiff.errors import SpecdiffError
 from specdiff.evaluation.candidates import DENSE, Candidate
 from specdiff.evaluation.findings import Finding, Findings
-from specdiff.evaluation.measuring import Bench, measure_flops, measure_pictures
+from specdiff.evaluation.measuring import (
+    Bench,
+    compare_pictures,
+    draw_pictures,
+    measure_flops,
+    time_pictures,
+)
 
-PHASES = ("pictures", "flops")
-RESULTS, REFERENCE = "results.json", "dense.pt"
+PHASES = ("draw", "compare", "time", "flops")
+"""Any of them may be left for later, or for another machine."""
+RESULTS, LATENTS = "results.json", "latents"
 WORDS_OF_A_REASON = 300
 """Letters of an error of a peer that the table keeps."""
 
@@ -30,7 +38,7 @@ class Campaign:
     Attributes:
         bench: What all methods are measured with.
         findings: What is known already; grows.
-        folder: Where `RESULTS` and the dense latents lie.
+        folder: Where `RESULTS` lies, and in `LATENTS` what was drawn.
         deadline: When to begin nothing more, by `time.monotonic`; None: never.
     """
 
@@ -38,7 +46,6 @@ class Campaign:
     findings: Findings
     folder: Path
     deadline: float | None = None
-    _reference: list[Tensor] = field(default_factory=list)
 
     def run(
         self, candidates: Sequence[Candidate], phases: Sequence[str] = PHASES
@@ -47,8 +54,6 @@ class Campaign:
         for candidate, phase in self.left(candidates, phases):
             if self.deadline is not None and time.monotonic() > self.deadline:
                 return
-            if phase == "pictures" and candidate is not DENSE:
-                self._require_reference()
             self._measure(candidate, phase)
             self.findings.save(self.folder / RESULTS)
             gc.collect()
@@ -70,13 +75,17 @@ class Campaign:
         return self.findings.methods.get(candidate.name, fresh)
 
     def _measure(self, candidate: Candidate, phase: str) -> None:
+        if phase == "compare":
+            self._measure(DENSE, "draw")
+            self._measure(candidate, "draw")
         finding = self._finding(candidate)
-        if finding.has(phase):  # a phase that failed took the other with it
+        if finding.has(phase):  # a phase that failed took the others with it
             return
+        self.findings.begin(phase)
         try:
             values = self._values(candidate, phase)
         except Exception as error:
-            if not candidate.is_peer:
+            if phase == "compare" or not candidate.is_peer:
                 raise
             finding.reason = _reason(error)
             values = {}
@@ -87,27 +96,31 @@ class Campaign:
     def _values(self, candidate: Candidate, phase: str) -> dict[str, Any]:
         if phase == "flops":
             return measure_flops(self.bench, candidate)
-        reference = None if candidate is DENSE else self._reference
-        values, latents = measure_pictures(self.bench, candidate, reference)
-        if candidate is DENSE:
-            self._reference = latents
-            torch.save(latents, self.folder / REFERENCE)
+        if phase == "time":
+            return time_pictures(self.bench, candidate)
+        if phase == "compare":
+            ours, dense = self._drawn(candidate), self._drawn(DENSE)
+            return compare_pictures(self.bench, ours, dense)
+        values, latents = draw_pictures(self.bench, candidate)
+        file = self._latents(candidate)
+        file.parent.mkdir(exist_ok=True)
+        torch.save(latents, file)
         return values
 
-    def _require_reference(self) -> None:
-        """Have the dense pictures at hand.
+    def _latents(self, candidate: Candidate) -> Path:
+        return self.folder / LATENTS / (re.sub(r"[^\w.]+", "-", candidate.name) + ".pt")
+
+    def _drawn(self, candidate: Candidate) -> list[Tensor]:
+        """Latents of a method.
 
         Raises:
             SpecdiffError: The results came without them, as a copy from elsewhere does.
         """
-        file = self.folder / REFERENCE
-        if self._reference:
-            return
-        if DENSE.name in self.findings.methods and not file.exists():
+        file = self._latents(candidate)
+        if not file.exists():
             raise SpecdiffError(f"{file} is gone: remove {self.folder / RESULTS} or restore it")
-        if not self._finding(DENSE).has("pictures"):
-            self._measure(DENSE, "pictures")
-        self._reference = torch.load(file, weights_only=True)
+        latents: list[Tensor] = torch.load(file, weights_only=True)
+        return latents
 
 
 def _reason(error: Exception) -> str:

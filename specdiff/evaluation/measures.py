@@ -38,11 +38,16 @@ def latent_error(latents: Tensor, reference: Tensor) -> float:
 
 
 def likeness(
-    picture: Tensor, reference: Tensor, latents: Tensor, reference_latents: Tensor
+    picture: Tensor,
+    reference: Tensor,
+    latents: Tensor,
+    reference_latents: Tensor,
+    device: torch.device,
 ) -> Likeness:
-    """Compare pictures `[H, W, 3]` and their latents."""
+    """Compare pictures `[H, W, 3]` and their latents; the network looks at them on `device`."""
     near = quality(picture, reference)
-    seen, expected = (features(one.permute(2, 0, 1)[None]) for one in (picture, reference))
+    pictures = (one.permute(2, 0, 1)[None].to(device) for one in (picture, reference))
+    seen, expected = map(features, pictures)
     return Likeness(
         near.psnr,
         near.ssim,

@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -82,18 +82,11 @@ def _require_graphs(candidate: Candidate, prepared: Prepared, graphs: int) -> No
         raise SpecdiffError(f"{candidate.name}: {now - graphs} graphs compiled while measured")
 
 
-def measure_pictures(
-    bench: Bench, candidate: Candidate, reference: Sequence[Tensor] | None
-) -> tuple[Values, list[Tensor]]:
-    """Draw the pictures, some in turn with the dense model, and compare time and content.
-
-    Args:
-        bench: What to measure with.
-        candidate: The method.
-        reference: Latents of the dense pictures; None: this is the dense method.
+def draw_pictures(bench: Bench, candidate: Candidate) -> tuple[Values, list[Tensor]]:
+    """Draw the pictures of a method, those of the large set too if it takes part in it.
 
     Returns:
-        What was measured, and the latents drawn.
+        What was counted on the way, and the latents.
 
     Raises:
         SpecdiffError: Something compiled on the way, or in more graphs than promised.
@@ -104,41 +97,63 @@ def measure_pictures(
     graphs = torch_adapter.graphs_compiled()
     count = len(bench.requests) if candidate.in_large_set else bench.pictures
     memory.restart()
-    alone = _draw(bench, candidate, prepared, range(bench.pairs, count))
-    peak = memory.bytes if alone else None
+    latents = _draw(bench, candidate, prepared, range(count))
+    peak = memory.bytes
     _require_graphs(candidate, prepared, graphs)
-    drawn = _draw_in_turn(bench, candidate, prepared)
-    drawn.latents += alone
-    expected = drawn.latents if reference is None else reference
     values: Values = {
-        **drawn.times(),
         "first_picture_seconds": round(first_seconds, 2),
         "graphs": graphs,
         "peak_bytes": peak,
         **_counters(prepared),
-        **_likeness(bench, drawn.latents, expected),
     }
-    if count > bench.pictures:
-        values |= _sets(bench, drawn.latents, expected)
-    return values, drawn.latents
+    return values, latents
 
 
-@dataclass
-class Drawn:
-    """Latents of a method's pictures, and seconds of those drawn in turn with the dense model."""
+def compare_pictures(
+    bench: Bench, latents: Sequence[Tensor], reference: Sequence[Tensor]
+) -> Values:
+    """How far pictures are from the dense ones, one by one, and as sets where both are large."""
+    bench.tell("comparing")
+    values = _likeness(bench, latents, reference)
+    if min(len(latents), len(reference)) > bench.pictures:
+        values |= _sets(bench, latents, reference)
+    return values
 
-    latents: list[Tensor] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    dense_seconds: list[float] = field(default_factory=list)
 
-    def times(self) -> Values:
-        """What is kept of the times."""
-        return {
-            SPEEDUP: round(time_ratio(self.dense_seconds, self.seconds), 4),
-            "seconds": round(statistics.median(self.seconds), 4),
-            "seconds_each": [round(second, 4) for second in self.seconds],
-            "dense_seconds_each": [round(second, 4) for second in self.dense_seconds],
-        }
+def time_pictures(bench: Bench, candidate: Candidate) -> Values:
+    """Draw pictures in turn with the dense model, compiled in the same process, and time them.
+
+    Raises:
+        SpecdiffError: Something compiled on the way, or in more graphs than promised.
+    """
+    torch_adapter.forget_compiled()
+    prepared = _start(bench, candidate, candidate.steps)[0]
+    _require_graphs(candidate, prepared, torch_adapter.graphs_compiled())
+    shares_dense = candidate.prepare is DENSE.prepare
+    dense = prepared if shares_dense else _start(bench, DENSE, steps=2)[0]
+    graphs = torch_adapter.graphs_compiled()
+    times = [_pair(bench, candidate, prepared, dense, index) for index in range(bench.pairs)]
+    if torch_adapter.graphs_compiled() != graphs:
+        raise SpecdiffError(f"{candidate.name}: a graph compiled while measured")
+    dense_seconds, seconds = zip(*times, strict=True)
+    return {
+        SPEEDUP: round(time_ratio(dense_seconds, seconds), 4),
+        "seconds": round(statistics.median(seconds), 4),
+        "seconds_each": [round(second, 4) for second in seconds],
+        "dense_seconds_each": [round(second, 4) for second in dense_seconds],
+    }
+
+
+def _pair(
+    bench: Bench, candidate: Candidate, prepared: Prepared, dense: Prepared, index: int
+) -> tuple[float, float]:
+    """Seconds of one request: dense, and by the method."""
+    only = range(index, index + 1)
+    started = bench.clock()
+    _draw(bench, DENSE, dense, only)
+    between = bench.clock()
+    _draw(bench, candidate, prepared, only)
+    return between - started, bench.clock() - between
 
 
 def _draw(bench: Bench, candidate: Candidate, prepared: Prepared, indices: range) -> list[Tensor]:
@@ -149,23 +164,6 @@ def _draw(bench: Bench, candidate: Candidate, prepared: Prepared, indices: range
         request = bench.requests[index]
         latents.append(bench.subject.draw(prepared.pipeline, request, candidate.steps))
     return latents
-
-
-def _draw_in_turn(bench: Bench, candidate: Candidate, prepared: Prepared) -> Drawn:
-    """Draw the first pictures in turn with the dense model, compiled in the same process."""
-    shares_dense = candidate.prepare is DENSE.prepare
-    dense = prepared if shares_dense else _start(bench, DENSE, steps=2)[0]
-    graphs, drawn = torch_adapter.graphs_compiled(), Drawn()
-    for index in range(bench.pairs):
-        started = bench.clock()
-        _draw(bench, DENSE, dense, range(index, index + 1))
-        between = bench.clock()
-        drawn.latents += _draw(bench, candidate, prepared, range(index, index + 1))
-        drawn.dense_seconds.append(between - started)
-        drawn.seconds.append(bench.clock() - between)
-    if torch_adapter.graphs_compiled() != graphs:
-        raise SpecdiffError(f"{candidate.name}: a graph compiled while measured")
-    return drawn
 
 
 def _counters(prepared: Prepared) -> Values:
@@ -182,7 +180,7 @@ def _counters(prepared: Prepared) -> Values:
 def _likeness(bench: Bench, latents: Sequence[Tensor], reference: Sequence[Tensor]) -> Values:
     bench.tell("comparing")
     found = [
-        likeness(bench.subject.picture(a), bench.subject.picture(b), a, b)
+        likeness(bench.subject.picture(a), bench.subject.picture(b), a, b, bench.device)
         for a, b in zip(latents[: bench.pictures], reference, strict=False)
     ]
     mean = statistics.fmean
@@ -205,7 +203,8 @@ def _rounded(value: float) -> float | None:
 def _pooled(bench: Bench, latents: Sequence[Tensor]) -> Tensor:
     pictures = [bench.subject.to_pixels(one)[0] for one in latents]
     batches = [pictures[i : i + FEATURE_BATCH] for i in range(0, len(pictures), FEATURE_BATCH)]
-    return torch.cat([features(torch.stack(batch)).pooled for batch in batches])
+    seen = [features(torch.stack(batch).to(bench.device)).pooled for batch in batches]
+    return torch.cat(seen).cpu()
 
 
 def _sets(bench: Bench, latents: Sequence[Tensor], reference: Sequence[Tensor]) -> Values:

@@ -55,10 +55,11 @@ def frontier_figure(findings: Findings) -> Figure:
     right.invert_yaxis()
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=9)
-    plan = findings.plan
+    plan, places = findings.plan, findings.environments
+    drawn, timed = (places.get(phase, {}).get("device", "") for phase in ("draw", "time"))
     figure.suptitle(
-        f"{plan.model} model, {plan.steps} steps, {plan.pictures} pictures, {plan.device}:"
-        " up and to the right is better"
+        f"{plan.model} model, {plan.steps} steps, {plan.pictures} pictures"
+        f" (drawn: {drawn}, timed: {timed}): up and to the right is better"
     )
     return figure
 

@@ -13,7 +13,7 @@ import torch
 
 from specdiff import plan as plans
 from specdiff.errors import SpecdiffError
-from specdiff.evaluation.campaign import RESULTS, Campaign
+from specdiff.evaluation.campaign import PHASES, RESULTS, Campaign
 from specdiff.evaluation.candidates import (
     DENSE,
     Candidate,
@@ -37,7 +37,7 @@ from specdiff.evaluation.table import markdown
 from specdiff.options import QUALITIES
 from tests.evaluation.toy import dimmed, rival, toy_subject
 
-PLAN = Plan("toy", 28, 2, 1, 0, 0, "cpu", "wall")
+PLAN = Plan("toy", 28, 2, 1, 0, 0, "wall")
 
 
 def broken(pipeline: Any) -> None:
@@ -53,7 +53,7 @@ def campaign(folder: Path, deadline: float | None = None, plan: Plan = PLAN) -> 
 
 def run(one: Campaign, candidates: Sequence[Candidate], *phases: str) -> int:
     with torch.no_grad():
-        return sum(1 for _ in one.run(candidates, phases or ("pictures", "flops")))
+        return sum(1 for _ in one.run(candidates, phases or PHASES))
 
 
 @pytest.fixture(scope="module")
@@ -120,34 +120,57 @@ def test_what_is_known_is_not_measured_again(finished: Path) -> None:
     again = campaign(finished)
     assert run(again, [DENSE, rival("dimmed", broken), rival("broken", dimmed)]) == 0
     assert (finished / RESULTS).read_text() == before
-    assert run(again, [DENSE, rival("new", dimmed)], "pictures") == 1
+    assert run(again, [DENSE, rival("new", dimmed)], "draw") == 1
 
 
 def test_past_the_deadline_nothing_begins(tmp_path: Path) -> None:
     late = campaign(tmp_path, deadline=time.monotonic() - 1)
     assert run(late, [DENSE]) == 0
-    assert len(late.left([DENSE])) == 2
+    assert len(late.left([DENSE])) == len(PHASES)
 
 
 def test_results_of_another_plan_are_refused(finished: Path) -> None:
     with pytest.raises(SpecdiffError, match="another plan"):
-        campaign(finished, plan=Plan("toy", 28, 3, 1, 0, 0, "cpu", "wall"))
+        campaign(finished, plan=Plan("toy", 28, 3, 1, 0, 0, "wall"))
+
+
+def test_phases_may_be_measured_one_by_one(finished: Path, tmp_path: Path) -> None:
+    methods = [DENSE, rival("dimmed", dimmed), rival("broken", broken)]
+    for phase in reversed(PHASES):  # comparing draws what is not drawn
+        run(campaign(tmp_path), methods, phase)
+    assert not campaign(tmp_path).left(methods)
+    piecewise, whole = (campaign(folder).findings.methods for folder in (tmp_path, finished))
+    assert piecewise["dimmed"].values[PSNR] == whole["dimmed"].values[PSNR]
+    assert piecewise["dimmed"].values.keys() == whole["dimmed"].values.keys()
+    assert piecewise["broken"].reason == whole["broken"].reason
+
+
+def test_one_phase_is_not_measured_on_two_devices(tmp_path: Path) -> None:
+    one = campaign(tmp_path)
+    run(one, [DENSE], "draw")
+    elsewhere = campaign(tmp_path)
+    elsewhere.findings.environment = {"device": "another"}
+    run(elsewhere, [DENSE], "flops")
+    with pytest.raises(SpecdiffError, match="'draw' began on None, this is another"):
+        run(elsewhere, fewer_steps()[:1], "draw")
+    assert json.loads((tmp_path / RESULTS).read_text())["environments"].keys() == {"draw", "flops"}
 
 
 def test_results_without_the_dense_pictures_are_refused(finished: Path, tmp_path: Path) -> None:
     (tmp_path / RESULTS).write_text((finished / RESULTS).read_text())
     with pytest.raises(SpecdiffError, match="gone"):
-        run(campaign(tmp_path), [rival("unknown", dimmed)], "pictures")
+        run(campaign(tmp_path), [rival("unknown", dimmed)], "compare")
 
 
 def test_the_large_set_is_compared_as_a_set(tmp_path: Path) -> None:
-    plan = Plan("toy", 28, 1, 1, 4, 0, "cpu", "wall")
+    plan = Plan("toy", 28, 1, 1, 4, 0, "wall")
     one = campaign(tmp_path, plan=plan)
-    run(one, [DENSE], "pictures")
+    run(one, [DENSE], "compare")
     assert one.findings.methods["dense"].values["kernel_distance"] is not None
 
 
-def test_a_compilation_while_measuring_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("phase", ["draw", "time"])
+def test_a_compilation_while_measuring_is_an_error(tmp_path: Path, phase: str) -> None:
     def recompile(pipeline: Any) -> None:
         inner, calls = pipeline.transformer, [0]
 
@@ -160,11 +183,12 @@ def test_a_compilation_while_measuring_is_an_error(tmp_path: Path) -> None:
         pipeline.transformer = forward
 
     one = campaign(tmp_path)
-    run(one, [DENSE, rival("restless", recompile)], "pictures")
+    run(one, [DENSE, rival("restless", recompile)], phase)
     assert "compiled while measured" in one.findings.methods["restless"].reason
 
 
-def test_more_graphs_than_promised_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("phase", ["draw", "time"])
+def test_more_graphs_than_promised_is_an_error(tmp_path: Path, phase: str) -> None:
     def prepare(pipeline: Any) -> Prepared:
         pipeline.transformer = torch.compile(pipeline.transformer, backend="eager")
         inner = torch.compile(torch.sin, backend="eager")
@@ -174,7 +198,7 @@ def test_more_graphs_than_promised_is_an_error(tmp_path: Path) -> None:
 
     one = campaign(tmp_path)
     liar = Candidate("liar", "rivals", 28, {}, prepare, lambda pipeline: pipeline, is_peer=True)
-    run(one, [DENSE, liar], "pictures")
+    run(one, [DENSE, liar], phase)
     assert "2 graphs instead of one" in one.findings.methods["liar"].reason
 
 
