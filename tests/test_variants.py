@@ -263,6 +263,18 @@ def test_autocast_inside_the_model(outside, inside, dtype, plain):
 # Layouts ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("make", [small_flux, small_sd3])
+def test_merged_projections(make):
+    """One linear layer for query, key and value, as diffusers merges them for GPUs."""
+    apart, inputs = make()
+    merged = copy.deepcopy(apart)
+    merged.fuse_qkv_projections()
+    assert any("to_qkv" in name for name, _ in merged.named_modules())
+    assert specdiff.verify(merged, **inputs).selective
+    expected, found = (generate(compiled(model), inputs)[-1][1] for model in (apart, merged))
+    torch.testing.assert_close(found, expected)
+
+
 def channels_last(latent: Tensor) -> Tensor:
     return latent.to(memory_format=torch.channels_last)
 

@@ -281,3 +281,12 @@ def test_an_all_dense_plan_leaves_nothing_out(given):
     schedule = Schedule.of(Options(plan=Plan.of(28, range(28))).resolve(), (16,))
     places = [Place.of(times[: i + 1], times if given else None, 28) for i in range(28)]
     assert [schedule.decide(place)[0] for place in places] == [16] * 28
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ratio", "computed"),
+    [(4096, 0.95, 208), (1024, 0.75, 256), (1024, 0.99, 10), (70, 0.05, 70), (16, 0.75, 4)],
+)
+def test_many_tokens_are_computed_in_the_multiples_that_kernels_like(tokens, ratio, computed):
+    schedule = Schedule.of(Options(cache_ratio=ratio).resolve(), (tokens,))
+    assert schedule.active == computed
