@@ -44,6 +44,7 @@ def texture_pictures() -> tuple[list[str], Tensor]:
 
 def emoji_pictures(cache: Path) -> tuple[list[str], Tensor]:
     """The stored prompts and views of their emoji, as `texture_pictures`."""
+    cache.mkdir(parents=True, exist_ok=True)
     files = {one.name: one.file for one in list_emoji(cache)}
     names = [name for name in stored_prompts() if name in files]
     generator = torch.Generator().manual_seed(0)

@@ -15,7 +15,7 @@ def evaluate_methods(
     weights: Annotated[Path, typer.Option(help="Weights of the texture model.")] = WEIGHTS,
     out: Annotated[Path, typer.Option(help="Folder for results, table and plot.")] = Path("eval"),
     quick: Annotated[
-        bool, typer.Option("--quick", help="6 pictures, 3 of them timed, no large set.")
+        bool, typer.Option("--quick", help="4 pictures, 2 of them timed, no large set.")
     ] = False,
     pictures: Annotated[int | None, typer.Option(min=1, help="Compared per method (32).")] = None,
     pairs: Annotated[

@@ -41,7 +41,7 @@ class Sizes:
     large_set: int
 
 
-SIZES: Mapping[str, Sizes] = {"full": Sizes(32, 8, 256), "quick": Sizes(6, 3, 0)}
+SIZES: Mapping[str, Sizes] = {"full": Sizes(32, 8, 256), "quick": Sizes(4, 2, 0)}
 
 
 @dataclass(frozen=True)
