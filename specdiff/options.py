@@ -137,9 +137,9 @@ class Options:
     """
 
     quality: str | None = _choice(None, tuple(QUALITIES))
-    """How close to the dense pictures to stay: "closest", "near-lossless", "balanced" or "fast", each
-    a plan (`QUALITIES`), which options of `SCHEDULE` that are given take the place of. None:
-    "balanced" for "history", no plan for "paper"."""
+    """How close to the dense pictures to stay: "closest", "near-lossless", "balanced" or "fast":
+    plans (`QUALITIES`), whose place options of `SCHEDULE` that are given take. None: "balanced" for
+    "history", no plan for "paper"."""
 
     plan: Plan | Mapping[str, Any] | str | os.PathLike[str] | None = _option(  # noqa: RUF009
         None,
