@@ -21,6 +21,7 @@ from specdiff.runtime.stats import Stats
 OURS = "specdiff"
 FEWER_STEPS = (7, 9, 12, 14, 18)
 SPECDIFF: Mapping[str, Mapping[str, Any]] = {
+    "specdiff, closest": {"quality": "closest"},
     "specdiff, near-lossless": {"quality": "near-lossless"},
     "specdiff, balanced": {"quality": "balanced"},
     "specdiff, fast": {"quality": "fast"},

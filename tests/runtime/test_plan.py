@@ -233,8 +233,9 @@ def test_text_of_a_plan(steps):
 
 
 def test_qualities_are_plans_that_a_schedule_takes_the_place_of():
-    assert set(QUALITIES) == {"near-lossless", "balanced", "fast"}
-    dense = [len(QUALITIES[name].dense) for name in ("near-lossless", "balanced", "fast")]
+    names = ("closest", "near-lossless", "balanced", "fast")
+    assert set(QUALITIES) == set(names)
+    dense = [len(QUALITIES[name].dense) for name in names]
     assert dense == sorted(dense, reverse=True)
     assert Options(quality="balanced").resolve() == Options().resolve()
     assert Options().resolve().plan == QUALITIES["balanced"]
@@ -242,7 +243,7 @@ def test_qualities_are_plans_that_a_schedule_takes_the_place_of():
     assert Options(method="paper", quality="fast").resolve().plan == QUALITIES["fast"]
     assert Options(quality="fast", forecast="reuse").resolve().plan == QUALITIES["fast"]
     assert Options(quality="fast", refresh_interval=5).resolve().plan is None
-    with pytest.raises(OptionError, match="quality='best': must be one of 'near-lossless'"):
+    with pytest.raises(OptionError, match="quality='best': must be one of 'closest'"):
         Options(quality="best")
 
 
