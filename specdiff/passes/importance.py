@@ -47,7 +47,7 @@ class ImportanceSum:
     def observe(self, found: Attention, query: fx.Node, key: fx.Node, mask: fx.Node | None) -> None:
         """Add one attention, given its emitted operands (query may be rows)."""
         pieces = _prunable_keys(self._plan, found)
-        if not pieces:
+        if not pieces or not self._sample:
             return
         call = self._writer.call
         rows, every_row = shape_of(query)[-2], shape_of(found.query)[-2]
