@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from specdiff.passes.emit import emit_block_probe, emit_dense, emit_probe
 from specdiff.passes.frozen import emit_frozen
+from specdiff.passes.importance import even_stride
 from specdiff.passes.rows import emit_selective
 from tests.models import flux
 from tests.oracles import trace
@@ -57,6 +58,24 @@ def test_a_plan_that_selects_no_tokens_measures_no_importance():
         # nor does it compute anything else that the model does not
         products = program.graph.find_nodes(op="call_function", target=aten.matmul.default)
         assert not products
+
+
+@pytest.mark.parametrize(
+    ("least", "length", "stride"),
+    [
+        (9, 32 * 32, 9),
+        (16, 32 * 32, 17),
+        (33, 32 * 32, 35),  # one more than the width: diagonals
+        (31, 32 * 32, 35),
+        (9, 64 * 64, 11),  # as 64 is 7 * 9 + 1
+        (37, 64 * 64, 37),
+        (65, 48 * 64, 69),
+        (13, 48 * 64, 15),  # as 48 and 64 are 1 less or 1 more than multiples
+        (13, 997, 13),  # of no picture
+    ],
+)
+def test_sampled_rows_do_not_line_up_in_a_picture(least, length, stride):
+    assert even_stride(least, [length]) == stride
 
 
 class Local(nn.Module):
