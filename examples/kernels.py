@@ -24,7 +24,7 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 PARTS = (2, 3, 4, 6)
-SAMPLES = (128, 64, 32, 16)
+SAMPLES = (512, 256, 128, 64, 32)
 LINEARS = ((1, 3072, 9216), (1, 3072, 18432), (2, 1536, 9216))
 """(rows, in, out) of the modulations of FLUX's blocks and SD3's."""
 ROWS = (205, 208, 224, 256, 717, 720, 736, 768, 4608)
@@ -87,10 +87,39 @@ def split(query: Tensor, key: Tensor, value: Tensor, parts: int, merge: Callable
     return merge(outputs, sums, parts)
 
 
+def product(query: Tensor, key: Tensor) -> Tensor:
+    """The logits alone, [B, H, L, S]: what every way to measure importance begins with."""
+    return (query * query.shape[-1] ** -0.5) @ key.mT
+
+
 def importance(query: Tensor, key: Tensor) -> Tensor:
     """What the compiler emits to measure importance."""
-    logits = (query * query.shape[-1] ** -0.5) @ key.mT
-    return logits.softmax(-1, torch.float32).mean(2).sum(1)
+    return product(query, key).softmax(-1, torch.float32).mean(2).sum(1)
+
+
+def weighted(query: Tensor, key: Tensor) -> Tensor:
+    """The same, summed over queries by a product with one over the sums of their rows."""
+    logits = product(query, key).float()
+    powers = (logits - logits.amax(-1, keepdim=True)).exp()
+    weights = (1 / powers.sum(-1)).to(query).unsqueeze(-2)
+    return (weights @ powers.to(query)).float().sum((1, 2)) / query.shape[2]
+
+
+def transposed(query: Tensor, key: Tensor) -> Tensor:
+    """The same with queries innermost in memory, so that their sum is a row's."""
+    logits = product(key, query).float()
+    sums = logits.logsumexp(-2, keepdim=True)
+    return (logits - sums).exp().sum(-1).sum(1) / query.shape[2]
+
+
+def flashed(query: Tensor, key: Tensor) -> Tensor:
+    """The same by two flash attentions: the rows' sums, then keys that attend to the queries."""
+    flash = torch.ops.aten._scaled_dot_product_flash_attention
+    sums = flash(query, key, key, 0.0, False)[1]
+    least = sums.amin(-1, keepdim=True)
+    value = (least - sums).exp().to(query).unsqueeze(-1).expand(query.shape).contiguous()
+    output, received = flash(key, query, value, 0.0, False)[:2]
+    return (output[..., 0].float() * (received - least).exp()).sum(1) / query.shape[2]
 
 
 def attentions(shape: Shape, queries: int) -> str:
@@ -121,14 +150,21 @@ def linears(rows: int, inner: int, outer: int) -> str:
     return f"linear {rows} x {inner} -> {outer}: library {library:.0f}, as a sum {summed:.0f}"
 
 
-def samples(shape: Shape) -> str:
-    """Importance of one attention, by the number of queries sampled."""
-    key, found = shape.stored(shape.keys), []
-    for count in SAMPLES:
+def samples(shape: Shape, count: int) -> str:
+    """Importance of one attention from so many queries, every way, without the time to launch.
+
+    Launches take longer than such kernels do, and CUDA graphs spare them.
+    """
+    from triton.testing import do_bench_cudagraph
+
+    key, query, found = shape.stored(shape.keys), shape.stored(count), []
+    for way in (product, importance, weighted, transposed, flashed):
         torch.compiler.reset()
-        query, compiled = shape.stored(count), torch.compile(importance)
-        found.append(f"{count} queries {microseconds(lambda q=query, f=compiled: f(q, key)):.0f}")
-    return f"{shape.name}, importance: " + ", ".join(found)
+        compiled = torch.compile(way)
+        compiled(query, key)
+        took = do_bench_cudagraph(lambda f=compiled: f(query, key), rep=20, return_mode="median")
+        found.append(f"{way.__name__} {1e3 * took:.0f}")
+    return f"{shape.name}, importance from {count} queries: " + ", ".join(found)
 
 
 def rates(rows: int) -> str:
@@ -159,7 +195,8 @@ def main() -> None:
     for sizes in LINEARS:
         print(linears(*sizes), flush=True)
     for shape in SHAPES:
-        print(samples(shape), flush=True)
+        for count in SAMPLES:
+            print(samples(shape, count), flush=True)
     for rows in ROWS:
         print(rates(rows), flush=True)
     for inner, outers in PROJECTIONS:

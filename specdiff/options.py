@@ -200,7 +200,8 @@ class Options:
     importance_queries: int | None = _option(
         128, "an integer of at least 1, or None for all queries", _count(1), runtime=False
     )
-    """Query rows per attention that are sampled, evenly strided, to measure importance."""
+    """Query rows per attention, at most, that are sampled, evenly strided, to measure importance.
+    Plans that select no tokens, as the default, measure none."""
 
     guidance_scale: float | None = _option(None, "a number, or None", _number)
     """Set where a call's batch holds both halves of classifier-free guidance, in either order:

@@ -193,8 +193,11 @@ class Programs(Protocol):
     def compile_seconds(self) -> Mapping[str, float]:
         """Seconds spent compiling each program built so far, by its name."""
 
-    def probe(self, inputs: Sequence[object]) -> Evaluation:
-        """Every token computed, no cache read or written."""
+    def probe(self, inputs: Sequence[object]) -> Tensor:
+        """Every token computed, no cache read or written: token-level output [B, N, C] alone.
+
+        For plans that never select tokens: nobody reads importance then, so it is not measured.
+        """
 
     def dense(self, inputs: Sequence[object], caches: Sequence[Tensor]) -> Evaluation:
         """Every token computed; the caches are overwritten in place and never read.

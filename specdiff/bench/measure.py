@@ -96,7 +96,7 @@ class TimedPrograms:
         """Of the programs themselves."""
         return self._programs.compile_seconds
 
-    def probe(self, inputs: Sequence[object]) -> Evaluation:
+    def probe(self, inputs: Sequence[object]) -> Tensor:
         """As `Programs.probe`."""
         return self._timed("probe", lambda: self._programs.probe(inputs))
 

@@ -2,7 +2,8 @@
 
 Four programs come from one plan: *probe* (every token, no cache), *dense* (every token, caches
 overwritten), *selective* (K active tokens, cache rows updated in place) and *tail* (the outputs
-from the token-level output). The first three return (token-level output, importance).
+from the token-level output). The first three return the token-level output; dense and selective,
+which a selection of tokens goes by, importance as well.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ aten = torch.ops.aten
 class WholeEmitter(GraphWriter):
     """Emits every value whole.
 
+    `sample`: rows of each attention that importance is taken from; 0: it is not measured.
     `numbered`: the last input says how many attentions of the model came before this block's.
     """
 
@@ -77,21 +79,33 @@ class WholeEmitter(GraphWriter):
         return tuple(fx.map_arg(self.plan.axes.results(), lambda node: self.whole[node]))
 
 
-def emit_dense(
-    module: fx.GraphModule, plan: SelectivePlan, sample: int, fill: bool
-) -> fx.GraphModule:
-    """Probe (`fill` false) or dense (`fill` true: caches follow the inputs and are overwritten)."""
+def emit_probe(module: fx.GraphModule, plan: SelectivePlan) -> fx.GraphModule:
+    """Every token and nothing else: the token-level output."""
+    emitter = WholeEmitter(module, plan, 0)
+    _emit_whole(emitter, False, plan.slots)
+    emitter.graph.output((to_tokens(emitter, plan, emitter.whole),))
+    return emitter.to_module()
+
+
+def emit_dense(module: fx.GraphModule, plan: SelectivePlan, sample: int) -> fx.GraphModule:
+    """Every token; caches follow the inputs and are overwritten."""
     emitter = WholeEmitter(module, plan, sample)
-    _emit_whole(emitter, fill, plan.slots)
+    _emit_whole(emitter, True, plan.slots)
     return emitter.finish(to_tokens(emitter, plan, emitter.whole))
 
 
-def emit_block_dense(
-    module: fx.GraphModule, plan: SelectivePlan, sample: int, fill: bool
-) -> fx.GraphModule:
-    """The same for one block of a model: the graph's own outputs, and importance."""
+def emit_block_probe(module: fx.GraphModule, plan: SelectivePlan) -> fx.GraphModule:
+    """Every token of one block of a model: the graph's own outputs."""
+    emitter = WholeEmitter(module, plan, 0)
+    _emit_whole(emitter, False, tuple(plan.axes.outputs()))
+    emitter.graph.output(emitter.results())
+    return emitter.to_module()
+
+
+def emit_block_dense(module: fx.GraphModule, plan: SelectivePlan, sample: int) -> fx.GraphModule:
+    """Dense for one block of a model: the graph's own outputs, and importance."""
     emitter = WholeEmitter(module, plan, sample, numbered=True)
-    _emit_whole(emitter, fill, tuple(plan.axes.outputs()))
+    _emit_whole(emitter, True, tuple(plan.axes.outputs()))
     return emitter.finish_block()
 
 
@@ -112,7 +126,7 @@ def _emit_whole(emitter: WholeEmitter, fill: bool, targets: tuple[fx.Node, ...])
 
 def emit_tail(module: fx.GraphModule, plan: SelectivePlan) -> fx.GraphModule:
     """Inputs and token-level output [B, N, C] to the graph's outputs."""
-    emitter = WholeEmitter(module, plan, 1)
+    emitter = WholeEmitter(module, plan, 0)
     emitter.add_inputs()
     tokens = emitter.add_tensor(
         "tokens", (plan.axes.samples, plan.tokens, plan.channels), plan.slots[0]

@@ -10,6 +10,9 @@ is strided, this error repeats with the stride, and is divided out (`_levelled`)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import isqrt
+
 import torch
 from torch import fx
 
@@ -28,6 +31,9 @@ PERIODS = 8
 """Strides in a segment, at least, for their average to show what repeats."""
 NOTHING = 1e-30
 """Attention received below which there is no share of it."""
+APART = 0.25
+"""Of rows s tokens apart, the squared distance that two should have in a picture, over s: few of
+an even sample are nearer; where they lie on a diagonal it is 2 / s."""
 FEWEST = 8
 """Rows that an attention is sampled at, where it computes as many and the sample allows."""
 
@@ -47,7 +53,7 @@ class ImportanceSum:
     def observe(self, found: Attention, query: fx.Node, key: fx.Node, mask: fx.Node | None) -> None:
         """Add one attention, given its emitted operands (query may be rows)."""
         pieces = _prunable_keys(self._plan, found)
-        if not pieces:
+        if not pieces or not self._sample:
             return
         call = self._writer.call
         rows, every_row = shape_of(query)[-2], shape_of(found.query)[-2]
@@ -125,11 +131,11 @@ class ImportanceSum:
     def _stride(self, rows: int, of: int) -> int:
         """Where only some `rows` of all are computed, as large a share of them is sampled.
 
-        So the sample takes no more of a step with few rows than of a dense one. Odd, for pictures
-        are mostly of even width: an even stride would sample some of their columns only.
+        So the sample takes no more of a step with few rows than of a dense one.
         """
         stride = -(-of // self._sample) if self._sample < of else 1
-        stride += stride > 1 and stride % 2 == 0
+        if stride > 1:
+            stride = even_stride(stride, self._plan.lengths)
         if rows < of:
             stride = min(stride, -(-rows // min(self._sample, FEWEST)))
         return stride
@@ -162,6 +168,32 @@ class ImportanceSum:
             return call(aten.add.Tensor, logits, mask)
         blocked = call(aten.logical_not.default, mask)
         return call(aten.masked_fill.Scalar, logits, blocked, float("-inf"))
+
+
+def even_stride(least: int, lengths: Sequence[int]) -> int:
+    """A stride, `least` or hardly more, whose rows lie evenly in pictures of so many tokens.
+
+    Odd, for pictures are mostly of even width: an even stride would sample some of their columns
+    only. One of a row more or less than the width would sample a few diagonals. As nothing tells
+    the width, it is taken to be that of the most nearly square picture, upright or not.
+    """
+    odd = least | 1
+    sides = [next(w for w in range(isqrt(n), 0, -1) if n % w == 0) for n in lengths]
+    widths = {*sides, *(n // side for n, side in zip(lengths, sides, strict=True))}
+
+    def evenness(stride: int) -> float:
+        return min(APART, *(_nearest(stride, width) / stride for width in widths))
+
+    return max(range(odd, odd + odd // 4 + 1, 2), key=evenness)
+
+
+def _nearest(stride: int, width: int) -> int:
+    """Least squared distance of two tokens of a picture of which every `stride`-th is taken."""
+    found = stride * stride
+    for down in range(1, isqrt(stride) + 1):
+        across = width * down % stride
+        found = min(found, down**2 + min(across, stride - across) ** 2)
+    return found
 
 
 def observed(plan: SelectivePlan) -> int:

@@ -13,7 +13,13 @@ from torch import Tensor, fx
 
 from specdiff.errors import Fault, Unsupported
 from specdiff.passes.base import PassRecord
-from specdiff.passes.emit import emit_block_dense, emit_dense, emit_tail
+from specdiff.passes.emit import (
+    emit_block_dense,
+    emit_block_probe,
+    emit_dense,
+    emit_probe,
+    emit_tail,
+)
 from specdiff.passes.frozen import emit_frozen, joins_text
 from specdiff.passes.importance import observed
 from specdiff.passes.listing import kinds_of_ops
@@ -104,13 +110,14 @@ class LoweredPrograms(Lowered):
         """What the programs take and give."""
         return self._signature
 
-    def probe(self, inputs: Sequence[object]) -> Evaluation:
-        """Every token, no cache."""
-        return Evaluation(*self._run("probe", self._emit(emit_dense, False), inputs))
+    def probe(self, inputs: Sequence[object]) -> Tensor:
+        """Every token, no cache, no importance."""
+        (tokens,) = self._run("probe", partial(emit_probe, self._module, self._plan), inputs)
+        return tokens
 
     def dense(self, inputs: Sequence[object], caches: Sequence[Tensor]) -> Evaluation:
         """Every token, caches overwritten."""
-        return Evaluation(*self._run("dense", self._emit(emit_dense, True), [*inputs, *caches]))
+        return Evaluation(*self._run("dense", self._emit(emit_dense), [*inputs, *caches]))
 
     def selective(
         self,
@@ -140,7 +147,8 @@ class LoweredPrograms(Lowered):
 class BlockPrograms(Lowered):
     """The programs of one block: each returns the graph's own outputs, then importance [B, N].
 
-    `before`, int64 [1], is the number of the model's attentions before those of the block.
+    The probe measures none. `before`, int64 [1], is the number of the model's attentions before
+    those of the block.
     """
 
     @cached_property
@@ -153,16 +161,16 @@ class BlockPrograms(Lowered):
         """How many of the model's attentions importance is taken from here."""
         return observed(self._plan)
 
-    def probe(self, inputs: Sequence[object], before: Tensor) -> list[Tensor]:
-        """Every token, no cache."""
-        emit = self._emit(emit_block_dense, False)
-        return list(self._run("block_probe", emit, [*inputs, before]))
+    def probe(self, inputs: Sequence[object]) -> list[Tensor]:
+        """Every token, no cache, no importance."""
+        emit = partial(emit_block_probe, self._module, self._plan)
+        return list(self._run("block_probe", emit, inputs))
 
     def dense(
         self, inputs: Sequence[object], caches: Sequence[Tensor], before: Tensor
     ) -> list[Tensor]:
         """Every token, caches overwritten."""
-        emit = self._emit(emit_block_dense, True)
+        emit = self._emit(emit_block_dense)
         return list(self._run("block_dense", emit, [*inputs, *caches, before]))
 
     def selective(

@@ -175,8 +175,11 @@ class Runtime:
         if reason == AMBIGUOUS:
             state.say(logger, AMBIGUOUS_HINT)
         programs = self.programs
-        found = programs.dense(inputs, self.pool.scratch()) if selects else programs.probe(inputs)
-        return [output.clone() for output in programs.tail(inputs, found.tokens)]
+        if selects:
+            found = programs.dense(inputs, self.pool.scratch()).tokens
+        else:
+            found = programs.probe(inputs)
+        return [output.clone() for output in programs.tail(inputs, found)]
 
 
 class DenseOnly:

@@ -44,13 +44,13 @@ class Programs(Protocol):
     def compile_seconds(self) -> Mapping[str, float]:
         """Seconds spent compiling each program, by its name."""
 
-    def probe(self, inputs: Sequence[object], before: Tensor) -> list[Tensor]:
-        """The block's outputs and importance; `before`, int64 [1]: attentions before its own."""
+    def probe(self, inputs: Sequence[object]) -> list[Tensor]:
+        """The block's outputs."""
 
     def dense(
         self, inputs: Sequence[object], caches: Sequence[Tensor], before: Tensor
     ) -> list[Tensor]:
-        """The same, caches overwritten."""
+        """Outputs and importance, caches overwritten; `before`, int64 [1]: attentions before."""
 
     def selective(
         self, inputs: Sequence[object], caches: Sequence[Tensor], active: Tensor, before: Tensor
@@ -154,7 +154,7 @@ class RootCall:
     visits: list[Visit] = field(default_factory=list)
     """What a plain call has seen."""
     importance: Tensor | None = None
-    """float32 [B, N], summed over blocks."""
+    """float32 [B, N], summed over blocks; a probe measures none."""
     _visited: int = 0
 
     def answer(self, block: Block, owner: int, inputs: Sequence[object]) -> list[Tensor]:
@@ -172,7 +172,10 @@ class RootCall:
             raise Diverged(f"block call {self._visited - 1} is not the one of the first forward")
         if self.tokens not in block.lengths:
             return list(block.dense(*inputs))  # of other tokens, such as text
-        *outputs, importance = self._run(block.planned(self.tokens), inputs, visit)
+        programs = block.planned(self.tokens)
+        if self.kind == "probe":
+            return programs.probe(inputs)
+        *outputs, importance = self._run(programs, inputs, visit)
         self.importance = importance if self.importance is None else self.importance + importance
         return outputs
 
@@ -212,8 +215,6 @@ class RootCall:
     def _run(self, programs: Programs, inputs: Sequence[object], visit: Visit) -> list[Tensor]:
         before = visit.before
         assert before is not None
-        if self.kind == "probe":
-            return programs.probe(inputs, before)
         count = len(programs.slots)
         mine, self.caches = self.caches[:count], self.caches[count:]
         if self.kind == "dense":

@@ -51,9 +51,9 @@ class RootPrograms:
                 seconds.update(block.planned(self._patches.tokens).compile_seconds)
         return seconds
 
-    def probe(self, inputs: Sequence[object]) -> Evaluation:
+    def probe(self, inputs: Sequence[object]) -> Tensor:
         """Every token computed by every block, no cache read or written."""
-        return self._evaluation(inputs, self._call("probe", inputs))
+        return self._tokens(inputs, self._call("probe", inputs))
 
     def dense(self, inputs: Sequence[object], caches: Sequence[Tensor]) -> Evaluation:
         """Every token computed; the caches are overwritten in place."""
@@ -93,10 +93,14 @@ class RootPrograms:
         return RootCall(kind, parameters, self._patches.tokens, self._visits, caches, active)
 
     def _evaluation(self, inputs: Sequence[object], call: RootCall) -> Evaluation:
+        tokens = self._tokens(inputs, call)
+        assert call.importance is not None  # its tokens are those of a block, which has plans
+        return Evaluation(tokens, call.importance)
+
+    def _tokens(self, inputs: Sequence[object], call: RootCall) -> Tensor:
         (output,), _ = forward(self._root, inputs, self._arguments, call)
         call.finish()
-        assert call.importance is not None  # its tokens are those of a block, which has plans
-        return Evaluation(self._patches.split(output), call.importance)
+        return self._patches.split(output)
 
 
 def forward(

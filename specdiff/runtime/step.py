@@ -138,14 +138,15 @@ class Step:
         # A key seen once costs nothing: caches are for trajectories that go on.
         if self.schedule.selects and stream.history.evaluations > 0:
             self._ensure_lease()
-        if not self.schedule.selects:
-            evaluation = self.programs.probe(self.inputs)
-        else:
+        if self.schedule.selects:
             caches = stream.lease.caches if stream.lease else self.pool.scratch()
             evaluation = self.programs.dense(self.inputs, caches)
-        tokens = evaluation.tokens.clone()  # the program's next run may overwrite them
-        stream.importance = per_sample(evaluation.importance, self._shared)
-        self._keep(importance=stream.importance)
+            tokens = evaluation.tokens
+            stream.importance = per_sample(evaluation.importance, self._shared)
+            self._keep(importance=stream.importance)
+        else:
+            tokens = self.programs.probe(self.inputs)
+        tokens = tokens.clone()  # the program's next run may overwrite them
         stream.history.record_dense(self.time, tokens)
         return tokens
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from specdiff import oracles
+from specdiff.compiler import programs_of
+from specdiff.options import Options
 from specdiff.oracles import Pair, pick, random_active
 from tests.models import Inputs
 from tests.oracles import Traced
@@ -35,6 +37,13 @@ def caches_of(found: Traced) -> list[Tensor]:
     return [torch.full_like(slot.allocate(), torch.nan) for slot in found.analysis.signature.caches]
 
 
+def importance_of(found: Traced, sample: int | None = None) -> Tensor:
+    """What a dense step measures from so many queries, or all, on the first call's inputs."""
+    options = Options(importance_queries=sample, inner_backend="eager")
+    programs = programs_of(found.analysis, options, {})
+    return programs.dense(found.flat[0], caches_of(found)).importance
+
+
 def idempotence(
     found: Traced, programs: Any, shares: Sequence[float] = SHARES, **tolerance: float
 ) -> None:
@@ -49,7 +58,7 @@ def masked_dense(
 ) -> None:
     """Oracle 2: on another input, stale rows are exactly those of the caches."""
     flat, later = found.flat
-    probed = programs.probe(later).tokens
+    probed = programs.probe(later)
     differs = False
     for active in active_sets(found, shares):
         for pair in oracles.masked_dense(found.analysis, programs, flat, later, active):
@@ -83,7 +92,7 @@ def all_active(
 
 def probe_is_the_model(model: nn.Module, inputs: Inputs, found: Traced, programs: Any) -> None:
     flat = found.flat[0]
-    outputs = programs.tail(flat, programs.probe(flat).tokens)
+    outputs = programs.tail(flat, programs.probe(flat))
     for output, expected in zip(outputs, model(**inputs), strict=True):
         torch.testing.assert_close(output, expected, **TOLERANCE)
 

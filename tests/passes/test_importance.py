@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from specdiff.compiler import programs_of
-from specdiff.options import Options
-from specdiff.passes.emit import emit_dense
+from specdiff.passes.emit import emit_block_probe, emit_dense, emit_probe
 from specdiff.passes.frozen import emit_frozen
+from specdiff.passes.importance import even_stride
 from specdiff.passes.rows import emit_selective
 from tests.models import flux
 from tests.oracles import trace
+from tests.passes.checks import importance_of
 
 aten = torch.ops.aten
 
@@ -34,7 +34,7 @@ def analysis(**sizes):
 def test_a_selective_step_samples_as_small_a_share_as_a_dense_one():
     found = analysis(rows=24, columns=28, text=8)
     # every eleventh of 680: an even stride would meet the same columns again and again
-    assert sampled(emit_dense(found.module, found.plan, 68, fill=False)) == {61}
+    assert sampled(emit_dense(found.module, found.plan, 68)) == {61}
     # 332 image tokens and the text: half of all
     assert sampled(emit_selective(found.module, found.plan, 68, 332)) == {30}
 
@@ -43,6 +43,39 @@ def test_a_selective_step_samples_as_small_a_share_as_a_dense_one():
 def test_a_few_rows_are_sampled_anyway(sample, rows):
     found = analysis(rows=12, columns=14, text=12)
     assert sampled(emit_frozen(found.module, found.plan, sample, 5)) == {rows}
+
+
+def softmaxes(program: fx.GraphModule) -> int:
+    return len(program.graph.find_nodes(op="call_function", target=aten.softmax.int))
+
+
+def test_a_plan_that_selects_no_tokens_measures_no_importance():
+    found = analysis(rows=4, columns=6, text=8)
+    assert softmaxes(emit_dense(found.module, found.plan, 8)) == 2
+    for emit in (emit_probe, emit_block_probe):
+        program = emit(found.module, found.plan)
+        assert softmaxes(program) == 0
+        # nor does it compute anything else that the model does not
+        products = program.graph.find_nodes(op="call_function", target=aten.matmul.default)
+        assert not products
+
+
+@pytest.mark.parametrize(
+    ("least", "length", "stride"),
+    [
+        (9, 32 * 32, 9),
+        (16, 32 * 32, 17),
+        (33, 32 * 32, 35),  # one more than the width: diagonals
+        (31, 32 * 32, 35),
+        (9, 64 * 64, 11),  # as 64 is 7 * 9 + 1
+        (37, 64 * 64, 37),
+        (65, 48 * 64, 69),
+        (13, 48 * 64, 15),  # as 48 and 64 are 1 less or 1 more than multiples
+        (13, 997, 13),  # of no picture
+    ],
+)
+def test_sampled_rows_do_not_line_up_in_a_picture(least, length, stride):
+    assert even_stride(least, [length]) == stride
 
 
 class Local(nn.Module):
@@ -68,9 +101,6 @@ def test_nearness_to_the_sampled_rows_does_not_count():
     assert (model.places @ model.places.T).softmax(1).max() * tokens > 9
     with torch.no_grad():
         found = trace(model, {"hidden_states": noise, "timestep": torch.ones(2)})
-        flat = found.flat[0]
-        exact = found.programs().probe(flat).importance
-        options = Options(importance_queries=sample, inner_backend="eager")
-        importance = programs_of(found.analysis, options, {}).probe(flat).importance
+        exact, importance = importance_of(found), importance_of(found, sample)
     assert not torch.equal(importance, exact)
     torch.testing.assert_close(importance, exact, rtol=0.05, atol=0)

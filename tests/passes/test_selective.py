@@ -13,7 +13,7 @@ from specdiff.errors import Unsupported
 from specdiff.passes.rules.attention import ATTENTION
 from tests.models import changed, randomize
 from tests.oracles import analyse_graph, trace
-from tests.passes.checks import check_oracles
+from tests.passes.checks import check_oracles, importance_of
 from tests.passes.toys import BATCH, CHANNELS, TEXT, TOKENS, Toy, attend, toy, toy_inputs
 
 N = TOKENS
@@ -248,7 +248,7 @@ def test_queries_that_may_attend_to_nothing_have_no_importance():
     mask = (valid[:, :, None] & valid[:, None, :])[:, None]
     model, inputs = randomize(Masked()), masked_call(mask)
     found = trace(model, inputs, changed(inputs))
-    importance = found.programs().probe(found.flat[0]).importance
+    importance = importance_of(found)
     assert importance.isfinite().all()
     assert (importance[1, -3:] == 0).all()
     assert (importance[0] > 0).all()
@@ -282,7 +282,7 @@ def test_importance_of_grouped_queries_is_that_of_repeated_keys():
     query = t.q(x).unflatten(-1, (4, 2)).transpose(1, 2)
     key = t.k(x)[..., :4].unflatten(-1, (2, 2)).transpose(1, 2)[:, [0, 0, 1, 1]]
     expected = (query @ key.mT * 0.4).softmax(-1).mean(2).sum(1)
-    importance = found.programs().probe(found.flat[0]).importance
+    importance = importance_of(found)
     torch.testing.assert_close(importance, expected.detach())
 
 
@@ -441,7 +441,7 @@ def test_half_precision():
     found = trace(model, inputs, changed(inputs))
     check_oracles(model, (inputs, changed(inputs)), found, rtol=3e-2, atol=3e-2)
     assert {slot.dtype for slot in found.analysis.signature.caches} == {torch.bfloat16}
-    assert found.programs().probe(found.flat[0]).importance.dtype is torch.float32
+    assert importance_of(found).dtype is torch.float32
 
 
 def test_inputs_that_are_not_contiguous():
@@ -490,7 +490,7 @@ def test_a_dict_like_output():
     model, inputs = randomize(Output(lambda y: (y,))), toy_inputs()
     found = trace(model, inputs, changed(inputs))
     programs, flat = found.programs(), found.flat[0]
-    sample = programs.tail(flat, programs.probe(flat).tokens)[0]
+    sample = programs.tail(flat, programs.probe(flat))[0]
     torch.testing.assert_close(sample, model(**inputs)["sample"])
 
 

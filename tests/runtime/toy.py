@@ -67,9 +67,9 @@ class ToyPrograms:
             additive=True,
         )
 
-    def probe(self, inputs: Sequence[object]) -> Evaluation:
+    def probe(self, inputs: Sequence[object]) -> Tensor:
         self.calls.append(("probe", None))
-        return self._in_buffers("probe", self._run(inputs, None, None))
+        return self._in_buffers("probe", self._run(inputs, None, None)).tokens
 
     def dense(self, inputs: Sequence[object], caches: Sequence[Tensor]) -> Evaluation:
         scratch = len({cache.data_ptr() for cache in caches}) == 1
