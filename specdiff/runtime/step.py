@@ -174,6 +174,8 @@ class Step:
         else:
             step = stream.sampler.step(stream.times[-1], self.time, self._seen)
             stream.correction.settle(*step)
+            if self.reading is not None and (joint := self.reading.joint):
+                stream.proven |= joint.news.item() > PROOF * self._allowed(joint.moved)
 
     @property
     def _seen(self) -> Displacement | None:
@@ -187,15 +189,17 @@ class Step:
 
         A solver of higher order uses earlier predictions again, what was put on top of them too.
         """
-        rounding = torch.finfo(self._latent.dtype).eps / max(seen.change.item(), 1e-6)
-        allowed, start = FIRST_ORDER_FIT + 2 * rounding, self.stream.times[-1]
+        allowed, start = self._allowed(seen), self.stream.times[-1]
         chosen = self.stream.sampler.chosen if self.stream.sampler is not None else None
-        if self.reading is not None and self.reading.joint is not None:
-            self.stream.proven |= self.reading.joint.news.item() > PROOF * allowed
         # The usual case, in a few numbers of the host.
         if chosen and seen.misfit(*chosen, start, self.time) <= allowed:
             return True
         return seen.residual(self.candidates, start, self.time) <= allowed
+
+    def _allowed(self, seen: Displacement) -> float:
+        """What a first-order step may miss, relative to its length."""
+        rounding = torch.finfo(self._latent.dtype).eps / max(seen.change.item(), 1e-6)
+        return FIRST_ORDER_FIT + 2 * rounding
 
     @property
     def _doubted(self) -> bool:
