@@ -18,6 +18,7 @@ from specdiff.options import Options, Settings
 from specdiff.program import Programs
 from specdiff.runtime.caches import CachePool
 from specdiff.runtime.history import History
+from specdiff.runtime.joint import Joint
 from specdiff.runtime.noise import Process, processes
 from specdiff.runtime.prediction import Displacement
 from specdiff.runtime.reading import Reading, read
@@ -87,7 +88,7 @@ class Runtime:
         table = owner.table(self)
         conditions = [inputs[index] for index in self._conditions]
         stream = table.find(conditions)
-        reading = self._read(inputs, stream) if given is None else None
+        reading = self._read(inputs, table, stream) if given is None else None
         candidates = processes(settings.prediction, settings.alphas_cumprod)
         refusal, begins = _place(stream, reading, given, candidates)
         if refusal is not None:
@@ -136,15 +137,16 @@ class Runtime:
             return BUDGET
         return None
 
-    def _read(self, inputs: Sequence[object], stream: Stream | None) -> Reading:
+    def _read(self, inputs: Sequence[object], table: StreamTable, stream: Stream | None) -> Reading:
         signature = self.programs.signature
         latent, time = inputs[signature.latent], signature.time
         assert isinstance(latent, Tensor) and time is not None
-        moved = None
+        moved = joint = None
         if stream is not None and stream.latents:
             parts = moving_parts(signature, inputs)
             moved = Displacement.of(parts, stream.latents, stream.predictions)
-        return read(inputs[time], latent, moved)
+            joint = Joint.of(stream, table.partner(stream), parts)
+        return read(inputs[time], latent, moved, joint)
 
     def _history(self) -> History:
         tokens = self.programs.signature.tokens

@@ -139,6 +139,10 @@ class Displacement:
         doubt = torch.arange(square.shape[1], device=square.device) * (2 * EVIDENCE / self.size)
         return Fits(torch.where(added, excess, share), expected.log() + ratio + doubt)
 
+    def residual(self, candidates: Sequence[Process], start: float, end: float) -> float:
+        """Of the candidate that explains best; products that were fetched."""
+        return self.fits(candidates, start, end).residuals.min().item()
+
     def misfit(self, process: Process, way: int, start: float, end: float) -> float:
         """As the residual of `fits`, of one candidate and way, of products that were fetched."""
         kept, moved, variance = process.step(start, end)

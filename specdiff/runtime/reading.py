@@ -6,12 +6,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from specdiff.runtime.noise import Process
 from specdiff.runtime.prediction import Displacement
+
+if TYPE_CHECKING:
+    from specdiff.runtime.joint import Joint
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,8 @@ class Reading:
     """Whether the latent has no NaN and no infinity."""
     moved: Displacement | None = None
     """How the sampler came here, if there is a previous evaluation; on the host."""
+    joint: Joint | None = None
+    """The same by both halves of guidance, if another stream has the other one; on the host."""
 
     @cached_property
     def change(self) -> float:
@@ -35,15 +41,22 @@ class Reading:
         """Of the candidate that explains best how the sampler came here since `start`."""
         if self.moved is None:
             return 0.0
-        return self.moved.fits(candidates, start, self.time).residuals.min().item()
+        return self.moved.residual(candidates, start, self.time)
 
 
-def read(time: object, latent: Tensor, moved: Displacement | None) -> Reading:
+def read(
+    time: object, latent: Tensor, moved: Displacement | None, joint: Joint | None = None
+) -> Reading:
     """Read time and latent of an evaluation, and how it came about from the previous one."""
     times = torch.as_tensor(time, device=latent.device).float().flatten()
     parts = [times.min(), times.max(), torch.linalg.vector_norm(latent.float())]
     if moved is not None:
         parts.extend(moved.products.flatten())
-    low, high, norm, *products = torch.stack(parts).tolist()
+    own = len(parts)
+    if joint is not None:
+        parts.extend(joint.values())
+    values = torch.stack(parts).tolist()
+    low, high, norm, *products = values[:own]
     fetched = moved.fetched(products) if moved is not None else None
-    return Reading(low, low == high, math.isfinite(norm), fetched)
+    both = joint.fetched(values[own:]) if joint is not None else None
+    return Reading(low, low == high, math.isfinite(norm), fetched, both)

@@ -40,6 +40,9 @@ logger = logging.getLogger(__name__)
 
 FIRST_ORDER_FIT = 5e-3
 """Relative residual of a first-order step, from float32 inner products."""
+PROOF = 4.0
+"""Change of a prediction, as a multiple of what a first-order step may miss, that shows in the step
+of a sampler that uses the one before it again: half of it in Adams-Bashforth's."""
 BUDGET = "cache budget exceeded"
 NO_FIT = (
     "no speculation or correction: the sampler's steps fit neither a flow nor DDIM on a usual noise"
@@ -87,6 +90,7 @@ class Step:
         else:
             tokens = self._skip()
             counters.skipped += 1
+        stream.joint = self.reading.joint if self.reading is not None else None
         if self._corrects and before:
             tokens = self._corrected(before, tokens, computed=count > 0)
         stream.times.append(self.time)
@@ -166,25 +170,47 @@ class Step:
             stream.correction = None  # what it knows grows old while nothing keeps it up
         if stream.correction is None or stream.sampler is None:
             return
-        if self.reading is not None and not self._is_first_order(self.reading):
+        if self._seen is not None and not self._is_first_order(self._seen):
             stream.correction, stream.first_order = None, False
         else:
-            seen = self.reading.moved if self.reading is not None else None
-            stream.correction.settle(*stream.sampler.step(stream.times[-1], self.time, seen))
+            step = stream.sampler.step(stream.times[-1], self.time, self._seen)
+            stream.correction.settle(*step)
+            if self.reading is not None and (joint := self.reading.joint):
+                stream.proven |= joint.news.item() > PROOF * self._allowed(joint.moved)
 
-    def _is_first_order(self, reading: Reading) -> bool:
+    @property
+    def _seen(self) -> Displacement | None:
+        """The sampler's step since the previous evaluation, by both halves of guidance if known."""
+        if self.reading is None:
+            return None
+        return self.reading.joint.moved if self.reading.joint else self.reading.moved
+
+    def _is_first_order(self, seen: Displacement) -> bool:
         """Whether the last step follows from the last prediction alone, as far as rounding shows.
 
         A solver of higher order uses earlier predictions again, what was put on top of them too.
         """
-        rounding = torch.finfo(self._latent.dtype).eps / max(reading.change, 1e-6)
-        allowed, start = FIRST_ORDER_FIT + 2 * rounding, self.stream.times[-1]
+        allowed, start = self._allowed(seen), self.stream.times[-1]
         chosen = self.stream.sampler.chosen if self.stream.sampler is not None else None
-        seen = reading.moved
         # The usual case, in a few numbers of the host.
-        if chosen and seen and seen.misfit(*chosen, start, reading.time) <= allowed:
+        if chosen and seen.misfit(*chosen, start, self.time) <= allowed:
             return True
-        return reading.residual(self.candidates, start) <= allowed
+        return seen.residual(self.candidates, start, self.time) <= allowed
+
+    def _allowed(self, seen: Displacement) -> float:
+        """What a first-order step may miss, relative to its length."""
+        rounding = torch.finfo(self._latent.dtype).eps / max(seen.change.item(), 1e-6)
+        return FIRST_ORDER_FIT + 2 * rounding
+
+    @property
+    def _doubted(self) -> bool:
+        """Whether the sampler may be one that uses earlier predictions again, for all that is seen.
+
+        With two predictions a step is explained more easily, and a wrong correction costs more than
+        the wait: nothing is put on top until a step could have shown another order.
+        """
+        paired = self.reading is not None and self.reading.joint is not None
+        return paired and not self.stream.proven
 
     def _corrected(
         self, before: Sequence[ComputedOutput], tokens: Tensor, *, computed: bool
@@ -198,7 +224,8 @@ class Step:
             missing = stream.correction.collect(before[0], older, newest)
             due = next_time([*stream.times, self.time], self.given)
             more = on_top(missing, *stream.sampler.step(self.time, due))
-            tokens = (tokens.float() + more).to(tokens.dtype)
+            if not self._doubted:  # else it stays missing, to be put on top later
+                tokens = (tokens.float() + more).to(tokens.dtype)
         stream.correction.hand_out(newest, tokens, self.time)
         return tokens
 
@@ -310,7 +337,7 @@ class Step:
     def _inferred(self, latents: tuple[Tensor, ...], predictions: Ways) -> Prediction:
         """What the sampler did since the previous evaluation, given by its parts."""
         stream, (start, end) = self.stream, self.stream.times[-2:]
-        seen = self.reading.moved if self.reading is not None else None
+        seen = self._seen
         if seen is None:
             seen = Displacement.of(stream.latents, latents, predictions)
         unit, exact = time_unit(self.given or stream.times), self.given is not None

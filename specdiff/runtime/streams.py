@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from specdiff.runtime.history import History
 from specdiff.runtime.noise import Process
 from specdiff.runtime.prediction import POOR_FIT, Prediction, Ways
 from specdiff.runtime.reading import Reading
+
+if TYPE_CHECKING:
+    from specdiff.runtime.joint import Joint
 
 MAX_STREAMS = 8
 LARGE_CHANGE = 0.5
@@ -80,6 +83,11 @@ class Stream:
         self.correction: Correction | None = None
         self.first_order = True
         """Whether each step seen so far followed from its own prediction alone."""
+        self.joint: Joint | None = None
+        """How the sampler came to the latest evaluation, where another stream has the other half of
+        guidance."""
+        self.proven = False
+        """Whether a step that followed a new prediction has shown such a sampler's order."""
         self.ambiguous = False
         self.last_call = 0
 
@@ -111,7 +119,7 @@ class Stream:
     def become_ambiguous(self) -> None:
         """Give the caches back: calls of this key cannot be told apart and run dense."""
         self.ambiguous = True
-        self.lease = self.importance = self.correction = None
+        self.lease = self.importance = self.correction = self.joint = None
         self.latents = self.predictions = ()
         self.speculative.clear()
 
@@ -156,6 +164,18 @@ class StreamTable:
         kept = [other for other in self._streams if other is not replacing]
         self._streams = [*kept, stream][-MAX_STREAMS:]
         return stream
+
+    def partner(self, stream: Stream) -> Stream | None:
+        """The stream last called that may be the other half of guidance in separate calls.
+
+        It was evaluated at the same times, and may have been at the one that comes next.
+        """
+        count = len(stream.times)
+        for other in reversed(self._streams):
+            ahead = len(other.times) - count
+            if other is not stream and ahead in (0, 1) and other.times[:count] == stream.times:
+                return other if other.latents and not other.ambiguous else None
+        return None
 
     def touch(self, stream: Stream) -> None:
         """Note that a stream was evaluated by the current call."""

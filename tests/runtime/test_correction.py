@@ -2,6 +2,13 @@
 
 import pytest
 import torch
+from diffusers import (
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from toy import CHANNELS, Euler, N, Toy, ToyPrograms, noise, prompt, sigmas, streams_of, toy
 
 import specdiff.runtime as sd
@@ -228,3 +235,87 @@ def test_tapered_plan():
 def test_dense_evaluations_of_a_plan(options, dense):
     plan = Schedule.of(Options(**options).resolve(), (16,))
     assert [i for i in range(28) if plan.decide(Place.known(i, 28))[0]] == dense
+
+
+def guided_apart(options, scale, scheduler=None, steps=28, texts=(1, 2)):
+    """The final latent of a run with a call for each half of guidance, and the model."""
+    model, latent = toy(programs=ToyPrograms(unit=1000.0), **options), noise()
+    scheduler = scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(steps)
+    given, without = (prompt(seed) for seed in texts)
+    for time in scheduler.timesteps:
+        at = time.float().expand(1)
+        halves = [model(latent, at, text) for text in (given, without)]
+        velocity = torch.lerp(halves[1], halves[0], scale)
+        latent = scheduler.step(velocity, time, latent, return_dict=False)[0]
+    return latent, model
+
+
+@pytest.mark.parametrize("scale", [1.5, 4.0, 7.0])
+def test_halves_of_guidance_in_calls_of_their_own_are_corrected(scale):
+    expected, _ = guided_apart({"cache_ratio": 0.0}, scale)
+    short = [
+        (guided_apart({"correction": on}, scale)[0] - expected).norm() / expected.norm()
+        for on in (True, False)
+    ]
+    assert short[0] < 0.4 * short[1]
+    assert short[0] < 0.01
+
+
+@pytest.mark.parametrize("scale", [1.5, 7.0])
+@pytest.mark.parametrize(
+    "solver",
+    [
+        UniPCMultistepScheduler,
+        DPMSolverMultistepScheduler,
+        DEISMultistepScheduler,
+        FlowMatchHeunDiscreteScheduler,
+    ],
+)
+def test_halves_that_a_solver_uses_again_are_left_alone(solver, scale):
+    """Not a single correction is handed out: Wan's pipeline, with UniPC, once lost by it."""
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    settings = {"shift": 3.0} if solver is FlowMatchHeunDiscreteScheduler else flow
+    found = [guided_apart({"correction": on}, scale, solver(**settings))[0] for on in (True, False)]
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_halves_are_known_by_their_latent():
+    _, model = guided_apart({}, 7.0)
+    assert all(stream.joint is not None and stream.proven for stream in streams_of(model))
+    model = toy()
+    runs = [Euler(model, seed, steps=28) for seed in (3, 4)]
+    for _ in range(28):
+        for run in runs:
+            run.step()
+    assert all(stream.joint is None for stream in streams_of(model))
+
+
+def test_two_generations_from_one_seed_are_corrected_as_if_alone():
+    model = toy()
+    runs = [Euler(model, 3, steps=28, text=prompt(text)) for text in (5, 6)]
+    for _ in range(28):
+        for run in runs:
+            run.step()
+    for run, text in zip(runs, (5, 6), strict=True):
+        alone = Euler(toy(), 3, steps=28, text=prompt(text)).run()
+        torch.testing.assert_close(run.latent, alone.latent, rtol=1e-4, atol=1e-5)
+
+
+def test_a_half_that_is_called_no_more_is_not_waited_for():
+    """Guidance in the first part of a run only."""
+    short = []
+    for on in (True, False):
+        latents = []
+        for options in ({"correction": on}, {"cache_ratio": 0.0}):
+            model, latent, at = toy(**options), noise(), sigmas(28)
+            given, without = prompt(1), prompt(2)
+            for index in range(28):
+                time = torch.tensor(at[index]).expand(1)
+                velocity = model(latent, time, given)
+                if index < 15:
+                    velocity = torch.lerp(model(latent, time, without), velocity, 4.0)
+                latent = latent + (at[index + 1] - at[index]) * velocity
+            latents.append(latent)
+        short.append((latents[0] - latents[1]).norm())
+    assert short[0] < 0.5 * short[1]
