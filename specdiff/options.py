@@ -198,7 +198,7 @@ class Options:
     equation 3; it also chooses the defaults of the options left None."""
 
     importance_queries: int | None = _option(
-        128, "an integer of at least 1, or None for all queries", _count(1), runtime=False
+        32, "an integer of at least 1, or None for all queries", _count(1), runtime=False
     )
     """Query rows per attention, at most, that are sampled, evenly strided, to measure importance.
     Plans that select no tokens, as the default, measure none."""
