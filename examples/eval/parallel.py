@@ -39,7 +39,9 @@ class Wanted:
     out: Path
     sizes: Sequence[str]
 
-    def start(self, folder: Path, phase: str, methods: Sequence[str]) -> subprocess.Popen[bytes]:
+    def start(
+        self, folder: Path, phase: str, methods: Sequence[str], *more: str
+    ) -> subprocess.Popen[bytes]:
         """One `specdiff eval` of these methods in a folder of its own, on one thread."""
         folder.mkdir(parents=True, exist_ok=True)
         names = [part for name in methods for part in ("--method", name)]
@@ -47,7 +49,7 @@ class Wanted:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         with (folder / "log").open("wb") as log:
             return subprocess.Popen(
-                [*COMMAND, *arguments, "--measure", phase, *self.sizes, *names],
+                [*COMMAND, *arguments, "--measure", phase, *self.sizes, *names, *more],
                 stdout=log, stderr=log, env=environment,
             )  # fmt: skip
 
@@ -63,8 +65,8 @@ def parts(candidates: Sequence[Candidate], processes: int) -> list[list[str]]:
     return alone + [rest[start : start + size] for start in range(0, len(rest), size)]
 
 
-def join(folders: Sequence[Path], out: Path, order: Sequence[str]) -> None:
-    """One folder of what lies in several, its methods in order."""
+def join(folders: Sequence[Path], out: Path, order: Sequence[str]) -> list[str]:
+    """One folder of what lies in several, its methods in order; returns their names."""
     (out / LATENTS).mkdir(parents=True, exist_ok=True)
     joined: dict[str, Any] = {}
     for folder in folders:
@@ -77,6 +79,7 @@ def join(folders: Sequence[Path], out: Path, order: Sequence[str]) -> None:
         for latents in (folder / LATENTS).glob("*"):
             shutil.move(latents, out / LATENTS / latents.name)
     (out / RESULTS).write_text(json.dumps(joined, indent=2) + "\n")
+    return list(joined["methods"])
 
 
 def main(
@@ -87,6 +90,7 @@ def main(
     pictures: Annotated[int, typer.Option(min=1, help="Compared per method.")] = 32,
     pairs: Annotated[int, typer.Option(min=1, help="To be timed, later.")] = 8,
     large_set: Annotated[int, typer.Option(min=0, help="For the distance between sets.")] = 256,
+    minutes: Annotated[float, typer.Option(help="No method begins to draw after it.")] = 60.0,
     probe: Annotated[Path | None, typer.Option(help="Classifier of train_probe.py.")] = None,
 ) -> None:
     """Draw every method's pictures, then compare them."""
@@ -96,13 +100,13 @@ def main(
     shares = parts(candidates, processes)
     folders = [out / "parts" / str(number) for number in range(len(shares))]
     running = [
-        wanted.start(folder, "draw", names) for folder, names in zip(folders, shares, strict=True)
+        wanted.start(folder, "draw", names, "--minutes", str(minutes))
+        for folder, names in zip(folders, shares, strict=True)
     ]
     for process in running:
         process.wait()
-    names = [one.name for one in candidates]
-    join(folders, out, names)
-    failed = wanted.start(out, "compare", ()).wait()
+    drawn = join(folders, out, [one.name for one in candidates])
+    failed = wanted.start(out, "compare", drawn).wait()
     print((out / "log").read_text()[-500:])
     raise typer.Exit(failed)
 
