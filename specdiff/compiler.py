@@ -32,6 +32,7 @@ from specdiff.passes.lower import Compiler as ProgramCompiler
 from specdiff.passes.normalize import DynamoGraph, NormalizePass
 from specdiff.passes.regions import Region, RegionsPass
 from specdiff.passes.selective import SelectivePass, SelectivePlan
+from specdiff.passes.share import share_repeats
 from specdiff.passes.signature import build_signature, varying_inputs
 from specdiff.passes.specialise import floats_of, specialise
 from specdiff.program import Signature
@@ -304,6 +305,10 @@ def program_compiler(
         log.debug("%s", record)
         for observer in observers(dump):
             observer(record, program, {})
+        if options.inner_backend == "inductor":
+            program, shared = share_repeats(program, torch_adapter.SHARED_CALL)
+            for each in shared:
+                log.debug("program %s: %s", name, each)
         return torch_adapter.compile_program(program, values, options.inner_backend, settings)
 
     return compiler

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.source import LocalSource
 from torch._dynamo.utils import counters
 from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import CompileId, TracingContext, tracing
@@ -29,6 +30,13 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from specdiff.errors import Unsupported
 
 InductorSettings = Mapping[str, Any]
+
+SHARED_CALL = torch.ops.higher_order.invoke_subgraph
+"""`(graph, its name, *operands)`: what `torch.compiler.nested_compile_region` makes of a function.
+
+Tried on 2.11 and 2.13: AOTAutograd traces a graph of one name once, Inductor writes it as one
+function, and writes to operands (`index_put_`, `copy_`) stay in place, with no copy of a cache.
+"""
 
 
 def export_functional(module: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
@@ -253,7 +261,9 @@ def _inductor(
 def _restore_static_metadata(module: fx.GraphModule) -> None:
     """What AOTAutograd looks for in a graph that came from Dynamo (frontend_utils.py)."""
     module.meta["dynamo_compile_id"] = CompileId(frame_id=0, frame_compile_id=0)
-    module._param_name_to_source = {}  # type: ignore[assignment]
+    constants = (name for name, _ in module.named_buffers(remove_duplicate=False))
+    sources = {name: LocalSource(f"specdiff_{name}") for name in constants}
+    module._param_name_to_source = sources  # type: ignore[assignment]
     for node in module.graph.find_nodes(op="placeholder"):
         origin = node.meta.pop("dynamo_placeholder", None)
         if origin is None and getattr(node, "_dynamo_source", None) is not None:

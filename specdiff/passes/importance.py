@@ -65,9 +65,10 @@ class ImportanceSum:
             if strided:
                 share = self._levelled(share, self._stride(rows, every_row))
             total = self._totals.get(piece.segment)
-            if total is not None:
-                share = call(aten.add.Tensor, total, share)
-            self._totals[piece.segment] = share
+            if total is None:
+                # added to nothing, so that the first block does what all others do
+                total = call(aten.zeros_like.default, share)
+            self._totals[piece.segment] = call(aten.add.Tensor, total, share)
 
     def result(self) -> fx.Node:
         """float32 [B, N]; ones for segments that no attention reads as keys."""
