@@ -1,4 +1,4 @@
-"""Caches in 8 bits: bytes, fidelity and time of `kv_cache_dtype` on both trained models, and FLUX's.
+"""Caches in 8 bits: bytes, fidelity and time of `kv_cache_dtype` on the trained models.
 
     python examples/memory.py --json examples/memory/caches.json
 

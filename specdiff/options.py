@@ -226,7 +226,8 @@ class Options:
 
     max_cache_bytes: int | None = _option(None, "an integer of at least 0, or None", _count(0))
     """Limit on the bytes of all key/value caches of one compiled graph; steps that would need more
-    run dense."""
+    run dense. Where a single set of caches exceeds it, none is allocated; else the memory in which
+    dense steps without caches leave theirs, as large as one cache, comes on top."""
 
     kv_cache_dtype: str | None = _choice(None, tuple(KV_CACHE_DTYPES), runtime=False)
     """Codes in which caches hold the keys and values of attentions: "int8" or "fp8_e4m3", each with

@@ -1,6 +1,6 @@
 """Kept: the tensors in which a value lies between steps: itself, or 8-bit codes and their scales.
 
-A code times its scale is the value, to one part in 254 (int8) or 16 (float8) of the largest
+A code times its scale is the value, to one part in 254 (int8) or 28 (float8) of the largest
 magnitude of its row: of one token in one head. Rows are coded one by one, so that a selective step
 rewrites those of active tokens alone.
 """
