@@ -30,6 +30,7 @@ from specdiff.passes.listing import listing
 from specdiff.passes.lower import BlockPrograms, LoweredPrograms
 from specdiff.passes.lower import Compiler as ProgramCompiler
 from specdiff.passes.normalize import DynamoGraph, NormalizePass
+from specdiff.passes.quantize import QuantizePass, quantized
 from specdiff.passes.regions import Region, RegionsPass
 from specdiff.passes.selective import SelectivePass, SelectivePlan
 from specdiff.passes.share import share_repeats
@@ -90,6 +91,8 @@ def analyse(traced: Traced, states: Sequence[bool], options: Options) -> Analysi
     selected = runner.run(SelectivePass(), traced.axes)
     varying = partial(varying_inputs, states=states, timestep_arg=options.timestep_arg)
     plan = runner.run(InvariantPass(varying), selected)
+    if options.kv_cache_code is not None:
+        plan = runner.run(QuantizePass(options.kv_cache_code), plan)
     regions = runner.run(RegionsPass(), plan)
     signature = build_signature(plan, states, options.timestep_arg)
     records = tuple(runner.records)
@@ -249,7 +252,9 @@ def answer(
     compiler = program_compiler(traced.dump, options, settings)
 
     def planned(tokens: int) -> BlockPrograms:
-        plan = guarded(lambda: plan_block(traced.axes, tokens, states))
+        plan = guarded(
+            lambda: quantized(plan_block(traced.axes, tokens, states), options.kv_cache_code)
+        )
         if isinstance(plan, str):
             raise Unsupported(plan)
         return BlockPrograms(traced.module, plan, sample_of(options), compiler)

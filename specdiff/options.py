@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from specdiff.errors import OptionError
@@ -19,6 +20,7 @@ METHODS = ("history", "paper")
 FORECASTS = ("reuse", "linear", "quadratic", "mean", "mean-1000")
 PREDICTIONS = ("auto", "flow", "epsilon", "v")
 INNER_BACKENDS = ("inductor", "aot_eager", "eager")
+KV_CACHE_DTYPES = {"int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
 
 # Used where an option is left None. The schedule of "history" was measured on the demo model alone
 # (README, results); "paper" has the paper's values, and where it is silent those of paper.md.
@@ -227,7 +229,13 @@ class Options:
 
     max_cache_bytes: int | None = _option(None, "an integer of at least 0, or None", _count(0))
     """Limit on the bytes of all key/value caches of one compiled graph; steps that would need more
-    run dense."""
+    run dense. Where a single set of caches exceeds it, none is allocated; else the memory in which
+    dense steps without caches leave theirs, as large as one cache, comes on top."""
+
+    kv_cache_dtype: str | None = _choice(None, tuple(KV_CACHE_DTYPES), runtime=False)
+    """Codes in which caches hold the keys and values of attentions: "int8" or "fp8_e4m3", each with
+    a float32 scale for a token and head; None: the model's dtype. What else lives in caches keeps
+    that too, and so does what cannot be coded (`specdiff.explain` says why)."""
 
     inner_backend: str = _choice("inductor", INNER_BACKENDS, runtime=False)
     """What compiles the emitted programs."""
@@ -286,6 +294,11 @@ class Options:
             if name.replace("-", "_") not in known:
                 raise OptionError(_unknown(name, list(_FIELDS), sorted(known)))
         return cls(**ours), inductor
+
+    @property
+    def kv_cache_code(self) -> torch.dtype | None:
+        """`kv_cache_dtype` as torch has it."""
+        return None if self.kv_cache_dtype is None else KV_CACHE_DTYPES[self.kv_cache_dtype]
 
     def override(self, overrides: Mapping[str, Any]) -> Options:
         """These options with some replaced."""

@@ -59,11 +59,11 @@ def idempotence(
     """Oracle 1: after a dense step, a selective step on the same input changes nothing."""
     caches = _caches(analysis)
     dense = programs.dense(inputs, caches)
-    before = [cache.clone() for cache in caches]
+    before = kept_values(analysis.plan, [cache.clone() for cache in caches])
     selective = programs.selective(inputs, caches, active)
     yield Pair("idempotence", selective.tokens, pick(dense.tokens, active))
-    for cache, old in zip(caches, before, strict=True):
-        yield Pair("idempotence", cache, old)
+    for kept, old in zip(kept_values(analysis.plan, caches), before, strict=True):
+        yield Pair("idempotence", kept, old)
 
 
 def masked_dense(
@@ -108,9 +108,11 @@ def frozen_text(
         second.run(*values)
         yield Pair(name, found.tokens, pick(as_tokens(analysis.plan, second.values), active))
         # after them come values that no step changes
-        for cache, node in zip(caches, analysis.plan.cached, strict=False):
+        for kept, node in zip(
+            kept_values(analysis.plan, caches), analysis.plan.cached, strict=False
+        ):
             expected = second.values[node.name].permute(cache_order(analysis.plan, node))
-            yield Pair(name, cache, expected)
+            yield Pair(name, kept, expected)
 
 
 def of_block(
@@ -199,6 +201,8 @@ def as_tokens(plan: SelectivePlan, values: Mapping[str, Tensor]) -> Tensor:
 class MaskedDense(fx.Interpreter):
     """Computes every row of every op, then keeps the cached row where a token is not active.
 
+    What the caches hold as codes is read as these tell it, fresh rows too.
+
     `values` has what lives in caches and the token-level outputs, or with `every` all values.
     """
 
@@ -231,9 +235,33 @@ class MaskedDense(fx.Interpreter):
         if n in self._plan.cached and self._cached:
             fresh = fresh_rows(self._plan, n, self._active, self._text)
             value = torch.where(fresh, value, self._cached[n.name])
+            value = coded(value, self._plan.codes.get(n))
         if self._kept is None or n in self._kept:
             self.values[n.name] = value
         return value
+
+
+def coded(value: Tensor, code: torch.dtype | None) -> Tensor:
+    """What codes of that dtype tell of `value`, by its last axis; without, the value itself."""
+    if code is None:
+        return value
+    top = torch.finfo(code).max if code.is_floating_point else torch.iinfo(code).max
+    scale = value.float().abs().amax(-1, keepdim=True) / top
+    # a row of zeros divides by nothing
+    codes = torch.where(scale > 0, value.float() / scale, 0.0)
+    codes = codes if code.is_floating_point else codes.round()
+    return (codes.to(code).float() * scale).to(value.dtype)
+
+
+def kept_values(plan: SelectivePlan, caches: Iterable[Tensor]) -> list[Tensor]:
+    """What the caches hold of each value that is kept: codes times their scales."""
+    pending, found = iter(caches), []
+    for node in plan.cached:
+        value = next(pending)
+        if node in plan.codes:
+            value = (value.float() * next(pending)).to(node.meta["val"].dtype)
+        found.append(value)
+    return [*found, *pending]
 
 
 def fresh_rows(plan: SelectivePlan, node: fx.Node, active: Tensor, text: bool = True) -> Tensor:

@@ -16,8 +16,9 @@ from specdiff.compiler import Analysis, attempt
 from specdiff.machine import MachineRates
 from specdiff.options import Options, Settings
 from specdiff.passes.base import PassRecord
-from specdiff.passes.cost import Sizes, Work
+from specdiff.passes.cost import CostModel, Sizes, Work
 from specdiff.passes.listing import name_of
+from specdiff.passes.quantize import uncoded
 from specdiff.passes.regions import Region, dense_work, selective_work
 from specdiff.passes.signature import module_path
 from specdiff.program import Segment
@@ -75,6 +76,8 @@ class Report:
     regions: tuple[Region, ...] = ()
     cache_bytes: int = 0
     """Bytes of the caches of one generation."""
+    uncoded: Mapping[str, int] = field(default_factory=dict)
+    """Caches that stay in the model's dtype against `kv_cache_dtype`, counted by the reason."""
     whole: tuple[WholeOp, ...] = ()
     """Ops that mix tokens and therefore stay whole."""
     sizes: Sizes = field(default_factory=lambda: Sizes(0, 0, 0))
@@ -94,6 +97,13 @@ class Report:
     def selective_work(self) -> Work:
         """Of a selective step, in B, N, K and T."""
         return selective_work(self.regions)
+
+    @property
+    def cache_formula(self) -> sympy.Expr:
+        """Bytes of the caches of one generation, in B, N and T: `cache_bytes` at these sizes."""
+        assert self.analysis is not None, self.reason
+        plan = self.analysis.plan
+        return CostModel(plan).caches((*plan.cached, *plan.fixed))
 
     @property
     def speedup(self) -> sympy.Expr:
@@ -156,7 +166,9 @@ class Report:
             lines.append(f"  {segment.name}: {segment.length} tokens, {kind}")
         kinds = Counter(region.kind for region in self.regions)
         lines.append("regions: " + ", ".join(f"{n} {kind}" for kind, n in kinds.items()))
-        lines.append(f"caches: {self.cache_bytes / 2**20:.1f} MiB a generation")
+        mebibytes = f"{self.cache_bytes / 2**20:.1f} MiB"
+        lines.append(f"caches: {mebibytes} a generation, {self.cache_formula} bytes")
+        lines += [f"  {n} in the model's dtype: {why}" for why, n in self.uncoded.items()]
         lines.append(f"dense step: {self.step_flops() / 1e9:.2f} GFLOP")
         for ratio in RATIOS:
             gain = self.step_flops() / self.step_flops(self.active_at(ratio))
@@ -204,6 +216,8 @@ def report_of(found: Analysis | str, options: Options | None = None) -> Report:
         return Report(False, found)
     if found.signature.time is None:
         return Report(False, "no time input was found: name it by the option timestep_arg")
+    known = options or Options()
+    code = known.kv_cache_code
     return Report(
         selective=True,
         reason="",
@@ -213,10 +227,11 @@ def report_of(found: Analysis | str, options: Options | None = None) -> Report:
         segments=found.signature.segments,
         regions=found.regions,
         cache_bytes=found.signature.cache_bytes,
+        uncoded=Counter(uncoded(found.plan, code).values()) if code is not None else {},
         whole=_whole_ops(found),
         sizes=Sizes.of(found.plan),
         passes=found.records,
-        settings=(options or Options()).resolve(),
+        settings=known.resolve(),
         analysis=found,
     )
 

@@ -7,7 +7,7 @@ A graph without a time or a plan is held to them as a block, which `specdiff.att
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -40,6 +40,7 @@ from specdiff.oracles import (
 )
 from specdiff.passes.block import plan_block
 from specdiff.passes.lower import BlockPrograms
+from specdiff.passes.quantize import quantized
 from specdiff.report import Report, report_of
 
 TOLERANCES: Mapping[torch.dtype, float] = {
@@ -50,6 +51,8 @@ TOLERANCES: Mapping[torch.dtype, float] = {
 }
 """Largest error accepted, relative to the largest magnitude, by dtype of the model's output: that
 of sums taken in another order, some layers deep."""
+CODED_TOLERANCES: Mapping[str | None, float] = {None: 0.0, "int8": 3e-2, "fp8_e4m3": 1e-1}
+"""What is accepted at least where caches hold codes of that `kv_cache_dtype`."""
 ACTIVE_SHARE = 0.3
 
 
@@ -115,24 +118,28 @@ def verify(
     *args: Any,
     tolerance: float | None = None,
     timestep_arg: str | None = None,
+    kv_cache_dtype: str | None = None,
     **kwargs: Any,
 ) -> Verification:
     """Run `model` once on these inputs, and oracles 1 to 3 on every graph of it.
 
     Oracles 2 and 3 need the inputs of a later step: the latent moved by a third of its standard
     deviation. `tolerance` is relative to the largest magnitude of a value; by default it follows
-    the dtype of the output (`TOLERANCES`). `timestep_arg` is the option of that name. Needs
-    memory for two sets of caches.
+    the dtype of the output (`TOLERANCES`). `timestep_arg` and `kv_cache_dtype` are the options of
+    these names; with the latter, the error of oracle 1 is what the codes cost. Needs memory for two
+    sets of caches. Raises OptionError for a value that is no option's.
     """
+    options = Options(timestep_arg=timestep_arg, kv_cache_dtype=kv_cache_dtype)
     verdicts: list[GraphVerdict] = []
 
     def backend(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        found = attempt(module, inputs, Options(timestep_arg=timestep_arg), verify=True)
+        found = attempt(module, inputs, options, verify=True)
         alone = isinstance(found, Analysis) and found.signature.time is not None
-        blocks = [] if alone else _blocks(module, inputs)
+        blocks = [] if alone else _blocks(module, inputs, options)
 
         def run(*values: Any) -> Any:
-            verdicts.append(_verdict(module, found, blocks, values, tolerance))
+            pairs = _every_pair(module, found, blocks, values)
+            verdicts.append(_verdict(found, pairs, options, tolerance))
             return module(*values)
 
         return run
@@ -142,7 +149,7 @@ def verify(
     return Verification(tuple(verdicts))
 
 
-def _blocks(module: fx.GraphModule, inputs: Sequence[Any]) -> list[BlockPlan]:
+def _blocks(module: fx.GraphModule, inputs: Sequence[Any], options: Options) -> list[BlockPlan]:
     """What a root may make of a graph: a plan for each number of tokens of its output."""
     states = module_states(module, inputs)
     traced = guarded(lambda: trace(module, inputs, Options()))
@@ -151,28 +158,34 @@ def _blocks(module: fx.GraphModule, inputs: Sequence[Any]) -> list[BlockPlan]:
     axes = traced.axes
     sizes = sorted({axes.classes.size(segment) for segment in axes.segments})
     plans = [guarded(partial(plan_block, axes, size, states)) for size in sizes]
-    return [BlockPlan(traced.module, plan) for plan in plans if not isinstance(plan, str)]
+    code = options.kv_cache_code
+    return [BlockPlan(traced.module, quantized(p, code)) for p in plans if not isinstance(p, str)]
 
 
-def _verdict(
+def _every_pair(
     module: fx.GraphModule,
     found: Analysis | str,
     blocks: Sequence[BlockPlan],
     inputs: Sequence[Any],
-    tolerance: float | None,
+) -> Iterator[Pair]:
+    yield from chain.from_iterable(_block_pairs(block, inputs) for block in blocks)
+    if not isinstance(found, str):
+        yield from _pairs(module, found, inputs)
+
+
+def _verdict(
+    found: Analysis | str, pairs: Iterable[Pair], options: Options, tolerance: float | None
 ) -> GraphVerdict:
     errors: dict[str, float] = {}
-    pairs = [_block_pairs(block, inputs) for block in blocks]
-    if not isinstance(found, str):
-        pairs.append(_pairs(module, found, inputs))
     dtype = torch.float32
-    for pair in chain.from_iterable(pairs):
+    for pair in pairs:
         errors[pair.oracle] = max(errors.get(pair.oracle, 0.0), pair.error)
         dtype = pair.expected.dtype
     if tolerance is None:
         dtype = dtype if isinstance(found, str) else found.signature.tokens.dtype
-        tolerance = TOLERANCES.get(dtype, TOLERANCES[torch.float32])
-    return GraphVerdict(report_of(found), errors, tolerance)
+        of_dtype = TOLERANCES.get(dtype, TOLERANCES[torch.float32])
+        tolerance = max(of_dtype, CODED_TOLERANCES[options.kv_cache_dtype])
+    return GraphVerdict(report_of(found, options), errors, tolerance)
 
 
 def _block_pairs(block: BlockPlan, inputs: Sequence[Any]) -> Iterator[Pair]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from specdiff import compiler
 from specdiff.compiler import Analysis
 from specdiff.options import Options
 from specdiff.passes.lower import LoweredPrograms
+from specdiff.passes.quantize import quantized
+from specdiff.passes.signature import cache_slots
 
 
 @dataclass
@@ -26,6 +28,12 @@ class Traced:
         """Fresh programs of the analysis."""
         options = Options(importance_queries=None, inner_backend=inner_backend)
         return compiler.programs_of(self.analysis, options, {})
+
+    def coded(self, code: torch.dtype | None) -> Traced:
+        """The same with key/value caches of that dtype, as the compiler would have it."""
+        plan = quantized(self.analysis.plan, code)
+        signature = replace(self.analysis.signature, caches=cache_slots(plan))
+        return replace(self, analysis=replace(self.analysis, plan=plan, signature=signature))
 
 
 def analyse_graph(module: fx.GraphModule, values: Sequence[Any]) -> Analysis:

@@ -61,14 +61,16 @@ def test_oracles_on_the_device(build_model):
     assert verdict.passed, verdict
 
 
-def test_cuda_graphs_change_nothing(sampler):
+@pytest.mark.parametrize("codes", [None, "int8", "fp8_e4m3"])
+def test_cuda_graphs_change_nothing(sampler, codes):
     """The same kernels choose the same tokens; later pictures replay what was recorded."""
-    plain = compiled(sampler)
+    options = {} if codes is None else {"kv_cache_dtype": codes}
+    plain = compiled(sampler, **options)
     expected = [picture(sampler, plain) for _ in range(2)]
     torch.testing.assert_close(*expected, **BF16)
     torch.compiler.reset()
     counters.clear()
-    graphs = compiled(sampler, "reduce-overhead")
+    graphs = compiled(sampler, "reduce-overhead", **options)
     for _ in range(3):
         torch.testing.assert_close(picture(sampler, graphs), expected[0], **BF16)
     assert counters["inductor"]["cudagraph_skips"] == 0

@@ -31,6 +31,8 @@ def to_json(report: Report, rates: MachineRates | None = None, steps: int = 28) 
         "regions": [_region(report, region) for region in report.regions],
         "whole": [dataclasses.asdict(op) for op in report.whole],
         "cache_bytes": report.cache_bytes,
+        "cache_formula": str(report.cache_formula),
+        "caches_not_coded": dict(report.uncoded),
         "cost": _cost(report),
         "settings": settings,
         "schedule": [

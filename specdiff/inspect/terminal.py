@@ -84,7 +84,8 @@ def _formulas(report: Report) -> Iterator[Text]:
     for name, work in (("dense", report.dense_work), ("selective", report.selective_work)):
         yield Text(f"FLOPs {name}: {pretty_formula(work.flops)}")
         yield Text(f"bytes {name}: {pretty_formula(work.moved)}")
-    yield Text(f"caches: {short_count(report.cache_bytes, 'B')} a generation\n")
+    formula = pretty_formula(report.cache_formula)
+    yield Text(f"caches: {short_count(report.cache_bytes, 'B')} a generation, {formula} bytes\n")
 
 
 def _schedule(report: Report, rates: MachineRates | None, steps: int) -> Iterator[Text]:

@@ -15,6 +15,7 @@ import sympy
 import torch
 from torch import fx
 
+from specdiff.passes.kept import SCALE
 from specdiff.passes.rules.attention import ATTENTION, Attention
 from specdiff.passes.rules.registry import is_tensor, operand_at, rank_of, shape_of
 from specdiff.passes.rules.spatial import CONVOLUTIONS
@@ -97,14 +98,14 @@ class CostModel:
         needed = [n for n in nodes if n in plan.rows or n in plan.whole]
         values = [*_inputs(needed), *_outputs(needed)]
         moved = sum((self._bytes(v, rows=v in plan.rows) for v in values), ZERO)
-        written = sum((self._bytes(n, rows=True) for n in nodes if n in plan.cached), ZERO)
+        written = sum((self._kept(n, rows=True) for n in nodes if n in plan.cached), ZERO)
         return Work(flops, moved + written + self.caches(nodes))
 
     def caches(self, nodes: Collection[fx.Node]) -> sympy.Expr:
         """Bytes of the caches that a region fills: a dense step writes them, others read them."""
         plan = self._plan
         held = (node for node in nodes if node in plan.cached or node in plan.fixed)
-        return sum((self._bytes(node, rows=False) for node in held), ZERO)
+        return sum((self._kept(node, rows=False) for node in held), ZERO)
 
     def flops(self, node: fx.Node) -> sympy.Expr:
         """All rows of one node."""
@@ -138,6 +139,14 @@ class CostModel:
 
     def _bytes(self, node: fx.Node, rows: bool) -> sympy.Expr:
         return self._elements(node, rows) * node.meta["val"].dtype.itemsize
+
+    def _kept(self, node: fx.Node, rows: bool) -> sympy.Expr:
+        """Bytes of the tensors in which a value is kept between steps."""
+        code = self._plan.codes.get(node)
+        if code is None:
+            return self._bytes(node, rows)
+        scale = sympy.Rational(SCALE.itemsize, shape_of(node)[-1])
+        return self._elements(node, rows) * (code.itemsize + scale)
 
     def _flops(self, node: fx.Node, rows: bool) -> sympy.Expr:
         if node.target is aten.linear.default:

@@ -16,9 +16,10 @@ import torch
 from torch import fx
 
 from specdiff.passes.importance import ImportanceSum
+from specdiff.passes.kept import encode, kept_tensors
 from specdiff.passes.rules.attention import ATTENTION, Attention
 from specdiff.passes.rules.registry import shape_of
-from specdiff.passes.selective import SelectivePlan, cache_order, cache_shape, kept_shapes
+from specdiff.passes.selective import SelectivePlan, cache_order, cache_shape
 from specdiff.passes.writer import GraphWriter
 
 aten = torch.ops.aten
@@ -45,10 +46,12 @@ class WholeEmitter(GraphWriter):
         for node in self.plan.axes.graph.find_nodes(op="placeholder"):
             self.whole[node] = self.copy_placeholder(node)
 
-    def add_caches(self) -> dict[fx.Node, fx.Node]:
-        """One further placeholder for each value that is kept between steps."""
-        kept = kept_shapes(self.plan)
-        return {node: self.add_cache(shape, node) for node, shape in kept.items()}
+    def add_caches(self) -> dict[fx.Node, tuple[fx.Node, ...]]:
+        """The further placeholders of each value that is kept between steps."""
+        return {
+            node: tuple(self.add_cache(node, t.suffix, t.shape, t.dtype) for t in tensors)
+            for node, tensors in kept_tensors(self.plan).items()
+        }
 
     def add_number(self) -> None:
         """The last placeholder, if it is `numbered`."""
@@ -121,7 +124,9 @@ def _emit_whole(emitter: WholeEmitter, fill: bool, targets: tuple[fx.Node, ...])
             value = emitter.whole[node]
             if node not in plan.fixed:
                 value = emitter.permute(value, cache_order(plan, node))
-            emitter.call(aten.copy_.default, caches[node], value)
+            kept = encode(emitter, value, plan.codes.get(node))
+            for cache, part in zip(caches[node], kept, strict=True):
+                emitter.call(aten.copy_.default, cache, part)
 
 
 def emit_tail(module: fx.GraphModule, plan: SelectivePlan) -> fx.GraphModule:

@@ -7,6 +7,8 @@ computed them. Rows are then active tokens only, and whatever is text alone is n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import fx
 
@@ -63,11 +65,11 @@ class FrozenEmitter(RowsEmitter):
             raise Unsupported(f"{node.name} depends on text otherwise than by attention")
         super().emit_whole(node)
 
-    def _emit_node(self, node: fx.Node, cache: fx.Node | None) -> None:
+    def _emit_node(self, node: fx.Node, caches: Sequence[fx.Node]) -> None:
         if self._is_absent(node):
             self._absent.add(node)
         else:
-            super()._emit_node(node, cache)
+            super()._emit_node(node, caches)
 
     def _is_absent(self, node: fx.Node) -> bool:
         if node.op != "call_function" or node in self.plan.fixed:

@@ -6,11 +6,14 @@ of K, each prunable segment has its share (`specdiff.program.share_out`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import fx
 
 from specdiff.passes.axes import ClassId, Layout, Piece
 from specdiff.passes.emit import WholeEmitter, inverse, to_tokens
+from specdiff.passes.kept import decode, encode
 from specdiff.passes.rules.attention import ATTENTION, Attention
 from specdiff.passes.rules.registry import operand_at, rank_of, shape_of
 from specdiff.passes.rules.shape import VIEWS
@@ -64,23 +67,24 @@ class RowsEmitter(WholeEmitter):
         self.add_inputs()
         plan = self.plan
         caches = self.add_caches()
-        self.whole.update((node, caches.pop(node)) for node in plan.fixed)
+        for node in plan.fixed:
+            (self.whole[node],) = caches.pop(node)
         batch = plan.axes.samples
         self.active = self.add_tensor("active", (batch, self.count), plan.cached[0], torch.int64)
         self.add_number()
         batch_rows = self.call(aten.arange.default, batch, device=self.device)
         self.batch_rows = self.call(aten.unsqueeze.default, batch_rows, 1)
         for node in plan.axes.graph.nodes:
-            self._emit_node(node, caches.get(node))
+            self._emit_node(node, caches.get(node, ()))
 
-    def _emit_node(self, node: fx.Node, cache: fx.Node | None) -> None:
+    def _emit_node(self, node: fx.Node, caches: Sequence[fx.Node]) -> None:
         plan = self.plan
         fixed = node in plan.fixed
         token_wise = node in plan.rows and plan.is_token_wise(node) and not fixed
         if token_wise:
             self.rows[node] = self._token_wise(node)
-        if cache is not None:
-            self.whole[node] = self._densify(node, cache)
+        if caches:
+            self.whole[node] = self._densify(node, caches)
         elif node in plan.whole and node.op not in ("placeholder", "output") and not fixed:
             source = plan.extracted_from(node)
             if source is None:
@@ -151,12 +155,18 @@ class RowsEmitter(WholeEmitter):
         batch = self.plan.axes.batch_axis(node)
         return self.gather(self.whole[node], axis, batch, self.plan.layout(node))
 
-    def _densify(self, node: fx.Node, cache: fx.Node) -> fx.Node:
+    def _densify(self, node: fx.Node, caches: Sequence[fx.Node]) -> fx.Node:
         order = cache_order(self.plan, node)
         fresh = self.permute(self.rows[node], order)
         where = [self.batch_rows, self.positions(self.plan.layout(node))]
-        written = self.call(aten.index_put_.default, cache, where, fresh)
-        return self.permute(written, inverse(order))
+        kept = encode(self, fresh, self.plan.codes.get(node))
+        written = [
+            self.call(aten.index_put_.default, cache, where, part)
+            for cache, part in zip(caches, kept, strict=True)
+        ]
+        # fresh rows, too, are read as the next step will read them
+        value = decode(self, written, node.meta["val"].dtype)
+        return self.permute(value, inverse(order))
 
     def _cut(self, node: fx.Node, rows: fx.Node) -> fx.Node:
         """A piece of an axis, out of the rows of that axis."""

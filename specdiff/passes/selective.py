@@ -8,6 +8,7 @@ cache, and the cache is read whole. What cannot be proved stays whole, which is 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -42,6 +43,8 @@ class SelectivePlan:
     """Values that live in caches, in graph order."""
     fixed: tuple[fx.Node, ...] = ()
     """Values that no step changes (`passes.invariant`), kept beside the caches."""
+    codes: Mapping[fx.Node, torch.dtype] = field(default_factory=dict)
+    """Those of the cached whose caches hold 8-bit codes (`passes.quantize`), of this dtype."""
     stale: frozenset[fx.Node] = frozenset()
     """Inputs whose inactive rows are not up to date: streams of tokens between two blocks."""
 
@@ -334,12 +337,6 @@ def cache_order(plan: SelectivePlan, node: fx.Node) -> list[int]:
     batch, tokens = plan.axes.batch_axis(node), plan.token_axis(node)
     assert batch is not None and tokens is not None
     return [batch, tokens, *(a for a in range(rank_of(node)) if a not in (batch, tokens))]
-
-
-def kept_shapes(plan: SelectivePlan) -> dict[fx.Node, tuple[int, ...]]:
-    """What a plan keeps between steps: caches, then values that no step changes."""
-    caches = {node: cache_shape(plan, node) for node in plan.cached}
-    return caches | {node: shape_of(node) for node in plan.fixed}
 
 
 def cache_shape(plan: SelectivePlan, node: fx.Node) -> tuple[int, ...]:

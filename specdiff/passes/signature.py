@@ -9,11 +9,12 @@ import torch
 from torch import fx
 
 from specdiff.passes.axes import ClassId
+from specdiff.passes.kept import kept_tensors
 from specdiff.passes.roles import find_denoised, find_time, is_scalar, short_name
 from specdiff.passes.rules.attention import ATTENTION, Attention
 from specdiff.passes.rules.registry import is_tensor
 from specdiff.passes.rules.shape import VIEWS
-from specdiff.passes.selective import SelectivePlan, cache_shape, kept_shapes
+from specdiff.passes.selective import SelectivePlan, cache_shape
 from specdiff.program import CacheSlot, Denoised, InputRole, InputSpec, Segment, Signature
 
 aten = torch.ops.aten
@@ -138,12 +139,11 @@ def _segment(
 
 def cache_slots(plan: SelectivePlan) -> tuple[CacheSlot, ...]:
     """What a plan keeps between steps."""
-    return tuple(_cache(node, shape) for node, shape in kept_shapes(plan).items())
-
-
-def _cache(node: fx.Node, shape: tuple[int, ...]) -> CacheSlot:
-    value: torch.Tensor = node.meta["val"]
-    return CacheSlot(cache_name(node), shape, value.dtype, value.device)
+    return tuple(
+        CacheSlot(cache_name(node) + t.suffix, t.shape, t.dtype, node.meta["val"].device)
+        for node, tensors in kept_tensors(plan).items()
+        for t in tensors
+    )
 
 
 def cache_name(node: fx.Node) -> str:

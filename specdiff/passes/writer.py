@@ -73,9 +73,11 @@ class GraphWriter:
         self.placeholders.append(node)
         return node
 
-    def add_cache(self, shape: tuple[int, ...], like: fx.Node) -> fx.Node:
+    def add_cache(
+        self, of: fx.Node, suffix: str, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> fx.Node:
         """A further input that is updated in place and never moves."""
-        node = self.add_tensor(f"cache_{like.name}", shape, like)
+        node = self.add_tensor(f"cache_{of.name}{suffix}", shape, of, dtype)
         node.meta["static"] = True
         return node
 

@@ -269,6 +269,7 @@ def test_stats_finds_the_wrapped_model():
         ("guidance_scale", "7", "a number"),
         ("timestep_arg", "", "a non-empty string"),
         ("max_cache_bytes", -1, "an integer of at least 0"),
+        ("kv_cache_dtype", "int4", "one of 'int8', 'fp8_e4m3'"),
         ("inner_backend", "cudagraphs", "one of 'inductor', 'aot_eager', 'eager'"),
         ("dump_dir", 3, "a path"),
     ],
@@ -297,7 +298,7 @@ def test_parse_separates_inductor_settings():
 
 
 def test_compile_time_options_cannot_be_configured():
-    fixed = ("importance_queries", "timestep_arg", "inner_backend", "dump_dir")
+    fixed = ("importance_queries", "timestep_arg", "kv_cache_dtype", "inner_backend", "dump_dir")
     assert set(RUNTIME_OPTIONS) == {f.name for f in dataclasses.fields(Options)} - set(fixed)
     for name in fixed:
         with pytest.raises(OptionError, match="fixed when the model is compiled"):
