@@ -310,13 +310,34 @@ def program_compiler(
         log.debug("%s", record)
         for observer in observers(dump):
             observer(record, program, {})
-        if options.inner_backend == "inductor":
-            program, shared = share_repeats(program, torch_adapter.SHARED_CALL)
-            for each in shared:
-                log.debug("program %s: %s", name, each)
-        return torch_adapter.compile_program(program, values, options.inner_backend, settings)
+
+        def compiled(program: fx.GraphModule) -> Any:
+            return torch_adapter.compile_program(program, values, options.inner_backend, settings)
+
+        shares = options.inner_backend == "inductor"
+        found = compile_shared(name, program, compiled) if shares else None
+        return found or compiled(program)
 
     return compiler
+
+
+def compile_shared(
+    name: str, program: fx.GraphModule, compiled: Callable[[fx.GraphModule], Any]
+) -> Any:
+    """The program with blocks that repeat compiled once; None if none do, or it cannot be had.
+
+    Inductor refuses calls of graphs under some of its options, such as `cpp_wrapper`.
+    """
+    try:
+        shared, graphs = share_repeats(program, torch_adapter.SHARED_CALL)
+        for each in graphs:
+            log.debug("program %s: %s", name, each)
+        return compiled(shared) if graphs else None
+    except Exception as error:
+        if torch_adapter.is_restart(error):
+            raise
+        log.info("program %s: blocks are not shared, for that raised %r", name, error)
+        return None
 
 
 def sample_of(options: Options) -> int:

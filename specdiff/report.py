@@ -22,7 +22,7 @@ from specdiff.passes.quantize import uncoded
 from specdiff.passes.regions import Region, dense_work, selective_work
 from specdiff.passes.signature import module_path
 from specdiff.program import Segment
-from specdiff.runtime.schedule import Place, Schedule
+from specdiff.runtime.schedule import Place, Schedule, active_tokens
 
 RATIOS = (0.5, 0.75, 0.9, 0.95)
 """Shares of tokens left out for which costs are shown."""
@@ -117,7 +117,7 @@ class Report:
 
     def active_at(self, ratio: float) -> int:
         """Tokens that a selective step computes if this share is left out."""
-        return round((1 - ratio) * self.sizes.tokens)
+        return active_tokens(self.sizes.tokens, ratio)
 
     def schedule(self, steps: int) -> list[tuple[str, int, str]]:
         """Kind, tokens computed and reason of each step of a generation."""

@@ -79,7 +79,7 @@ def join(folders: Sequence[Path], out: Path, order: Sequence[str]) -> list[str]:
         for latents in (folder / LATENTS).glob("*"):
             shutil.move(latents, out / LATENTS / latents.name)
     (out / RESULTS).write_text(json.dumps(joined, indent=2) + "\n")
-    return list(joined["methods"])
+    return list(joined.get("methods", ()))
 
 
 def main(
@@ -94,6 +94,10 @@ def main(
     probe: Annotated[Path | None, typer.Option(help="Classifier of train_probe.py.")] = None,
 ) -> None:
     """Draw every method's pictures, then compare them."""
+    if (out / RESULTS).exists():
+        raise typer.BadParameter(
+            f"{out / RESULTS} exists: choose another folder", param_hint="--out"
+        )
     sizes = ["--pictures", str(pictures), "--pairs", str(pairs), "--large-set", str(large_set)]
     wanted = Wanted(model, device, out, [*sizes, *(["--probe", str(probe)] if probe else [])])
     candidates = all_candidates(find_subject(model, WEIGHTS, torch.device(device)))
@@ -106,6 +110,8 @@ def main(
     for process in running:
         process.wait()
     drawn = join(folders, out, [one.name for one in candidates])
+    if not drawn:
+        raise typer.Exit(1)
     failed = wanted.start(out, "compare", drawn).wait()
     print((out / "log").read_text()[-500:])
     raise typer.Exit(failed)

@@ -8,7 +8,7 @@ in place. Weights, caches and whatever else differs from copy to copy are operan
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,9 +45,9 @@ class Shared:
 
 def share_repeats(program: fx.GraphModule, call: Any) -> tuple[fx.GraphModule, list[Shared]]:
     """The program with its repeats called by `call`, and what is shared; itself if nothing is."""
-    shared = fx.GraphModule(program, fx.Graph())
-    values: dict[fx.Node, Any] = {}
-    shared.graph.output(shared.graph.graph_copy(program.graph, values))
+    graph, values = fx.Graph(), dict[fx.Node, Any]()
+    graph.output(graph.graph_copy(program.graph, values))
+    shared = fx.GraphModule(program, graph)  # takes along the constants that the graph names
     shared.meta = dict(program.meta)
     found: list[Shared] = []
     for copies in find_repeats(shared.graph):
@@ -205,10 +205,16 @@ def as_graph(
             places.append((i, k))
     for nodes in zip(*copies, strict=True):
         slots = zip(*map(operands, nodes), strict=True)
-        here = {slot[0]: inside.get(slot[0]) or inputs[slot] for slot in slots}
-        inside[nodes[0]] = graph.node_copy(nodes[0], here.__getitem__)
+        given = [inside.get(slot[0]) or inputs[slot] for slot in slots]
+        inside[nodes[0]] = graph.node_copy(nodes[0], in_turn(given))
     graph.output(tuple(inside[copies[0][i]] for i in returned))
     return graph, places
+
+
+def in_turn(nodes: Sequence[fx.Node]) -> Callable[[fx.Node], fx.Node]:
+    """Operands by position: what is one value in this copy may be two in another."""
+    pending = iter(nodes)
+    return lambda _: next(pending)
 
 
 def operand_slots(copies: Sequence[Copy]) -> Iterator[tuple[int, int, Copy]]:

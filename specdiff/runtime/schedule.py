@@ -26,6 +26,12 @@ MANY_ROWS = 8 * ROWS
 """Fewer tokens stay as they are: filling them up would take more of a step than it gives."""
 
 
+def active_tokens(tokens: int, ratio: float) -> int:
+    """Of so many, those that a step computes which leaves out this share."""
+    active = round((1 - ratio) * tokens)
+    return min(-(-active // ROWS) * ROWS, tokens) if active >= MANY_ROWS else active
+
+
 @dataclass(frozen=True)
 class Place:
     """Where in its generation an evaluation is."""
@@ -147,9 +153,7 @@ class Schedule:
         return count, f"the plan's evaluation {entry + 1} of {len(plan.ratios)}"
 
     def _active(self, ratio: float) -> int:
-        active = round((1 - ratio) * self.tokens)
-        if active >= MANY_ROWS:
-            active = min(-(-active // ROWS) * ROWS, self.tokens)
+        active = active_tokens(self.tokens, ratio)
         return max(active, self.segments) if active else 0
 
     @property

@@ -263,7 +263,7 @@ def test_only_active_rows_are_coded_by_a_selective_step():
     rounded = graph.find_nodes(op="call_function", target=aten.round.default)
     assert len(rounded) == len(plan.codes)
     assert {n.meta["val"].shape[1] for n in rounded} == {5 + 4}
-    every = emit_dense(plain.module, plan, 8, True).graph
+    every = emit_dense(plain.module, plan, 8).graph
     written = every.find_nodes(op="call_function", target=aten.copy_.default)
     assert len(written) == 2 * len(plan.codes)
     # a dense step attends to the values themselves: nothing of it reads a code

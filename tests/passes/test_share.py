@@ -57,7 +57,7 @@ def unequal_blocks() -> Traced:
 def emitted(found: Traced, name: str) -> fx.GraphModule:
     module, plan = found.analysis.module, found.analysis.plan
     if name == "dense":
-        return emit_dense(module, plan, SAMPLE, True)
+        return emit_dense(module, plan, SAMPLE)
     emit = emit_selective if name == "selective" else emit_frozen
     return emit(module, plan, SAMPLE, ACTIVE)
 
@@ -247,9 +247,63 @@ class Writer:
         self.value = self.call(aten.add.Tensor, kept, self.value)
         return written
 
-    def finish(self, *more: fx.Node) -> fx.GraphModule:
+    def finish(self, *more: fx.Node, constants: dict[str, Any] | None = None) -> fx.GraphModule:
         self.graph.output((self.value, *more))
-        return fx.GraphModule({}, self.graph)
+        return fx.GraphModule(constants or {}, self.graph)
+
+
+def test_a_program_that_cannot_be_compiled_with_calls_is_compiled_without(
+    flux_of_blocks, monkeypatch, caplog
+):
+    handed: list[fx.GraphModule] = []
+
+    def refuse_calls(program: fx.GraphModule, *_: Any) -> Any:
+        handed.append(program)
+        if calls_in(program):
+            raise NotImplementedError("invoke_subgraph")
+        return lambda values: ()
+
+    monkeypatch.setattr(torch_adapter, "compile_program", refuse_calls)
+    program = emitted(flux_of_blocks, "dense")
+    program.meta["record"] = None
+    with caplog.at_level("INFO", logger="specdiff"):
+        compiler.program_compiler(None, Options(), {})("dense", program, [])
+    assert handed[-1] is program and len(handed) == 2
+    assert "invoke_subgraph" in caplog.text
+
+
+def same(program: fx.GraphModule) -> bool:
+    """Whether sharing, of which there is some, changes nothing."""
+    changed, graphs = shared(program)
+    assert graphs
+    generator = torch.Generator().manual_seed(0)
+    values = [
+        torch.randn(node.meta["val"].shape, generator=generator)
+        for node in program.graph.find_nodes(op="placeholder")
+    ]
+    found = [each(*[v.clone() for v in values])[0] for each in (program, changed)]
+    return torch.equal(*found)
+
+
+def test_constants_of_a_program_are_kept():
+    writer = Writer(5)
+    table = writer.graph.get_attr("table")
+    table.meta["val"] = torch.empty(8, 8, device="meta")
+    for i in range(5):
+        writer.block(i)
+        writer.value = writer.call(aten.add.Tensor, writer.value, table)
+    assert same(writer.finish(constants={"table": torch.full((8, 8), 0.5)}))
+
+
+@pytest.mark.parametrize("one", range(5))
+def test_what_is_one_value_in_one_block_may_be_two_in_another(one):
+    writer = Writer(5)
+    others = [writer.placeholder(f"other_{i}", 8, 8) for i in range(5)]
+    for i in range(5):
+        total = writer.call(aten.add.Tensor, others[i], others[one])
+        writer.block(i)
+        writer.value = writer.call(aten.add.Tensor, writer.value, total)
+    assert same(writer.finish())
 
 
 def test_blocks_of_other_constants_are_not_alike():
