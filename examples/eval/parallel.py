@@ -1,7 +1,7 @@
 """Draw and compare the pictures of `specdiff eval` in several processes: for a large machine.
 
-    python examples/eval/parallel.py --model emoji --device cuda --out examples/eval/emoji
-    specdiff eval --model emoji --out examples/eval/emoji --measure time --measure flops
+    python examples/eval/parallel.py --model emoji --device cuda --out eval
+    specdiff eval --model emoji --out eval --measure time --measure flops
 
 Pictures do not depend on what else runs; times do, so that they are left to `specdiff eval`, on
 this machine or another: each phase of a result tells where it was measured.
@@ -24,9 +24,9 @@ import typer
 
 from specdiff.evaluation.campaign import LATENTS, RESULTS
 from specdiff.evaluation.candidates import Candidate, all_candidates
+from specdiff.evaluation.cli import WEIGHTS
 from specdiff.evaluation.subject import find_subject
 
-WEIGHTS = Path("examples/textures/textures.safetensors")
 COMMAND = (sys.executable, "-c", "from specdiff.cli import main; main()", "eval")
 
 

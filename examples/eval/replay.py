@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from specdiff.comparison import psnr
+from specdiff.evaluation.cli import WEIGHTS
 from specdiff.evaluation.subject import Subject, find_subject
 
-WEIGHTS = Path("examples/textures/textures.safetensors")
 REACH = 0.5
 """How far a line is followed, as a share of its span; as in `specdiff.runtime.forecast`."""
 Point = tuple[float, Tensor]
