@@ -178,8 +178,9 @@ class Evaluation:
 
     tokens: Tensor
     """Token-level output: [B, N, C], or [B, K, C] for the active rows of a selective run."""
-    importance: Tensor
-    """Attention received by each prunable token, float32 [B, N] (paper, section on his)."""
+    importance: Tensor | None = None
+    """Attention received by each prunable token, float32 [B, N] (paper, section on his); None of a
+    selective run that was not asked for it."""
 
 
 class Programs(Protocol):
@@ -211,11 +212,12 @@ class Programs(Protocol):
         caches: Sequence[Tensor],
         active: Tensor,
         text: bool = True,
+        importance: bool = True,
     ) -> Evaluation:
         """Only `active` (int64 [B, K], ascending) computed; their cache rows updated in place.
 
         Text tokens are computed too, unless `text` is false: then what the caches hold of them
-        serves.
+        serves. Importance is measured only if wanted.
         """
 
     def tail(self, inputs: Sequence[object], tokens: Tensor) -> list[Tensor]:

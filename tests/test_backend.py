@@ -64,7 +64,7 @@ def configured(**options: Any) -> Any:
         ({}, {"probe", "tail"}, 0),
         ({"method": "paper"}, {"dense", "selective_2", "tail"}, 1),
         ({"method": "paper", "speculative_steps": 0}, {"dense", "selective_2", "tail"}, 0),
-        ({"cache_ratio": 0.5, "text_refresh": 0}, {"dense", "frozen_10", "tail"}, 1),
+        ({"cache_ratio": 0.5, "text_refresh": 0}, {"dense", "frozen_10_measured", "tail"}, 1),
     ],
     ids=["default", "paper", "no look-ahead", "text left out"],
 )

@@ -252,16 +252,19 @@ def test_programs_compile_when_first_run_and_once(wide):
     caches = [slot.allocate() for slot in signature.caches]
     assert dict(programs.compile_seconds) == {}
 
-    def select(count: int) -> None:
-        programs.selective(flat, caches, random_active(1, signature.lengths, count))
+    def select(count: int, **wanted: bool) -> None:
+        active = random_active(1, signature.lengths, count)
+        found = programs.selective(flat, caches, active, **wanted)
+        assert (found.importance is None) is (wanted == {"importance": False})
 
     expected: list[str] = []
     with torch.no_grad():
         for name, action in (
             ("probe", lambda: programs.probe(flat)),
             ("dense", lambda: programs.dense(flat, caches)),
-            ("selective_5", lambda: select(5)),
-            ("selective_9", lambda: select(9)),
+            ("selective_5_measured", lambda: select(5)),
+            ("selective_9_measured", lambda: select(9)),
+            ("selective_9", lambda: select(9, importance=False)),
             ("tail", lambda: programs.tail(flat, signature.tokens.allocate())),
         ):
             action()
@@ -270,4 +273,4 @@ def test_programs_compile_when_first_run_and_once(wide):
             assert list(programs.compile_seconds) == expected
             assert len(built) == len(expected)
         select(5)
-    assert len(built) == 5
+    assert len(built) == 6

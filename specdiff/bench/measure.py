@@ -25,6 +25,7 @@ from specdiff.errors import SpecdiffError, Unsupported
 from specdiff.machine import MachineRates, wait
 from specdiff.memory import peak, reset_peak
 from specdiff.passes.cost import Sizes
+from specdiff.passes.lower import named_for
 from specdiff.passes.regions import dense_work, selective_work
 from specdiff.program import Evaluation, Programs
 from specdiff.report import explain
@@ -110,10 +111,13 @@ class TimedPrograms:
         caches: Sequence[Tensor],
         active: Tensor,
         text: bool = True,
+        importance: bool = True,
     ) -> Evaluation:
         """As `Programs.selective`."""
-        name = f"{'selective' if text else 'frozen'}_{active.shape[1]}"
-        return self._timed(name, lambda: self._programs.selective(inputs, caches, active, text))
+        kind = "selective" if text else "frozen"
+        name = f"{kind}_{named_for(active.shape[1], importance)}"
+        wanted = inputs, caches, active, text, importance
+        return self._timed(name, lambda: self._programs.selective(*wanted))
 
     def tail(self, inputs: Sequence[object], tokens: Tensor) -> list[Tensor]:
         """As `Programs.tail`."""
@@ -250,8 +254,8 @@ def floor(name: str, analysis: Analysis, rates: MachineRates) -> float | None:
     """
     if name == "tail":
         return None
-    kind, _, active = name.partition("_")
-    count = int(active) if active else None
+    kind, *active = name.split("_")
+    count = int(active[0]) if active else None
     work = selective_work(analysis.regions) if active else dense_work(analysis.regions)
     sizes = Sizes.of(analysis.plan)
     if kind == "frozen":

@@ -2,8 +2,8 @@
 
 Four programs come from one plan: *probe* (every token, no cache), *dense* (every token, caches
 overwritten), *selective* (K active tokens, cache rows updated in place) and *tail* (the outputs
-from the token-level output). The first three return the token-level output; dense and selective,
-which a selection of tokens goes by, importance as well.
+from the token-level output). The first three return the token-level output; dense, and selective
+where that is wanted, importance as well.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class WholeEmitter(GraphWriter):
     ) -> None:
         super().__init__(module)
         self.plan = plan
-        self.numbered = numbered
+        self.measures = sample > 0
+        self.numbered = numbered and self.measures
         self.whole: dict[fx.Node, fx.Node] = {}
         self.importance = ImportanceSum(self, plan, sample)
 
@@ -68,13 +69,16 @@ class WholeEmitter(GraphWriter):
             self.importance.observe(found, self.whole[found.query], self.whole[found.key], mask)
 
     def finish(self, tokens: fx.Node) -> fx.GraphModule:
-        """Return token-level output and importance."""
-        self.graph.output((tokens, self.importance.result()))
-        return self.to_module()
+        """Return token-level output, and importance if it is measured."""
+        return self._finish(tokens)
 
     def finish_block(self) -> fx.GraphModule:
-        """Return the graph's own outputs, all whole, and importance."""
-        self.graph.output((*self.results(), self.importance.result()))
+        """Return the graph's own outputs, all whole, and importance if it is measured."""
+        return self._finish(*self.results())
+
+    def _finish(self, *values: Any) -> fx.GraphModule:
+        measured = (self.importance.result(),) if self.measures else ()
+        self.graph.output((*values, *measured))
         return self.to_module()
 
     def results(self) -> tuple[Any, ...]:
@@ -86,8 +90,7 @@ def emit_probe(module: fx.GraphModule, plan: SelectivePlan) -> fx.GraphModule:
     """Every token and nothing else: the token-level output."""
     emitter = WholeEmitter(module, plan, 0)
     _emit_whole(emitter, False, plan.slots)
-    emitter.graph.output((to_tokens(emitter, plan, emitter.whole),))
-    return emitter.to_module()
+    return emitter.finish(to_tokens(emitter, plan, emitter.whole))
 
 
 def emit_dense(module: fx.GraphModule, plan: SelectivePlan, sample: int) -> fx.GraphModule:
@@ -101,8 +104,7 @@ def emit_block_probe(module: fx.GraphModule, plan: SelectivePlan) -> fx.GraphMod
     """Every token of one block of a model: the graph's own outputs."""
     emitter = WholeEmitter(module, plan, 0)
     _emit_whole(emitter, False, tuple(plan.axes.outputs()))
-    emitter.graph.output(emitter.results())
-    return emitter.to_module()
+    return emitter.finish_block()
 
 
 def emit_block_dense(module: fx.GraphModule, plan: SelectivePlan, sample: int) -> fx.GraphModule:
@@ -139,8 +141,7 @@ def emit_tail(module: fx.GraphModule, plan: SelectivePlan) -> fx.GraphModule:
     emitter.whole.update(from_tokens(emitter, plan, tokens))
     for node in _needed(*plan.axes.outputs(), known=emitter.whole):
         emitter.emit_whole(node)
-    emitter.graph.output(emitter.results())
-    return emitter.to_module()
+    return emitter.finish_block()
 
 
 def _needed(*targets: fx.Node, known: Any = ()) -> list[fx.Node]:

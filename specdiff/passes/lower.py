@@ -54,8 +54,11 @@ class Lowered:
         """Seconds spent emitting and compiling each program built so far."""
         return self._seconds
 
-    def _emit(self, emitter: Callable[..., fx.GraphModule], *which: int) -> Emit:
-        return partial(emitter, self._module, self._plan, self._sample, *which)
+    def _emit(
+        self, emitter: Callable[..., fx.GraphModule], *which: int, importance: bool = True
+    ) -> Emit:
+        sample = self._sample if importance else 0
+        return partial(emitter, self._module, self._plan, sample, *which)
 
     def _run(self, name: str, emit: Emit, values: Sequence[Any]) -> Sequence[Tensor]:
         if name not in self._executables:
@@ -125,18 +128,20 @@ class LoweredPrograms(Lowered):
         caches: Sequence[Tensor],
         active: Tensor,
         text: bool = True,
+        importance: bool = True,
     ) -> Evaluation:
-        """K active tokens; one program for each K, with and without text."""
+        """K active tokens; one program for each K, with and without text and importance."""
         count, values = active.shape[1], [*inputs, *caches, active]
+        name = named_for(count, importance)
         if not text and self.freezes:
             try:
-                emit = self._emit(emit_frozen, count)
-                return Evaluation(*self._run(f"frozen_{count}", emit, values))
+                emit = self._emit(emit_frozen, count, importance=importance)
+                return Evaluation(*self._run(f"frozen_{name}", emit, values))
             except Unsupported as reason:
                 log.warning("text_refresh has no effect: %s", reason)
                 self.freezes = False
-        emit = self._emit(emit_selective, count)
-        return Evaluation(*self._run(f"selective_{count}", emit, values))
+        emit = self._emit(emit_selective, count, importance=importance)
+        return Evaluation(*self._run(f"selective_{name}", emit, values))
 
     def tail(self, inputs: Sequence[object], tokens: Tensor) -> list[Tensor]:
         """The graph's outputs."""
@@ -148,7 +153,7 @@ class BlockPrograms(Lowered):
     """The programs of one block: each returns the graph's own outputs, then importance [B, N].
 
     The probe measures none. `before`, int64 [1], is the number of the model's attentions before
-    those of the block.
+    those of the block; a selective run without it measures none either.
     """
 
     @cached_property
@@ -174,9 +179,19 @@ class BlockPrograms(Lowered):
         return list(self._run("block_dense", emit, [*inputs, *caches, before]))
 
     def selective(
-        self, inputs: Sequence[object], caches: Sequence[Tensor], active: Tensor, before: Tensor
+        self,
+        inputs: Sequence[object],
+        caches: Sequence[Tensor],
+        active: Tensor,
+        before: Tensor | None,
     ) -> list[Tensor]:
-        """K active tokens; one program for each K."""
-        count = active.shape[1]
-        emit, values = self._emit(emit_block_selective, count), [*inputs, *caches, active, before]
-        return list(self._run(f"block_selective_{count}", emit, values))
+        """K active tokens; one program for each K, with and without importance."""
+        count, importance = active.shape[1], before is not None
+        emit = self._emit(emit_block_selective, count, importance=importance)
+        values = [*inputs, *caches, active, *([before] if importance else ())]
+        return list(self._run(f"block_selective_{named_for(count, importance)}", emit, values))
+
+
+def named_for(count: int, importance: bool) -> str:
+    """What a selective program of K = `count` is called by, after its kind."""
+    return f"{count}_measured" if importance else f"{count}"

@@ -53,9 +53,13 @@ class Programs(Protocol):
         """Outputs and importance, caches overwritten; `before`, int64 [1]: attentions before."""
 
     def selective(
-        self, inputs: Sequence[object], caches: Sequence[Tensor], active: Tensor, before: Tensor
+        self,
+        inputs: Sequence[object],
+        caches: Sequence[Tensor],
+        active: Tensor,
+        before: Tensor | None,
     ) -> list[Tensor]:
-        """The same for active tokens only."""
+        """The same for active tokens only; without `before`, outputs alone."""
 
 
 class Block:
@@ -151,10 +155,12 @@ class RootCall:
     caches: Sequence[Tensor] = ()
     """Those of all calls, one after another."""
     active: Tensor | None = None
+    measures: bool = True
+    """Whether importance is wanted of a selective call; of a dense one it always is."""
     visits: list[Visit] = field(default_factory=list)
     """What a plain call has seen."""
     importance: Tensor | None = None
-    """float32 [B, N], summed over blocks; a probe measures none."""
+    """float32 [B, N], summed over blocks; None where it is not measured."""
     _visited: int = 0
 
     def answer(self, block: Block, owner: int, inputs: Sequence[object]) -> list[Tensor]:
@@ -175,9 +181,7 @@ class RootCall:
         programs = block.planned(self.tokens)
         if self.kind == "probe":
             return programs.probe(inputs)
-        *outputs, importance = self._run(programs, inputs, visit)
-        self.importance = importance if self.importance is None else self.importance + importance
-        return outputs
+        return self._run(programs, inputs, visit)
 
     def finish(self) -> None:
         """Raise Diverged if blocks were left out: their caches hold what nobody wrote."""
@@ -218,9 +222,14 @@ class RootCall:
         count = len(programs.slots)
         mine, self.caches = self.caches[:count], self.caches[count:]
         if self.kind == "dense":
-            return programs.dense(inputs, mine, before)
-        assert self.active is not None
-        return programs.selective(inputs, mine, self.active, before)
+            *outputs, importance = programs.dense(inputs, mine, before)
+        else:
+            assert self.active is not None
+            if not self.measures:
+                return programs.selective(inputs, mine, self.active, None)
+            *outputs, importance = programs.selective(inputs, mine, self.active, before)
+        self.importance = importance if self.importance is None else self.importance + importance
+        return outputs
 
 
 @contextmanager

@@ -65,12 +65,14 @@ class RootPrograms:
         caches: Sequence[Tensor],
         active: Tensor,
         text: bool = True,
+        importance: bool = True,
     ) -> Evaluation:
         """Only `active` computed by the blocks; what lies around them computes every token.
 
         Text always is: a block hands it on to the next.
         """
-        found = self._evaluation(inputs, self._call("selective", inputs, caches, active))
+        call = self._call("selective", inputs, caches, active, importance)
+        found = self._evaluation(inputs, call)
         rows = active.unsqueeze(-1).expand(-1, -1, found.tokens.shape[2])
         return Evaluation(found.tokens.gather(1, rows), found.importance)
 
@@ -88,14 +90,13 @@ class RootPrograms:
         inputs: Sequence[object],
         caches: Sequence[Tensor] = (),
         active: Tensor | None = None,
+        importance: bool = True,
     ) -> RootCall:
-        parameters = identities(inputs[self._arguments.num_leaves :])
-        return RootCall(kind, parameters, self._patches.tokens, self._visits, caches, active)
+        parameters, tokens = identities(inputs[self._arguments.num_leaves :]), self._patches.tokens
+        return RootCall(kind, parameters, tokens, self._visits, caches, active, importance)
 
     def _evaluation(self, inputs: Sequence[object], call: RootCall) -> Evaluation:
-        tokens = self._tokens(inputs, call)
-        assert call.importance is not None  # its tokens are those of a block, which has plans
-        return Evaluation(tokens, call.importance)
+        return Evaluation(self._tokens(inputs, call), call.importance)
 
     def _tokens(self, inputs: Sequence[object], call: RootCall) -> Tensor:
         (output,), _ = forward(self._root, inputs, self._arguments, call)

@@ -90,6 +90,7 @@ def speculate(
             for latent, *ways in zip(stream.latents, *stream.predictions, strict=True)
         ]
         evaluation = programs.dense(_moved(signature, inputs, latents, value), scratch)
+        assert evaluation.importance is not None  # a dense run measures it
         importance = per_sample(evaluation.importance, shared)
         trusted = prediction.trusted.to(importance.device, non_blocking=True)
         found.append((landing, torch.where(trusted, importance, 1.0)))

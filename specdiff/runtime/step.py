@@ -146,6 +146,7 @@ class Step:
             caches = stream.lease.caches if stream.lease else self.pool.scratch()
             evaluation = self.programs.dense(self.inputs, caches)
             tokens = evaluation.tokens
+            assert evaluation.importance is not None  # a dense run measures it
             stream.importance = per_sample(evaluation.importance, self._shared)
             self._keep(importance=stream.importance)
         else:
@@ -251,11 +252,14 @@ class Step:
             predicted = torch.where(reused.unsqueeze(-1), previous, predicted)
             self._keep(reused=reused)
         text = self.schedule.text(stream.history.selective)
-        evaluation = self.programs.selective(self.inputs, stream.lease.caches, active, text)
+        evaluation = self.programs.selective(
+            self.inputs, stream.lease.caches, active, text, settings.selective_importance
+        )
         rows = active.unsqueeze(-1).expand_as(evaluation.tokens)
         merged = predicted.scatter(1, rows, evaluation.tokens.to(predicted.dtype))
         merged = self._with_invalid_rows(merged)
-        stream.importance = per_sample(evaluation.importance, self._shared)
+        if evaluation.importance is not None:
+            stream.importance = per_sample(evaluation.importance, self._shared)
         self._keep(active=active, scores=scores, importance=stream.importance)
         stream.history.record_selective(self.time, merged, active)
         return merged

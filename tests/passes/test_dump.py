@@ -26,7 +26,7 @@ from specdiff.passes.dump import Dump
 from tests.models import flux
 
 PASSES = ["00_dynamo", "01_normalize", "02_axes", "03_selective", "04_invariant", "05_regions"]
-PROGRAMS = ["06_program_dense", "07_program_tail", "08_program_selective_21"]
+PROGRAMS = ["06_program_dense", "07_program_tail", "08_program_selective_21_measured"]
 OPTIONS = {
     "inner_backend": "eager",
     "cache_ratio": 0.5,
@@ -113,7 +113,7 @@ def test_code_of_the_programs_is_what_ran(dumped):
     # what ran last was selective: where it computed, the code says the same
     active = torch.arange(21).expand(2, -1)
     stale = [cache.clone() for cache in caches]
-    some, _ = call("selective_21", *after, *caches, active)
+    some, _ = call("selective_21_measured", *after, *caches, active)
     assert some.shape == (2, 21, 8)
     assert any(not torch.equal(old, new) for old, new in zip(stale, caches, strict=True))
     every, _ = call("dense", *after, *caches)
@@ -129,7 +129,7 @@ def test_the_head_says_where_code_comes_from(dumped):
         assert head.startswith(f'"""{step}: ') and " nodes; " in head
     assert "segments of tokens: s0 of 42, s1 of 4" in heads["02_axes"]
     assert "42 prunable tokens" in heads["03_selective"]
-    program = (folder / "08_program_selective_21.py").read_text().split("\n", 1)[0]
+    program = (folder / "08_program_selective_21_measured.py").read_text().split("\n", 1)[0]
     assert "index_put_" in program
 
 
@@ -199,7 +199,7 @@ def test_a_fault_in_a_drawing_stops_nothing(tmp_path, caplog, monkeypatch):
         run(model, inputs, dump_dir=tmp_path)
     assert "not complete" in caplog.text and "no such colour" in caplog.text
     assert specdiff.stats(model).selective == 1
-    assert (tmp_path / "graph_0" / "08_program_selective_10.py").exists()
+    assert (tmp_path / "graph_0" / "08_program_selective_10_measured.py").exists()
 
 
 def test_a_fault_in_a_trace_stops_nothing(caplog, monkeypatch):
@@ -263,12 +263,18 @@ def test_torch_logs_and_torch_trace(tmp_path):
     said = [line for line in result.stderr.splitlines() if "specdiff/" in line]
     for decision in (
         "normalize: ", "segments of tokens: s0 of 20", "20 prunable tokens", "1 attention+mlp",
-        "has a selective form", "program_dense: ", "program_selective_10: ",
+        "has a selective form", "program_dense: ", "program_selective_10_measured: ",
     ):  # fmt: skip
         assert sum(decision in line for line in said) == 1, (decision, result.stderr)
     (log,) = tmp_path.glob("*.log")
     text = log.read_text()
-    for name in (*PASSES, "regions.svg", "block.dot", "report.json", "program_selective_10"):
+    for name in (
+        *PASSES,
+        "regions.svg",
+        "block.dot",
+        "report.json",
+        "program_selective_10_measured",
+    ):
         artifact = f'"name": "specdiff_{name.split("_", 1)[1] if name in PASSES else name}"'
         assert text.count(artifact) == 1, name
     assert "# regions: 0 embed x_embedder" in text

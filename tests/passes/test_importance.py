@@ -49,11 +49,13 @@ def softmaxes(program: fx.GraphModule) -> int:
     return len(program.graph.find_nodes(op="call_function", target=aten.softmax.int))
 
 
-def test_a_plan_that_selects_no_tokens_measures_no_importance():
+def test_importance_that_nobody_reads_is_not_measured():
+    """Of a plan that selects no tokens, and of selective steps that are not to measure it."""
     found = analysis(rows=4, columns=6, text=8)
     assert softmaxes(emit_dense(found.module, found.plan, 8)) == 2
-    for emit in (emit_probe, emit_block_probe):
-        program = emit(found.module, found.plan)
+    selective = (emit_selective, 0, 5), (emit_frozen, 0, 5)
+    for emit, *wanted in ((emit_probe,), (emit_block_probe,), *selective):
+        program = emit(found.module, found.plan, *wanted)
         assert softmaxes(program) == 0
         # nor does it compute anything else that the model does not
         products = program.graph.find_nodes(op="call_function", target=aten.matmul.default)

@@ -12,11 +12,12 @@ STEPS, WARMUP = 9, 3
 class Paper:
     """Algorithm of the paper for one sample: state in lists, one entry a token."""
 
-    def __init__(self, model, ratio, starvation, share, time_scale, speculative):
+    def __init__(self, model, ratio, starvation, share, time_scale, speculative, measured):
         self.inputs, self.run_toy = list(model.parameters()), model.runtime.programs._run
         self.active = round((1 - ratio) * N)
         self.starvation, self.share, self.time_scale = starvation, share, time_scale
         self.speculative_steps = speculative
+        self.measured = measured
         self.caches = [torch.zeros(1, N, 2, WIDTH) for _ in range(LAYERS)]
         self.cf = [0] * N
         self.past = []  # (T, [N][C]) newest last
@@ -64,7 +65,8 @@ class Paper:
             output, self.his = self.network(latent, time, text, self.caches)
         else:
             first, second = self.classify(time)
-            computed, self.his = self.network(latent, time, text, self.caches, first)
+            computed, his = self.network(latent, time, text, self.caches, first)
+            self.his = his if self.measured else self.his
             output = []
             for i in range(N):
                 if i in first:
@@ -85,12 +87,15 @@ class Paper:
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75, 0.9])
 @pytest.mark.parametrize(("forecast", "scale"), [("mean", 1), ("mean-1000", 1000)])
 @pytest.mark.parametrize(("starvation", "speculative", "share"), [(0.5, 2, 0.1), (0.05, 3, 0.3)])
-def test_runtime_agrees_with_the_paper(ratio, forecast, scale, starvation, speculative, share):
+@pytest.mark.parametrize("measured", [True, False])
+def test_runtime_agrees_with_the_paper(
+    ratio, forecast, scale, starvation, speculative, share, measured
+):
     model = toy(
         method="paper", cache_ratio=ratio, forecast=forecast, starvation=starvation,
-        speculative_steps=speculative, reuse_share=share,
+        speculative_steps=speculative, reuse_share=share, selective_importance=measured,
     )  # fmt: skip
-    paper = Paper(model, ratio, starvation, share, scale, speculative)
+    paper = Paper(model, ratio, starvation, share, scale, speculative, measured)
     latent, text, times = noise(), prompt(), sigmas(STEPS)
     run = Euler(model, steps=STEPS)
     for index in range(STEPS):

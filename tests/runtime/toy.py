@@ -84,10 +84,12 @@ class ToyPrograms:
         caches: Sequence[Tensor],
         active: Tensor,
         text: bool = True,
+        importance: bool = True,
     ) -> Evaluation:
         self.calls.append(("selective", active))
         self.texts.append(text)
-        return self._in_buffers("selective", self._run(inputs, caches, active))
+        found = self._in_buffers("selective", self._run(inputs, caches, active))
+        return found if importance else Evaluation(found.tokens)
 
     def tail(self, inputs: Sequence[object], tokens: Tensor) -> list[Tensor]:
         return [tokens.mT.reshape(len(tokens), CHANNELS, SIDE, SIDE)]  # may be a view
