@@ -93,7 +93,10 @@ def test_blocks_compiled_once_change_nothing(exact, monkeypatch):
         torch.testing.assert_close(picture(exact, shared), expected, **ROUNDED)
 
 
-def test_max_autotune_changes_nothing(exact):
+@pytest.mark.parametrize("geometry", SIZES)
+def test_max_autotune_changes_nothing(geometry, sizes):
+    """Of few blocks: it tries twenty kernels for every shape."""
+    exact = build(geometry, torch.device("cuda"), torch.float32, steps=8, depth=0.3)
     expected = picture(exact, compiled(exact))
     torch.compiler.reset()
     tuned = compiled(exact, "max-autotune")
