@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx
 
-from specdiff.compiler import ALL_QUERIES, Analysis, attempt, program_compiler
+from specdiff.analysis import Analysis, attempt
+from specdiff.compiler import ALL_QUERIES, program_compiler
 from specdiff.evaluation.measures import flop_counter
 from specdiff.evaluation.subject import Subject, find_subject
 from specdiff.methods import quiet_libraries

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from specdiff.compiler import Analysis
+from specdiff.analysis import Analysis
 from specdiff.passes.lower import BlockPrograms, LoweredPrograms
 from specdiff.passes.selective import SelectivePlan, cache_order
 from specdiff.passes.writer import STRIDED_VIEWS

@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from specdiff import torch_adapter
-from specdiff.compiler import Analysis, attempt
+from specdiff.analysis import Analysis, attempt
 from specdiff.machine import MachineRates
 from specdiff.options import Options, Settings
 from specdiff.passes.base import PassRecord

@@ -17,16 +17,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from specdiff import torch_adapter
-from specdiff.compiler import (
-    ALL_QUERIES,
-    Analysis,
-    attempt,
-    guarded,
-    module_states,
-    program_compiler,
-    programs_of,
-    trace,
-)
+from specdiff.analysis import Analysis, attempt, guarded, module_states, trace
+from specdiff.compiler import ALL_QUERIES, program_compiler, programs_of
 from specdiff.options import Options
 from specdiff.oracles import (
     BlockPlan,

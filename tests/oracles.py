@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from specdiff import compiler
-from specdiff.compiler import Analysis
+from specdiff import analysis, compiler
+from specdiff.analysis import Analysis
 from specdiff.options import Options
 from specdiff.passes.lower import LoweredPrograms
 from specdiff.passes.quantize import quantized
@@ -38,8 +38,8 @@ class Traced:
 
 def analyse_graph(module: fx.GraphModule, values: Sequence[Any]) -> Analysis:
     """Every pass on one Dynamo graph, each verified."""
-    traced = compiler.trace(module, values, Options(), verify=True)
-    return compiler.analyse(traced, compiler.module_states(module, values), Options())
+    traced = analysis.trace(module, values, Options(), verify=True)
+    return analysis.analyse(traced, analysis.module_states(module, values), Options())
 
 
 def trace(model: nn.Module, *calls: dict[str, Any]) -> Traced:

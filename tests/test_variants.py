@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -169,6 +170,20 @@ def test_autocast_around_the_model(inner):
     assert max(errors(model, after)[:2]) <= ROUNDING[torch.float32]
     assert counts(selective) == (2, 1, 0, 1)
     assert specdiff.stats(selective).recompiles == 1
+
+
+@pytest.mark.slow
+def test_autocast_around_a_model_whose_blocks_are_compiled_once(caplog):
+    caplog.set_level("DEBUG", "specdiff.compiler")
+    model, inputs = flux(3, 0, rows=4, columns=5, batch=1)
+    selective = compiled(model, inner_backend="inductor")
+    with autocast():
+        found = errors(model, generate(selective, inputs, 3))
+    assert max(found[:2]) <= ROUNDING[torch.bfloat16]
+    assert max(found) < CLOSE
+    assert counts(selective)[:2] == (2, 1)
+    for program in ("dense", "selective"):
+        assert re.search(rf"program {program}\S*: \d copies of", caplog.text)
 
 
 def test_caches_have_the_dtype_of_their_values_under_autocast():

@@ -19,8 +19,8 @@ from torch import Tensor
 
 import specdiff
 from specdiff import torch_adapter
+from specdiff.analysis import Analysis
 from specdiff.bench.geometries import Sampler
-from specdiff.compiler import Analysis
 from specdiff.errors import SpecdiffError, Unsupported
 from specdiff.machine import MachineRates, wait
 from specdiff.memory import peak, reset_peak

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import networkx
 
-from specdiff.compiler import Analysis
+from specdiff.analysis import Analysis
 from specdiff.inspect.graph import block_graph, block_path, region_graph
 from specdiff.inspect.page import report_page
 from specdiff.inspect.plain import to_json

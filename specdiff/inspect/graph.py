@@ -11,7 +11,7 @@ import re
 import networkx
 from torch import fx
 
-from specdiff.compiler import Analysis
+from specdiff.analysis import Analysis
 from specdiff.passes.cost import Sizes
 from specdiff.passes.listing import name_of
 from specdiff.passes.regions import Region

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import specdiff
-from specdiff import compiler, torch_adapter
+from specdiff import analysis, torch_adapter
 from specdiff.compiler import specdiff_backend
 from specdiff.inspect import export
 from specdiff.passes.base import PassRecord
@@ -206,7 +206,7 @@ def test_a_fault_in_a_trace_stops_nothing(caplog, monkeypatch):
     def broken(*_: Any) -> str:
         raise RuntimeError("no such name")
 
-    monkeypatch.setattr(compiler, "listing", broken)
+    monkeypatch.setattr(analysis, "listing", broken)
     monkeypatch.setattr(torch_adapter, "traces_artifacts", lambda: True)
     monkeypatch.setattr(torch_adapter, "trace_artifact", lambda name, text: None)
     model, inputs = flux(1, 0, rows=4, columns=5, batch=1)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specdiff import compiler
+from specdiff import analysis
 from specdiff.options import KV_CACHE_DTYPES, Options
 from specdiff.oracles import all_active, coded, idempotence, random_active
 from specdiff.passes.cost import CostModel, Sizes
@@ -240,11 +240,11 @@ def test_the_option_reaches_the_plan():
     seen = []
 
     def backend(module, values):
-        states = compiler.module_states(module, values)
+        states = analysis.module_states(module, values)
         for name in (None, *KV_CACHE_DTYPES):
             options = Options(kv_cache_dtype=name)
-            traced = compiler.trace(module, values, options, verify=True)
-            seen.append(compiler.analyse(traced, states, options))
+            traced = analysis.trace(module, values, options, verify=True)
+            seen.append(analysis.analyse(traced, states, options))
         return module.forward
 
     torch.compile(model, backend=backend, fullgraph=True, dynamic=False)(**inputs)
