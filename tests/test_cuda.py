@@ -13,15 +13,16 @@ from torch._inductor.cudagraph_trees import get_manager
 
 import specdiff
 from specdiff.bench.geometries import Geometry, Sampler, build
+from specdiff.passes.share import share_repeats
 from tests.models import flux, sd3
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 SIZES = {
-    "flux": Geometry("flux", 3, 3, 2, 64, 16, 8, prompt_width=64, pooled_width=32),
-    "sd3": Geometry("sd3", 4, 0, 2, 64, 16, 8, prompt_width=64, pooled_width=32),
+    "flux": Geometry("flux", 4, 4, 2, 64, 16, 8, prompt_width=64, pooled_width=32),
+    "sd3": Geometry("sd3", 5, 0, 2, 64, 16, 8, prompt_width=64, pooled_width=32),
 }
-"""Deep enough for blocks to be compiled once: SD3's last is not like the others."""
+"""Deep enough for three blocks to be alike: the first of a kind is not, nor is SD3's last."""
 OPTIONS = {"method": "paper", "cache_ratio": 0.75}
 ROUNDED = {"rtol": 1e-4, "atol": 1e-4}
 """Of float32, where what kernels round differently neither grows over a run nor chooses tokens."""
@@ -84,13 +85,23 @@ def test_cuda_graphs_change_nothing(exact, codes):
 
 
 def test_blocks_compiled_once_change_nothing(exact, monkeypatch):
+    found: list[int] = []
+
+    def noting(program: Any, call: Any) -> Any:
+        result, graphs = share_repeats(program, call)
+        found.append(len(graphs))
+        return result, graphs
+
     with monkeypatch.context() as patch:
         patch.setattr("specdiff.compiler.share_repeats", lambda program, call: (program, []))
         expected = picture(exact, compiled(exact, "reduce-overhead"))
     torch.compiler.reset()
+    monkeypatch.setattr("specdiff.compiler.share_repeats", noting)
     shared = compiled(exact, "reduce-overhead")
     for _ in range(3):
         torch.testing.assert_close(picture(exact, shared), expected, **ROUNDED)
+    kinds = 2 if exact.geometry.family == "flux" else 1
+    assert found.count(kinds) == 2, "the dense and the selective program"
 
 
 @pytest.mark.parametrize("geometry", SIZES)

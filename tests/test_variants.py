@@ -175,7 +175,7 @@ def test_autocast_around_the_model(inner):
 @pytest.mark.slow
 def test_autocast_around_a_model_whose_blocks_are_compiled_once(caplog):
     caplog.set_level("DEBUG", "specdiff.compiler")
-    model, inputs = flux(3, 0, rows=4, columns=5, batch=1)
+    model, inputs = flux(5, 0, rows=4, columns=5, batch=1)
     selective = compiled(model, inner_backend="inductor")
     with autocast():
         found = errors(model, generate(selective, inputs, 3))
