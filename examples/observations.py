@@ -40,7 +40,6 @@ PAPER: Mapping[str, Any] = {
 RUNS: Mapping[str, Mapping[str, Any]] = {
     "paper": {},
     "no look-ahead": {"speculative_steps": 0},
-    "his of dense steps alone": {"selective_importance": False},
     "3 speculative steps": {"speculative_steps": 3},
     "4 speculative steps": {"speculative_steps": 4},
     "no starvation": {"starvation": 0.0},

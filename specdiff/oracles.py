@@ -73,10 +73,13 @@ def masked_dense(
     later: Sequence[Any],
     active: Tensor,
 ) -> Iterator[Pair]:
-    """Oracle 2: on another input, stale rows are exactly those of the caches."""
+    """Oracle 2: on another input, stale rows are exactly those of the caches.
+
+    Of the selective program that measures no importance; oracles 1 and 3 are of the one that does.
+    """
     caches = _caches(analysis)
     programs.dense(inputs, caches)
-    selective = programs.selective(later, caches, active)
+    selective = programs.selective(later, caches, active, importance=False)
     first = MaskedDense(analysis, {}, active)
     first.run(*inputs)
     second = MaskedDense(analysis, first.values, active)
@@ -96,10 +99,13 @@ def frozen_text(
 
     Yields nothing of a model whose text cannot be left out.
     """
-    for values, name in ((inputs, "idempotence, text kept"), (later, "masked dense, text kept")):
+    for values, name, measured in (
+        (inputs, "idempotence, text kept", True),
+        (later, "masked dense, text kept", False),
+    ):
         caches = _caches(analysis)
         programs.dense(inputs, caches)
-        found = programs.selective(values, caches, active, text=False)
+        found = programs.selective(values, caches, active, text=False, importance=measured)
         if not programs.freezes:
             return
         first = MaskedDense(analysis, {}, active)
@@ -126,9 +132,13 @@ def of_block(
     device = caches[0].device
     active, every, before = active.to(device), every.to(device), before.to(device)
 
-    def selective(values: Sequence[Any], rows: Tensor) -> list[Any]:
+    def selective(values: Sequence[Any], rows: Tensor, measured: bool = True) -> list[Any]:
         programs.dense(inputs, caches, before)
-        outputs: Sequence[Any] = programs.selective(values, caches, rows, before)[:-1]
+        outputs: Sequence[Any]
+        if measured:
+            outputs = programs.selective(values, caches, rows, before)[:-1]
+        else:
+            outputs = programs.selective(values, caches, rows, None)
         # an output is a cache, which the next run overwrites
         return [o.clone() if isinstance(o, Tensor) else o for o in outputs]
 
@@ -139,7 +149,7 @@ def of_block(
     for name, found, expected in (
         ("dense", programs.dense(inputs, caches, before)[:-1], whole),
         ("idempotence", selective(inputs, active), whole),
-        ("masked dense", selective(later, active), masked),
+        ("masked dense", selective(later, active, measured=False), masked),
         ("all active", selective(later, every), moved),
     ):
         for value, wanted in zip(found, expected, strict=True):

@@ -84,6 +84,7 @@ class Drifting:
         caches: Sequence[Tensor],
         active: Tensor,
         text: bool = True,
+        importance: bool = True,
     ) -> Evaluation:
         """On drifted caches, which only the rows that it computes leave for good."""
         time = self._time(inputs)
@@ -96,7 +97,7 @@ class Drifting:
             share = self.strength * share.reshape(*share.shape, *[1] * (cache.dim() - 2))
             cache.copy_(newest + share * (newest - older))
         given = [cache.clone() for cache in caches]
-        found = self.programs.selective(inputs, caches, active, text)
+        found = self.programs.selective(inputs, caches, active, text, importance)
         pairs = zip(caches, given, strict=True)
         self._note([(c != g).reshape(*c.shape[:2], -1).any(2) for c, g in pairs], inputs, caches)
         return found

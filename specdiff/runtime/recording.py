@@ -84,8 +84,8 @@ class StepRecord:
     scores: Tensor | None = None
     """float32 [B, N]: logarithms of the scores that chose the active tokens."""
     importance: Tensor | None = None
-    """float32 [B, N]: attention received, 1 on average, where anything was computed by a plan that
-    selects tokens."""
+    """float32 [B, N]: attention received, 1 on average, where it was measured: in dense steps of a
+    plan that selects tokens, and in selective ones if `selective_importance` says so."""
 
     @property
     def seconds(self) -> float:

@@ -253,14 +253,19 @@ class Step:
             self._keep(reused=reused)
         text = self.schedule.text(stream.history.selective)
         evaluation = self.programs.selective(
-            self.inputs, stream.lease.caches, active, text, settings.selective_importance
+            self.inputs,
+            stream.lease.caches,
+            active,
+            text=text,
+            importance=settings.selective_importance,
         )
         rows = active.unsqueeze(-1).expand_as(evaluation.tokens)
         merged = predicted.scatter(1, rows, evaluation.tokens.to(predicted.dtype))
         merged = self._with_invalid_rows(merged)
         if evaluation.importance is not None:
             stream.importance = per_sample(evaluation.importance, self._shared)
-        self._keep(active=active, scores=scores, importance=stream.importance)
+            self._keep(importance=stream.importance)
+        self._keep(active=active, scores=scores)
         stream.history.record_selective(self.time, merged, active)
         return merged
 

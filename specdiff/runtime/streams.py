@@ -68,7 +68,7 @@ class Stream:
         """Time of every evaluation so far, in the unit of its source."""
         self.lease: Lease | None = None
         self.importance: Tensor | None = None
-        """float32 [B, N] of the latest evaluation that computed anything (the paper's his)."""
+        """float32 [B, N] of the latest evaluation that measured it (the paper's his)."""
         self.speculative: list[tuple[float, Tensor]] = []
         """Times looked ahead to, soonest first, with their importance, float32 [B, N] (fut)."""
         self.looked_ahead = False

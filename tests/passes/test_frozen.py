@@ -60,7 +60,7 @@ def test_a_model_without_text_has_nothing_to_leave_out():
     assert not joins_text(found.analysis.plan)
     programs = found.programs()
     assert not frozen_text(found, programs)
-    assert "frozen_5" not in programs.compile_seconds
+    assert not any(name.startswith("frozen") for name in programs.compile_seconds)
 
 
 class Pooled(Toy):

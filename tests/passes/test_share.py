@@ -18,7 +18,7 @@ from torch._inductor.graph import GraphLowering
 from specdiff import compiler, torch_adapter
 from specdiff.options import Options
 from specdiff.oracles import random_active
-from specdiff.passes.emit import emit_dense
+from specdiff.passes.emit import emit_dense, emit_probe
 from specdiff.passes.frozen import emit_frozen
 from specdiff.passes.repeats import find_repeats
 from specdiff.passes.rows import emit_selective
@@ -29,7 +29,8 @@ from tests.oracles import Traced, trace
 aten = torch.ops.aten
 ACTIVE, SAMPLE = 5, 16
 """The sample is smaller than the attentions, so that each block samples rows of its own."""
-PROGRAMS = ("dense", "selective", "frozen")
+PROGRAMS = ("dense", "selective", "unmeasured", "frozen")
+"""Unmeasured: selective without importance."""
 
 
 def traced(build: Any, **sizes: Any) -> Traced:
@@ -56,10 +57,12 @@ def unequal_blocks() -> Traced:
 
 def emitted(found: Traced, name: str) -> fx.GraphModule:
     module, plan = found.analysis.module, found.analysis.plan
+    if name == "probe":
+        return emit_probe(module, plan)
     if name == "dense":
         return emit_dense(module, plan, SAMPLE)
-    emit = emit_selective if name == "selective" else emit_frozen
-    return emit(module, plan, SAMPLE, ACTIVE)
+    emit = emit_frozen if name == "frozen" else emit_selective
+    return emit(module, plan, 0 if name == "unmeasured" else SAMPLE, ACTIVE)
 
 
 def values_of(found: Traced, name: str) -> list[Any]:
@@ -69,6 +72,8 @@ def values_of(found: Traced, name: str) -> list[Any]:
     caches = [slot.allocate() for slot in signature.caches]
     for cache in caches:
         cache.copy_(torch.randn(cache.shape, generator=generator))
+    if name == "probe":
+        return list(found.flat[1])
     active = random_active(signature.batch, signature.lengths, ACTIVE)
     return [*found.flat[1], *caches, *([] if name == "dense" else [active])]
 
@@ -86,7 +91,7 @@ def everything(run: Any, found: Traced, name: str) -> list[torch.Tensor]:
     return [*outputs, *values[first : first + len(found.analysis.signature.caches)]]
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("name", ["probe", *PROGRAMS])
 @pytest.mark.parametrize("which", ["flux_of_blocks", "sd3_of_blocks", "unequal_blocks"])
 def test_a_shared_program_computes_the_same_to_the_bit(which, name, request):
     found = request.getfixturevalue(which)
