@@ -134,11 +134,11 @@ def of_block(
 
     def selective(values: Sequence[Any], rows: Tensor, measured: bool = True) -> list[Any]:
         programs.dense(inputs, caches, before)
-        outputs: Sequence[Any]
+        outputs: list[Any] = [
+            *programs.selective(values, caches, rows, before if measured else None)
+        ]
         if measured:
-            outputs = programs.selective(values, caches, rows, before)[:-1]
-        else:
-            outputs = programs.selective(values, caches, rows, None)
+            outputs.pop()  # importance
         # an output is a cache, which the next run overwrites
         return [o.clone() if isinstance(o, Tensor) else o for o in outputs]
 
