@@ -421,7 +421,7 @@ def test_a_failing_program_leaves_no_stream():
     model = toy(**PLAN)
     run = Euler(model).run(4)
     broken = model.runtime.programs.selective
-    model.runtime.programs.selective = lambda *_: 1 / 0
+    model.runtime.programs.selective = lambda *_, **__: 1 / 0
     with pytest.raises(ZeroDivisionError):
         model(run.latent, run.time(), run.prompt)
     assert streams_of(model) == []
