@@ -29,6 +29,8 @@ from specdiff.options import KV_CACHE_DTYPES
 
 DTYPES = (None, *KV_CACHE_DTYPES)
 METHODS = ("history", "paper")
+EVERY_STEP = {"selective_importance": True}
+"""For both alike: what codes do to the attention that chooses tokens is part of their cost."""
 CPU = torch.device("cpu")
 Figures = dict[str, Any]
 
@@ -38,8 +40,8 @@ class Setting:
 
     def __init__(self, subject: Subject, method: str, dtype: str | None, ratio: float) -> None:
         self.names = {"model": subject.name, "method": method, "kv_cache_dtype": dtype}
-        coded = {} if dtype is None else {"kv_cache_dtype": dtype}
-        options = {"method": method, "cache_ratio": ratio, **coded, **subject.options}
+        options = {"method": method, "cache_ratio": ratio, **EVERY_STEP, **subject.options}
+        options |= {} if dtype is None else {"kv_cache_dtype": dtype}
         self._subject = subject
         self._pipeline = subject.load()
         self._pipeline.transformer = torch.compile(
