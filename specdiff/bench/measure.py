@@ -114,8 +114,7 @@ class TimedPrograms:
         importance: bool = True,
     ) -> Evaluation:
         """As `Programs.selective`."""
-        kind = "selective" if text else "frozen"
-        name = f"{kind}_{named_for(active.shape[1], importance)}"
+        name = named_for("selective" if text else "frozen", active.shape[1], importance)
         wanted = inputs, caches, active, text, importance
         return self._timed(name, lambda: self._programs.selective(*wanted))
 

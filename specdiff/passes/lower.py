@@ -132,16 +132,15 @@ class LoweredPrograms(Lowered):
     ) -> Evaluation:
         """K active tokens; one program for each K, with and without text and importance."""
         count, values = active.shape[1], [*inputs, *caches, active]
-        name = named_for(count, importance)
         if not text and self.freezes:
             try:
                 emit = self._emit(emit_frozen, count, importance=importance)
-                return Evaluation(*self._run(f"frozen_{name}", emit, values))
+                return Evaluation(*self._run(named_for("frozen", count, importance), emit, values))
             except Unsupported as reason:
                 log.warning("text_refresh has no effect: %s", reason)
                 self.freezes = False
         emit = self._emit(emit_selective, count, importance=importance)
-        return Evaluation(*self._run(f"selective_{name}", emit, values))
+        return Evaluation(*self._run(named_for("selective", count, importance), emit, values))
 
     def tail(self, inputs: Sequence[object], tokens: Tensor) -> list[Tensor]:
         """The graph's outputs."""
@@ -189,9 +188,10 @@ class BlockPrograms(Lowered):
         count, importance = active.shape[1], before is not None
         emit = self._emit(emit_block_selective, count, importance=importance)
         values = [*inputs, *caches, active, *([before] if importance else ())]
-        return list(self._run(f"block_selective_{named_for(count, importance)}", emit, values))
+        name = named_for("block_selective", count, importance)
+        return list(self._run(name, emit, values))
 
 
-def named_for(count: int, importance: bool) -> str:
-    """What a selective program of K = `count` is called by, after its kind."""
-    return f"{count}_measured" if importance else f"{count}"
+def named_for(kind: str, count: int, importance: bool) -> str:
+    """What a program of K = `count` active tokens is called."""
+    return f"{kind}_{count}" + "_measured" * importance

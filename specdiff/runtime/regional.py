@@ -181,7 +181,12 @@ class RootCall:
         programs = block.planned(self.tokens)
         if self.kind == "probe":
             return programs.probe(inputs)
-        return self._run(programs, inputs, visit)
+        outputs = self._run(programs, inputs, visit)
+        if self.measures:
+            *outputs, importance = outputs
+            total = self.importance
+            self.importance = importance if total is None else total + importance
+        return outputs
 
     def finish(self) -> None:
         """Raise Diverged if blocks were left out: their caches hold what nobody wrote."""
@@ -217,19 +222,15 @@ class RootCall:
         return mine == theirs
 
     def _run(self, programs: Programs, inputs: Sequence[object], visit: Visit) -> list[Tensor]:
-        before = visit.before
-        assert before is not None
+        """Outputs, and importance if it is measured."""
+        assert visit.before is not None
         count = len(programs.slots)
         mine, self.caches = self.caches[:count], self.caches[count:]
         if self.kind == "dense":
-            *outputs, importance = programs.dense(inputs, mine, before)
-        else:
-            assert self.active is not None
-            if not self.measures:
-                return programs.selective(inputs, mine, self.active, None)
-            *outputs, importance = programs.selective(inputs, mine, self.active, before)
-        self.importance = importance if self.importance is None else self.importance + importance
-        return outputs
+            return programs.dense(inputs, mine, visit.before)
+        assert self.active is not None
+        before = visit.before if self.measures else None
+        return programs.selective(inputs, mine, self.active, before)
 
 
 @contextmanager
