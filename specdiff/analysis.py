@@ -30,6 +30,7 @@ from specdiff.passes.quantize import QuantizePass
 from specdiff.passes.regions import Region, RegionsPass
 from specdiff.passes.selective import SelectivePass, SelectivePlan
 from specdiff.passes.signature import build_signature, varying_inputs
+from specdiff.passes.timetable import TimetablePass
 from specdiff.program import Signature
 
 log = logging.getLogger(__name__)
@@ -79,7 +80,8 @@ def analyse(traced: Traced, states: Sequence[bool], options: Options) -> Analysi
     runner = traced.runner
     selected = runner.run(SelectivePass(), traced.axes)
     varying = partial(varying_inputs, states=states, timestep_arg=options.timestep_arg)
-    plan = runner.run(InvariantPass(varying), selected)
+    tabulated = runner.run(TimetablePass(varying, torch_adapter.vectorized), selected)
+    plan = runner.run(InvariantPass(varying), tabulated)
     if options.kv_cache_code is not None:
         plan = runner.run(QuantizePass(options.kv_cache_code), plan)
     regions = runner.run(RegionsPass(), plan)

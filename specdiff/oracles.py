@@ -264,14 +264,14 @@ def coded(value: Tensor, code: torch.dtype | None) -> Tensor:
 
 
 def kept_values(plan: SelectivePlan, caches: Iterable[Tensor]) -> list[Tensor]:
-    """What the caches hold of each value that is kept: codes times their scales."""
+    """What the caches hold of each value but tables: codes times their scales."""
     pending, found = iter(caches), []
-    for node in plan.cached:
+    for node in (*plan.cached, *plan.fixed):
         value = next(pending)
         if node in plan.codes:
             value = (value.float() * next(pending)).to(node.meta["val"].dtype)
         found.append(value)
-    return [*found, *pending]
+    return found
 
 
 def fresh_rows(plan: SelectivePlan, node: fx.Node, active: Tensor, text: bool = True) -> Tensor:

@@ -19,6 +19,10 @@ InputRole = Literal["parameter", "latent", "time", "condition", "scalar"]
 scale: a pipeline may make it anew for each step, so it tells no two generations apart."""
 
 
+TIMES_AT_ONCE = 16
+"""Rows of a table by timestep: as many are filled in hardly more time than one."""
+
+
 def time_names(timestep_arg: str | None) -> tuple[str, ...]:
     """What a time input may be called: as the option of that name says, or as usual."""
     return ("timestep", "timesteps", "t") if timestep_arg is None else (timestep_arg,)
@@ -141,6 +145,8 @@ class Signature:
     additive: bool
     """Whether what is added to the token-level output is added to what moves the latents, and
     nothing else changes."""
+    tabulates: bool = False
+    """Whether selective steps look up some values by time in tables among the caches."""
 
     @property
     def batch(self) -> int:
@@ -206,6 +212,17 @@ class Programs(Protocol):
         So they may share memory where nobody reads them later either.
         """
 
+    def tabulate(
+        self, inputs: Sequence[object], caches: Sequence[Tensor], times: Sequence[Tensor]
+    ) -> None:
+        """Fill the tables among the caches: a row for each of `times`, in their order.
+
+        Args:
+            inputs: their own time counts for nothing.
+            caches: of a graph that tabulates.
+            times: time inputs, 1 to TIMES_AT_ONCE.
+        """
+
     def selective(
         self,
         inputs: Sequence[object],
@@ -213,11 +230,13 @@ class Programs(Protocol):
         active: Tensor,
         text: bool = True,
         importance: bool = True,
+        row: int | None = None,
     ) -> Evaluation:
         """Only `active` (int64 [B, K], ascending) computed; their cache rows updated in place.
 
         Text tokens are computed too, unless `text` is false: then what the caches hold of them
-        serves. Importance is measured only if wanted.
+        serves. Importance is measured only if wanted. `row` of the tables has the values of this
+        time; without it, they are filled anew.
         """
 
     def tail(self, inputs: Sequence[object], tokens: Tensor) -> list[Tensor]:

@@ -102,8 +102,7 @@ class Report:
     def cache_formula(self) -> sympy.Expr:
         """Bytes of the caches of one generation, in B, N and T: `cache_bytes` at these sizes."""
         assert self.analysis is not None, self.reason
-        plan = self.analysis.plan
-        return CostModel(plan).caches((*plan.cached, *plan.fixed))
+        return CostModel(self.analysis.plan).held
 
     @property
     def speedup(self) -> sympy.Expr:

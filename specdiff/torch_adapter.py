@@ -24,6 +24,7 @@ from torch._inductor.utils import fresh_cache
 from torch._logging._internal import trace_log, trace_structured
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -61,6 +62,17 @@ def export_functional(module: fx.GraphModule, inputs: Sequence[Any]) -> fx.Graph
     _restore_placeholders(module, exported, inputs)
     _remove_autocast(exported.graph)
     return exported
+
+
+def vectorized(module: fx.GraphModule, inputs: Sequence[Tensor], index: int) -> fx.GraphModule:
+    """A graph of fakes over a further leading axis of input `index`, which it already has there.
+
+    Its outputs have that axis, too. Raises whatever vmap does of an op that it has no rule for.
+    """
+    over = tuple(0 if i == index else None for i in range(len(inputs)))
+    mode = inputs[index].fake_mode  # type: ignore[attr-defined]
+    with mode, torch.no_grad():  # in which the graph makes tensors of its own, too
+        return make_fx(torch.func.vmap(module, in_dims=over))(*inputs)
 
 
 def require_plain_tensors(inputs: Sequence[Any]) -> None:

@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 import specdiff
 from specdiff.program import time_names
 from tests.models import ZOO, Builder, Case
+from tests.oracles import small_tables
 
 Verdict = Literal["rewritten", "attached", "partly", "dense", "WRONG"]
 """Attached: the model breaks into graphs, and selects tokens under `specdiff.attach`."""
@@ -57,7 +58,8 @@ def measure(name: str, builder: Builder) -> Row:
         case.model(**case.inputs)
     # what a user would do for a time of another name
     time = None if case.time in time_names(None) else case.time
-    found = specdiff.verify(case.model, timestep_arg=time, **case.inputs)
+    with small_tables():
+        found = specdiff.verify(case.model, timestep_arg=time, **case.inputs)
     main = next((g for g in found.graphs if _denoises(g.report, case)), None)
     verdict: Verdict = "rewritten" if main else compiled_verdict(case, found.selective)
     segments = main.report.segments if main else ()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import fx, nn
@@ -15,6 +17,11 @@ from specdiff.options import Options
 from specdiff.passes.lower import LoweredPrograms
 from specdiff.passes.quantize import quantized
 from specdiff.passes.signature import cache_slots
+
+
+def small_tables() -> AbstractContextManager[object]:
+    """In here a small model looks up by timestep whatever a large one would."""
+    return patch("specdiff.passes.timetable.LEAST", 1)
 
 
 @dataclass

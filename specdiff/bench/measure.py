@@ -112,11 +112,18 @@ class TimedPrograms:
         active: Tensor,
         text: bool = True,
         importance: bool = True,
+        row: int | None = None,
     ) -> Evaluation:
         """As `Programs.selective`."""
         name = named_for("selective" if text else "frozen", active.shape[1], importance)
-        wanted = inputs, caches, active, text, importance
+        wanted = inputs, caches, active, text, importance, row
         return self._timed(name, lambda: self._programs.selective(*wanted))
+
+    def tabulate(
+        self, inputs: Sequence[object], caches: Sequence[Tensor], times: Sequence[Tensor]
+    ) -> None:
+        """As `Programs.tabulate`."""
+        self._timed("timetable", lambda: self._programs.tabulate(inputs, caches, times))
 
     def tail(self, inputs: Sequence[object], tokens: Tensor) -> list[Tensor]:
         """As `Programs.tail`."""
@@ -251,7 +258,7 @@ def floor(name: str, analysis: Analysis, rates: MachineRates) -> float | None:
 
     Of one that computes no text it is what a model without text would take.
     """
-    if name == "tail":
+    if name in ("tail", "timetable"):
         return None
     kind, *active = name.split("_")
     count = int(active[0]) if active else None

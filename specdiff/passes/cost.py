@@ -20,6 +20,7 @@ from specdiff.passes.rules.attention import ATTENTION, Attention
 from specdiff.passes.rules.registry import is_tensor, operand_at, rank_of, shape_of
 from specdiff.passes.rules.spatial import CONVOLUTIONS
 from specdiff.passes.selective import SelectivePlan
+from specdiff.program import TIMES_AT_ONCE
 
 aten = torch.ops.aten
 BATCH = sympy.Symbol("B", integer=True, positive=True)
@@ -95,17 +96,26 @@ class CostModel:
         plan = self._plan
         flops = sum((self._flops(n, rows=True) for n in nodes if self._as_rows(n)), ZERO)
         flops += sum((self._flops(n, rows=False) for n in nodes if self._as_whole(n)), ZERO)
-        needed = [n for n in nodes if n in plan.rows or n in plan.whole]
+        # what is known is an input of whatever reads it
+        needed = [n for n in nodes if n in plan.rows | plan.whole and n not in plan.known]
         values = [*_inputs(needed), *_outputs(needed)]
         moved = sum((self._bytes(v, rows=v in plan.rows) for v in values), ZERO)
-        written = sum((self._kept(n, rows=True) for n in nodes if n in plan.cached), ZERO)
-        return Work(flops, moved + written + self.caches(nodes))
+        cached = [n for n in nodes if n in plan.cached]
+        written = sum((self._kept(n, rows=True) for n in cached), ZERO)
+        return Work(flops, moved + written + self.caches(cached))
 
     def caches(self, nodes: Collection[fx.Node]) -> sympy.Expr:
         """Bytes of the caches that a region fills: a dense step writes them, others read them."""
         plan = self._plan
         held = (node for node in nodes if node in plan.cached or node in plan.fixed)
         return sum((self._kept(node, rows=False) for node in held), ZERO)
+
+    @property
+    def held(self) -> sympy.Expr:
+        """Bytes of all that one stream keeps between steps."""
+        plan = self._plan
+        rows = sum((self._bytes(node, rows=False) for node in plan.tabulated), ZERO)
+        return self.caches((*plan.cached, *plan.fixed)) + TIMES_AT_ONCE * rows
 
     def flops(self, node: fx.Node) -> sympy.Expr:
         """All rows of one node."""
@@ -116,7 +126,7 @@ class CostModel:
 
     def _as_whole(self, node: fx.Node) -> bool:
         plan = self._plan
-        computed = node in plan.whole and node not in plan.cached and node not in plan.fixed
+        computed = node in plan.whole and node not in plan.cached and node not in plan.known
         return computed and plan.extracted_from(node) is None
 
     def _size(self, node: fx.Node, axis: int, rows: bool) -> sympy.Expr:

@@ -1,9 +1,9 @@
 """Emit: write the programs of a plan as graphs, by re-interpreting the normalized one.
 
-Four programs come from one plan: *probe* (every token, no cache), *dense* (every token, caches
-overwritten), *selective* (K active tokens, cache rows updated in place) and *tail* (the outputs
-from the token-level output). The first three return the token-level output; dense, and selective
-where that is wanted, importance as well.
+Five programs come from one plan: *probe* (every token, no cache), *dense* (every token, caches
+overwritten), *selective* (K active tokens, cache rows updated in place), *timetable* (the tables
+that selective reads) and *tail* (the outputs from the token-level output). Probe, dense and
+selective return the token-level output; dense, and selective where that is wanted, importance too.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from specdiff.passes.importance import ImportanceSum
 from specdiff.passes.kept import encode, kept_tensors
 from specdiff.passes.rules.attention import ATTENTION, Attention
 from specdiff.passes.rules.registry import shape_of
-from specdiff.passes.selective import SelectivePlan, cache_order, cache_shape
+from specdiff.passes.selective import SelectivePlan, ancestors, cache_order, cache_shape
 from specdiff.passes.writer import GraphWriter
+from specdiff.program import TIMES_AT_ONCE
 
 aten = torch.ops.aten
 
@@ -119,16 +120,36 @@ def _emit_whole(emitter: WholeEmitter, fill: bool, targets: tuple[fx.Node, ...])
     emitter.add_inputs()
     caches = emitter.add_caches() if fill else {}
     emitter.add_number()
-    for node in _needed(*targets):
+    for node in ancestors(*targets):
         if node.op != "placeholder":
             emitter.emit_whole(node)
-        if node in caches:
+        if node in caches and node not in plan.tabulated:
             value = emitter.whole[node]
             if node not in plan.fixed:
                 value = emitter.permute(value, cache_order(plan, node))
             kept = encode(emitter, value, plan.codes.get(node))
             for cache, part in zip(caches[node], kept, strict=True):
                 emitter.call(aten.copy_.default, cache, part)
+
+
+def emit_timetable(module: fx.GraphModule, plan: SelectivePlan) -> fx.GraphModule:
+    """Fills the tables; inputs are the graph's, the caches, and times, a further axis in front."""
+    emitter, timetable = WholeEmitter(module, plan, 0), plan.timetable
+    assert timetable is not None
+    emitter.add_inputs()
+    tables = emitter.add_caches()
+    shape = (TIMES_AT_ONCE, *shape_of(timetable.time))
+    times = emitter.add_tensor("times", shape, timetable.time)
+    given: dict[fx.Node, fx.Node] = {**emitter.whole, timetable.time: times}
+    for leaf in timetable.leaves:
+        if leaf.op == "get_attr":
+            given[leaf] = emitter.copy(leaf, {})
+    values = emitter.inline(timetable.module.graph, [given[leaf] for leaf in timetable.leaves])
+    for node, value in zip(timetable.values, values, strict=True):
+        (table,) = tables[node]
+        emitter.call(aten.copy_.default, table, value)
+    emitter.graph.output(())
+    return emitter.to_module()
 
 
 def emit_tail(module: fx.GraphModule, plan: SelectivePlan) -> fx.GraphModule:
@@ -139,21 +160,9 @@ def emit_tail(module: fx.GraphModule, plan: SelectivePlan) -> fx.GraphModule:
         "tokens", (plan.axes.samples, plan.tokens, plan.channels), plan.slots[0]
     )
     emitter.whole.update(from_tokens(emitter, plan, tokens))
-    for node in _needed(*plan.axes.outputs(), known=emitter.whole):
+    for node in ancestors(*plan.axes.outputs(), known=emitter.whole):
         emitter.emit_whole(node)
     return emitter.finish_block()
-
-
-def _needed(*targets: fx.Node, known: Any = ()) -> list[fx.Node]:
-    """Ancestors of `targets` that are not `known`, in graph order."""
-    found: set[fx.Node] = set()
-    pending = list(targets)
-    while pending:
-        node = pending.pop()
-        if node not in found and node not in known:
-            found.add(node)
-            pending += node.all_input_nodes
-    return [node for node in targets[0].graph.nodes if node in found]
 
 
 def to_tokens(

@@ -72,7 +72,7 @@ class FrozenEmitter(RowsEmitter):
             super()._emit_node(node, caches)
 
     def _is_absent(self, node: fx.Node) -> bool:
-        if node.op != "call_function" or node in self.plan.fixed:
+        if node.op != "call_function" or node in self.plan.known:
             return False
         if self.plan.extracted_from(node) is not None:
             return True

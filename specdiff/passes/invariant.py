@@ -9,7 +9,7 @@ reading it costs.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Set
 
 import torch
 from torch import fx
@@ -18,7 +18,7 @@ from specdiff.passes.base import Pass, PassError
 from specdiff.passes.cost import CostModel
 from specdiff.passes.rules.registry import is_tensor, operand_at
 from specdiff.passes.rules.shape import VIEWS
-from specdiff.passes.selective import SelectivePlan, propagate
+from specdiff.passes.selective import SelectivePlan, ancestors, propagate
 
 aten = torch.ops.aten
 FREE = (
@@ -48,31 +48,46 @@ LEAST = 1e5
 """FLOPs saved by a value kept, at least: it is one more input of every program."""
 
 
+@dataclasses.dataclass(frozen=True)
+class VaryingInputs:
+    """Inputs of a graph that may change from step to step."""
+
+    time: fx.Node | None
+    scalars: tuple[fx.Node, ...]
+    """Each a number a sample, such as the strength of guidance; most change from run to run."""
+    latents: tuple[fx.Node, ...]
+
+    @property
+    def all(self) -> tuple[fx.Node, ...]:
+        """Every one of them."""
+        return (*((self.time,) if self.time is not None else ()), *self.scalars, *self.latents)
+
+
 class InvariantPass(Pass[SelectivePlan, SelectivePlan]):
     """A plan with `fixed` values, which its selective program reads from caches.
 
     Args:
-        varying: the inputs of a graph that change from step to step.
+        varying: tells the inputs of a graph that change from step to step.
     """
 
     name = "invariant"
 
-    def __init__(self, varying: Callable[[SelectivePlan], Collection[fx.Node]]) -> None:
+    def __init__(self, varying: Callable[[SelectivePlan], VaryingInputs]) -> None:
         self._varying = varying
 
     def apply(self, value: SelectivePlan) -> SelectivePlan:
         """The same plan, its needs told anew from what is no longer computed."""
-        fixed = find_fixed(value, moving(value, self._varying(value)))
+        constant = value.whole.difference(moving(value, self._varying(value).all), value.cached)
+        fixed = worth_keeping(value, constant, lambda found: max(LEAST, WORTH * found.nbytes))
         plan = dataclasses.replace(
             value, rows=set(value.slots), whole=set(), cached=[], fixed=fixed
         )
         propagate(plan)
-        plan.fixed = tuple(node for node in fixed if node in plan.whole)
-        return plan
+        return dataclasses.replace(plan, fixed=tuple(n for n in fixed if n in plan.whole))
 
     def verify(self, value: SelectivePlan, result: SelectivePlan) -> None:
         """No fixed value depends on what varies, and what lived in caches still does."""
-        changing = moving(value, self._varying(value))
+        changing = moving(value, self._varying(value).all)
         for node in result.fixed:
             if node in changing:
                 raise PassError(f"{node.name} is kept, but changes from step to step")
@@ -98,15 +113,19 @@ def moving(plan: SelectivePlan, varying: Collection[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def find_fixed(plan: SelectivePlan, changing: set[fx.Node]) -> tuple[fx.Node, ...]:
-    """The last invariant values before what changes, where they are worth their bytes."""
-    whole = plan.whole.difference(changing, plan.cached)
-    last = (node for node in whole if any(user not in whole for user in node.users))
-    found = {_behind_views(node) for node in last} - set(plan.slots)
+def worth_keeping(
+    plan: SelectivePlan, known: Set[fx.Node], least: Callable[[torch.Tensor], float]
+) -> tuple[fx.Node, ...]:
+    """The last values of `known` that save `least` of their fake in FLOPs, or more."""
+    last = (node for node in known if any(user not in known for user in node.users))
+    found = {_behind_views(node) for node in last}.intersection(known).difference(plan.slots)
     arithmetic = Arithmetic(plan)
     kept: list[fx.Node] = []
     for node in plan.axes.graph.nodes:
-        if node in found and node in whole and _is_worth(node, arithmetic.behind(node, kept)):
+        if node not in found or node.op != "call_function" or not is_tensor(node):
+            continue
+        value: torch.Tensor = node.meta["val"]
+        if not value.is_complex() and arithmetic.behind(node, kept) >= least(value):
             kept.append(node)
     return tuple(kept)
 
@@ -115,13 +134,6 @@ def _behind_views(node: fx.Node) -> fx.Node:
     while node.target in FREE:
         node = operand_at(node, 0)
     return node
-
-
-def _is_worth(node: fx.Node, saved: float) -> bool:
-    if node.op != "call_function" or not is_tensor(node) or node.meta["val"].is_complex():
-        return False
-    value: torch.Tensor = node.meta["val"]
-    return saved >= max(LEAST, WORTH * value.numel() * value.dtype.itemsize)
 
 
 class Arithmetic:
@@ -133,14 +145,7 @@ class Arithmetic:
 
     def behind(self, node: fx.Node, known: Collection[fx.Node]) -> float:
         """FLOPs of a value and of all that it depends on and that is not known."""
-        found = set(known)
-        pending = [node]
-        while pending:
-            one = pending.pop()
-            if one not in found:
-                found.add(one)
-                pending += one.all_input_nodes
-        return sum(map(self._flops, found.difference(known)))
+        return sum(map(self._flops, ancestors(node, known=set(known))))
 
     def _flops(self, node: fx.Node) -> float:
         if node not in self._known:

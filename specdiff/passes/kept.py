@@ -16,6 +16,7 @@ from torch import fx
 from specdiff.passes.rules.registry import shape_of
 from specdiff.passes.selective import SelectivePlan, cache_shape
 from specdiff.passes.writer import GraphWriter
+from specdiff.program import TIMES_AT_ONCE
 
 aten = torch.ops.aten
 SCALE = torch.float32
@@ -33,10 +34,14 @@ class KeptTensor:
 
 
 def kept_tensors(plan: SelectivePlan) -> dict[fx.Node, tuple[KeptTensor, ...]]:
-    """What a plan keeps between steps: caches, then values that no step changes."""
+    """What a plan keeps between steps: caches, values that no step changes, tables by time."""
     caches = {node: _cache(plan, node) for node in plan.cached}
     fixed = {n: (KeptTensor("", shape_of(n), n.meta["val"].dtype),) for n in plan.fixed}
-    return caches | fixed
+    tables = {
+        n: (KeptTensor("", (TIMES_AT_ONCE, *shape_of(n)), n.meta["val"].dtype),)
+        for n in plan.tabulated
+    }
+    return caches | fixed | tables
 
 
 def _cache(plan: SelectivePlan, node: fx.Node) -> tuple[KeptTensor, ...]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from specdiff.errors import Fault, Unsupported
@@ -19,6 +20,7 @@ from specdiff.passes.emit import (
     emit_dense,
     emit_probe,
     emit_tail,
+    emit_timetable,
 )
 from specdiff.passes.frozen import emit_frozen, joins_text
 from specdiff.passes.importance import observed
@@ -26,7 +28,7 @@ from specdiff.passes.listing import kinds_of_ops
 from specdiff.passes.rows import emit_block_selective, emit_selective
 from specdiff.passes.selective import SelectivePlan
 from specdiff.passes.signature import cache_slots
-from specdiff.program import CacheSlot, Evaluation, Signature
+from specdiff.program import TIMES_AT_ONCE, CacheSlot, Evaluation, Signature
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +124,15 @@ class LoweredPrograms(Lowered):
         """Every token, caches overwritten."""
         return Evaluation(*self._run("dense", self._emit(emit_dense), [*inputs, *caches]))
 
+    def tabulate(
+        self, inputs: Sequence[object], caches: Sequence[Tensor], times: Sequence[Tensor]
+    ) -> None:
+        """Fill the tables among the caches."""
+        missing = TIMES_AT_ONCE - len(times)
+        padded = torch.stack([*times, *[times[-1]] * missing])
+        emit = partial(emit_timetable, self._module, self._plan)
+        self._run("timetable", emit, [*inputs, *caches, padded])
+
     def selective(
         self,
         inputs: Sequence[object],
@@ -129,9 +140,12 @@ class LoweredPrograms(Lowered):
         active: Tensor,
         text: bool = True,
         importance: bool = True,
+        row: int | None = None,
     ) -> Evaluation:
         """K active tokens; one program for each K, with and without text and importance."""
         count, values = active.shape[1], [*inputs, *caches, active]
+        if self._plan.timetable is not None:
+            values.append(self._row(inputs, caches, row))
         if not text and self.freezes:
             try:
                 emit = self._emit(emit_frozen, count, importance=importance)
@@ -141,6 +155,20 @@ class LoweredPrograms(Lowered):
                 self.freezes = False
         emit = self._emit(emit_selective, count, importance=importance)
         return Evaluation(*self._run(named_for("selective", count, importance), emit, values))
+
+    def _row(self, inputs: Sequence[object], caches: Sequence[Tensor], row: int | None) -> Tensor:
+        """int64 [1]: a row of the tables, which are filled for the time of `inputs` if none is."""
+        if row is None:
+            time = inputs[self._signature.time] if self._signature.time is not None else None
+            assert isinstance(time, Tensor)  # else there would be no tables
+            self.tabulate(inputs, caches, [time])
+        return self._rows[row or 0, :1]
+
+    @cached_property
+    def _rows(self) -> Tensor:
+        """int64 [TIMES_AT_ONCE, 2]: their numbers, aligned, where they are read."""
+        rows = torch.arange(TIMES_AT_ONCE, device=self._signature.tokens.device)
+        return rows.unsqueeze(1).repeat(1, 2)
 
     def tail(self, inputs: Sequence[object], tokens: Tensor) -> list[Tensor]:
         """The graph's outputs."""

@@ -1,7 +1,8 @@
 """Rows: write the token-selective program, rows where the plan says rows.
 
 Its inputs are those of the traced graph, then the caches, then `active`, int64 [B, K], ascending;
-of K, each prunable segment has its share (`specdiff.program.share_out`).
+of K, each prunable segment has its share (`specdiff.program.share_out`). If anything is tabulated,
+the row of the tables follows, int64 [1].
 """
 
 from __future__ import annotations
@@ -69,23 +70,34 @@ class RowsEmitter(WholeEmitter):
         caches = self.add_caches()
         for node in plan.fixed:
             (self.whole[node],) = caches.pop(node)
+        tables = {node: caches.pop(node)[0] for node in plan.tabulated}
         batch = plan.axes.samples
         self.active = self.add_tensor("active", (batch, self.count), plan.cached[0], torch.int64)
+        if tables:
+            self.row = self.add_tensor("row", (1,), plan.cached[0], torch.int64)
         self.add_number()
         batch_rows = self.call(aten.arange.default, batch, device=self.device)
         self.batch_rows = self.call(aten.unsqueeze.default, batch_rows, 1)
         for node in plan.axes.graph.nodes:
+            if node in tables:
+                self.follow(node)
+                self.whole[node] = self._look_up(tables[node])
             self._emit_node(node, caches.get(node, ()))
+
+    def _look_up(self, table: fx.Node) -> fx.Node:
+        """Of a table, the row that is told."""
+        picked = self.call(aten.index_select.default, table, 0, self.row)
+        return self.call(aten.squeeze.dim, picked, 0)
 
     def _emit_node(self, node: fx.Node, caches: Sequence[fx.Node]) -> None:
         plan = self.plan
-        fixed = node in plan.fixed
-        token_wise = node in plan.rows and plan.is_token_wise(node) and not fixed
+        known = node in plan.known
+        token_wise = node in plan.rows and plan.is_token_wise(node) and not known
         if token_wise:
             self.rows[node] = self._token_wise(node)
         if caches:
             self.whole[node] = self._densify(node, caches)
-        elif node in plan.whole and node.op not in ("placeholder", "output") and not fixed:
+        elif node in plan.whole and node.op not in ("placeholder", "output") and not known:
             source = plan.extracted_from(node)
             if source is None:
                 self.emit_whole(node)

@@ -8,10 +8,11 @@ cache, and the cache is read whole. What cannot be proved stays whole, which is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
+from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
@@ -22,6 +23,9 @@ from specdiff.passes.base import Pass, PassError
 from specdiff.passes.rules.attention import ATTENTION, Attention
 from specdiff.passes.rules.elementwise import elementwise
 from specdiff.passes.rules.registry import is_tensor, rank_of, rule_for, shape_of
+
+if TYPE_CHECKING:
+    from specdiff.passes.timetable import Timetable
 
 aten = torch.ops.aten
 
@@ -43,10 +47,22 @@ class SelectivePlan:
     """Values that live in caches, in graph order."""
     fixed: tuple[fx.Node, ...] = ()
     """Values that no step changes (`passes.invariant`), kept beside the caches."""
+    timetable: Timetable | None = None
+    """Of values that time alone moves (`passes.timetable`), if there are any."""
     codes: Mapping[fx.Node, torch.dtype] = field(default_factory=dict)
     """Those of the cached whose caches hold 8-bit codes (`passes.quantize`), of this dtype."""
     stale: frozenset[fx.Node] = frozenset()
     """Inputs whose inactive rows are not up to date: streams of tokens between two blocks."""
+
+    @property
+    def tabulated(self) -> tuple[fx.Node, ...]:
+        """Values that a selective step looks up by time."""
+        return self.timetable.values if self.timetable is not None else ()
+
+    @cached_property
+    def known(self) -> frozenset[fx.Node]:
+        """Values that a selective step finds computed, whole."""
+        return frozenset((*self.fixed, *self.tabulated))
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
@@ -291,7 +307,7 @@ def propagate(plan: SelectivePlan) -> None:
 
 def _propagate(plan: SelectivePlan, node: fx.Node) -> None:
     """Hand the needs of `node` on to its operands."""
-    if node in plan.fixed:
+    if node in plan.known:
         if node in plan.rows:
             plan.whole.add(node)  # to be gathered from
         return
@@ -330,6 +346,18 @@ def _lives_in_cache(plan: SelectivePlan, node: fx.Node) -> bool:
         user.target is ATTENTION and node in (Attention.of(user).key, Attention.of(user).value)
         for user in node.users
     )
+
+
+def ancestors(*targets: fx.Node, known: Container[fx.Node] = ()) -> list[fx.Node]:
+    """The targets and all that they depend on, in graph order, up to what is `known`."""
+    found: set[fx.Node] = set()
+    pending = list(targets)
+    while pending:
+        node = pending.pop()
+        if node not in found and node not in known:
+            found.add(node)
+            pending += node.all_input_nodes
+    return [node for node in targets[0].graph.nodes if node in found]
 
 
 def cache_order(plan: SelectivePlan, node: fx.Node) -> list[int]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
 from torch import fx
 
 from specdiff.passes.axes import ClassId
+from specdiff.passes.invariant import VaryingInputs
 from specdiff.passes.kept import kept_tensors
 from specdiff.passes.roles import find_denoised, find_time, is_scalar, short_name
 from specdiff.passes.rules.attention import ATTENTION, Attention
@@ -73,6 +75,7 @@ def build_signature(
         denoised=denoised,
         time=time,
         additive=_is_additive(plan, denoised),
+        tabulates=plan.timetable is not None,
     )
 
 
@@ -95,12 +98,17 @@ def _is_additive(plan: SelectivePlan, denoised: Sequence[Denoised]) -> bool:
 
 def varying_inputs(
     plan: SelectivePlan, states: Sequence[bool], timestep_arg: str | None
-) -> list[fx.Node]:
-    """Inputs that may change from step to step: latents, time and other scalars."""
+) -> VaryingInputs:
+    """Inputs that may change from step to step: time and other scalars, latents."""
     placeholders = plan.axes.graph.find_nodes(op="placeholder")
     denoised = find_denoised(plan, placeholders, states)
     roles = _roles(plan, denoised, find_time(placeholders, states, timestep_arg))
-    return [node for i, node in enumerate(placeholders) if i in roles and not states[i]]
+    by_role: dict[InputRole, list[fx.Node]] = defaultdict(list)
+    for i, node in enumerate(placeholders):
+        if i in roles and not states[i]:
+            by_role[roles[i]].append(node)
+    time = by_role["time"][0] if by_role["time"] else None
+    return VaryingInputs(time, tuple(by_role["scalar"]), tuple(by_role["latent"]))
 
 
 def _roles(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,14 @@ class GraphWriter:
         # a value that comes out of a cache has other strides than it had when it was traced
         viewed = node.target in STRIDED_VIEWS
         return self.call(aten.reshape.default if viewed else node.target, *args, **kwargs)
+
+    def inline(self, graph: fx.Graph, inputs: Sequence[fx.Node]) -> Sequence[fx.Node]:
+        """Another graph of functions alone, on `inputs`: its outputs."""
+        made = dict(zip(graph.find_nodes(op="placeholder"), inputs, strict=True))
+        for node in graph.nodes:
+            if node.op == "call_function":
+                made[node] = self.copy(node, made)
+        return [made[node] for node in graph.output_node().all_input_nodes]
 
     def follow(self, node: fx.Node) -> None:
         """Nodes written from now on descend from `node`."""

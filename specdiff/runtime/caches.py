@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from specdiff.program import CacheSlot
+from specdiff.runtime.times import Timetable
 
 IDLE_SETS = 1
 
@@ -25,6 +26,7 @@ class Lease:
 
     def __init__(self, caches: Sequence[Tensor]) -> None:
         self.caches = tuple(caches)
+        self.timetable = Timetable()
 
 
 class CachePool:

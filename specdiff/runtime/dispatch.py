@@ -33,6 +33,7 @@ from specdiff.runtime.registry import (
 from specdiff.runtime.schedule import Schedule
 from specdiff.runtime.step import BUDGET, Step, moving_parts
 from specdiff.runtime.streams import Stream, StreamTable
+from specdiff.runtime.times import KnownTimes
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class Runtime:
         self._parameters = programs.signature.indices("parameter")
         self._conditions = programs.signature.indices("condition")
         self._nameless = ModelState()
+        self._known_times = KnownTimes()
         self._generations = itertools.count()
         self._fault = ""
 
@@ -100,7 +102,7 @@ class Runtime:
         time = reading.time if reading is not None else (given or ())[len(stream.times)]
         step = Step(
             self.programs, self.pool, table, stream, state, settings, schedule, inputs, time,
-            reading, given, candidates, record,
+            reading, given, candidates, self._known_times, record,
         )  # fmt: skip
         try:
             return step.run()

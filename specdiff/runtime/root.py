@@ -59,6 +59,11 @@ class RootPrograms:
         """Every token computed; the caches are overwritten in place."""
         return self._evaluation(inputs, self._call("dense", inputs, caches))
 
+    def tabulate(
+        self, inputs: Sequence[object], caches: Sequence[Tensor], times: Sequence[Tensor]
+    ) -> None:
+        """Nothing to fill: a block is given what time makes, not time."""
+
     def selective(
         self,
         inputs: Sequence[object],
@@ -66,6 +71,7 @@ class RootPrograms:
         active: Tensor,
         text: bool = True,
         importance: bool = True,
+        row: int | None = None,
     ) -> Evaluation:
         """Only `active` computed by the blocks; what lies around them computes every token.
 

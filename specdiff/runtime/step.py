@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from specdiff.options import Settings
-from specdiff.program import Programs, Signature
-from specdiff.runtime.caches import CachePool
+from specdiff.program import TIMES_AT_ONCE, Programs, Signature
+from specdiff.runtime.caches import CachePool, Lease
 from specdiff.runtime.clock import next_time, time_unit
 from specdiff.runtime.correction import Correction, on_top
 from specdiff.runtime.forecast import forecast
@@ -35,6 +35,7 @@ from specdiff.runtime.registry import ModelState
 from specdiff.runtime.schedule import Place, Schedule
 from specdiff.runtime.speculation import landings, model_time, speculate
 from specdiff.runtime.streams import Stream, StreamTable
+from specdiff.runtime.times import KnownTimes
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,8 @@ class Step:
     """All times of the run, if the session gave them."""
     candidates: tuple[Process, ...]
     """What the sampler may be doing."""
+    known: KnownTimes
+    """Time inputs of earlier generations."""
     record: StepRecord | None = None
     """What is to be kept of this evaluation, if anything records."""
 
@@ -258,6 +261,7 @@ class Step:
             active,
             text=text,
             importance=settings.selective_importance,
+            row=self._row(stream.lease),
         )
         rows = active.unsqueeze(-1).expand_as(evaluation.tokens)
         merged = predicted.scatter(1, rows, evaluation.tokens.to(predicted.dtype))
@@ -268,6 +272,30 @@ class Step:
         self._keep(active=active, scores=scores)
         stream.history.record_selective(self.time, merged, active)
         return merged
+
+    def _row(self, lease: Lease) -> int | None:
+        """Where the tables of a lease have the values of this time; they are filled if nowhere."""
+        signature = self.programs.signature
+        if not signature.tabulates:
+            return None
+        moment, timetable = (self.given, self.time), lease.timetable
+        scalars = [self.inputs[index] for index in signature.indices("scalar")]
+        self.known.see(moment, self._time_input, timetable.latest)
+        timetable.latest = moment
+        row = timetable.row(moment, scalars)
+        if row is None:
+            later = self.known.following(moment, TIMES_AT_ONCE)
+            timetable.fill(later, scalars)
+            times = [self._time_input, *self.known.inputs(later[1:])]
+            self.programs.tabulate(self.inputs, lease.caches, times)
+        return row or 0
+
+    @property
+    def _time_input(self) -> Tensor:
+        assert self.programs.signature.time is not None
+        time = self.inputs[self.programs.signature.time]
+        assert isinstance(time, Tensor)
+        return time
 
     def _skip(self) -> Tensor:
         predicted = self._with_invalid_rows(self._forecast())

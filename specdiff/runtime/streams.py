@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from torch import Tensor
 
 from specdiff.runtime.caches import Lease
 from specdiff.runtime.correction import Correction
 from specdiff.runtime.history import History
+from specdiff.runtime.keys import StreamKey
 from specdiff.runtime.noise import Process
 from specdiff.runtime.prediction import POOR_FIT, Prediction, Ways
 from specdiff.runtime.reading import Reading
@@ -23,34 +22,6 @@ if TYPE_CHECKING:
 MAX_STREAMS = 8
 LARGE_CHANGE = 0.5
 """Relative change of the latent in one evaluation that only a very long step explains."""
-
-
-class StreamKey:
-    """What tells streams apart: the conditions, by identity and version, or by value if asked."""
-
-    def __init__(self, conditions: Sequence[object], *, keep_values: bool) -> None:
-        self._marks = [_mark(condition) for condition in conditions]
-        self._kept = list(conditions) if keep_values else None
-
-    @property
-    def alive(self) -> bool:
-        """Whether a call can still match: no tensor has died, or the values were kept."""
-        return all(ref() is not None for ref, _ in self._marks if isinstance(ref, weakref.ref))
-
-    def is_same(self, conditions: Sequence[object]) -> bool:
-        """Whether these are the same objects, unmodified since."""
-        return all(
-            _is_marked(condition, *mark)
-            for mark, condition in zip(self._marks, conditions, strict=True)
-        )
-
-    def is_equal(self, conditions: Sequence[object]) -> bool:
-        """Whether the kept values are equal to these; reads the device where they are tensors."""
-        if self._kept is None or not self.is_same(self._kept):
-            return False
-        return all(
-            _equal(kept, condition) for kept, condition in zip(self._kept, conditions, strict=True)
-        )
 
 
 class Stream:
@@ -195,27 +166,3 @@ class StreamTable:
         for other in self._streams:
             if other.last_call < stream.last_call:
                 other.lease = None
-
-
-def _version(tensor: Tensor) -> int | None:
-    # Inference tensors track no version: their writes in place cannot be seen.
-    return None if tensor.is_inference() else tensor._version
-
-
-def _mark(condition: object) -> tuple[object, int | None]:
-    if isinstance(condition, Tensor):
-        return weakref.ref(condition), _version(condition)
-    return condition, None
-
-
-def _is_marked(condition: object, mark: object, version: int | None) -> bool:
-    if isinstance(condition, Tensor):
-        same = isinstance(mark, weakref.ref) and mark() is condition
-        return same and version == _version(condition)
-    return bool(mark == condition)
-
-
-def _equal(kept: object, condition: object) -> bool:
-    if isinstance(kept, Tensor) and isinstance(condition, Tensor):
-        return torch.equal(kept, condition)
-    return type(kept) is type(condition) and kept == condition

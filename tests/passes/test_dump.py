@@ -25,8 +25,20 @@ from specdiff.passes.base import PassRecord
 from specdiff.passes.dump import Dump
 from tests.models import flux
 
-PASSES = ["00_dynamo", "01_normalize", "02_axes", "03_selective", "04_invariant", "05_regions"]
-PROGRAMS = ["06_program_dense", "07_program_tail", "08_program_selective_21_measured"]
+PASSES = [
+    "00_dynamo",
+    "01_normalize",
+    "02_axes",
+    "03_selective",
+    "04_timetable",
+    "05_invariant",
+    "06_regions",
+]
+PROGRAMS = [
+    "07_program_dense",
+    "08_program_tail",
+    "09_program_selective_21_measured",
+]
 OPTIONS = {
     "inner_backend": "eager",
     "cache_ratio": 0.5,
@@ -129,12 +141,12 @@ def test_the_head_says_where_code_comes_from(dumped):
         assert head.startswith(f'"""{step}: ') and " nodes; " in head
     assert "segments of tokens: s0 of 42, s1 of 4" in heads["02_axes"]
     assert "42 prunable tokens" in heads["03_selective"]
-    program = (folder / "08_program_selective_21_measured.py").read_text().split("\n", 1)[0]
+    program = (folder / "09_program_selective_21_measured.py").read_text().split("\n", 1)[0]
     assert "index_put_" in program
 
 
 def test_notes_stand_above_what_they_are_about(dumped):
-    lines = (dumped[0] / "05_regions.py").read_text().splitlines()
+    lines = (dumped[0] / "06_regions.py").read_text().splitlines()
     index = next(i for i, line in enumerate(lines) if " linear: " in f" {line.strip()}")
     assert lines[index - 3 : index] == [
         "    # axes: [B, s0, 32]",
@@ -199,7 +211,7 @@ def test_a_fault_in_a_drawing_stops_nothing(tmp_path, caplog, monkeypatch):
         run(model, inputs, dump_dir=tmp_path)
     assert "not complete" in caplog.text and "no such colour" in caplog.text
     assert specdiff.stats(model).selective == 1
-    assert (tmp_path / "graph_0" / "08_program_selective_10_measured.py").exists()
+    assert (tmp_path / "graph_0" / "09_program_selective_10_measured.py").exists()
 
 
 def test_a_fault_in_a_trace_stops_nothing(caplog, monkeypatch):

@@ -7,7 +7,7 @@ import torch
 
 from specdiff.oracles import MaskedDense, as_tokens, pick, random_active
 from tests.models import MODELS, ZOO, changed
-from tests.oracles import trace
+from tests.oracles import small_tables, trace
 from tests.passes.checks import (
     TOLERANCE,
     all_active,
@@ -24,8 +24,9 @@ def traced(request):
     """Model, inputs, analysis, and programs that the tests of one model share."""
     build, config = MODELS[request.param]
     model, inputs = build(**config)
-    with torch.no_grad():
+    with torch.no_grad(), small_tables():
         found = trace(model, inputs, changed(inputs))
+        assert found.analysis.plan.tabulated
         yield model, inputs, found, found.programs()
 
 

@@ -85,6 +85,7 @@ class ToyPrograms:
         active: Tensor,
         text: bool = True,
         importance: bool = True,
+        row: int | None = None,
     ) -> Evaluation:
         self.calls.append(("selective", active))
         self.texts.append(text)

@@ -1,0 +1,61 @@
+"""Keys: what tells one set of conditions from another, by identity or by value."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class StreamKey:
+    """What tells streams apart: the conditions, by identity and version, or by value if asked."""
+
+    def __init__(self, conditions: Sequence[object], *, keep_values: bool) -> None:
+        self._marks = [_mark(condition) for condition in conditions]
+        self._kept = list(conditions) if keep_values else None
+
+    @property
+    def alive(self) -> bool:
+        """Whether a call can still match: no tensor has died, or the values were kept."""
+        return all(ref() is not None for ref, _ in self._marks if isinstance(ref, weakref.ref))
+
+    def is_same(self, conditions: Sequence[object]) -> bool:
+        """Whether these are the same objects, unmodified since."""
+        return all(
+            _is_marked(condition, *mark)
+            for mark, condition in zip(self._marks, conditions, strict=True)
+        )
+
+    def is_equal(self, conditions: Sequence[object]) -> bool:
+        """Whether the kept values are equal to these; reads the device where they are tensors."""
+        if self._kept is None or not self.is_same(self._kept):
+            return False
+        return all(
+            _equal(kept, condition) for kept, condition in zip(self._kept, conditions, strict=True)
+        )
+
+
+def _version(tensor: Tensor) -> int | None:
+    # Inference tensors track no version: their writes in place cannot be seen.
+    return None if tensor.is_inference() else tensor._version
+
+
+def _mark(condition: object) -> tuple[object, int | None]:
+    if isinstance(condition, Tensor):
+        return weakref.ref(condition), _version(condition)
+    return condition, None
+
+
+def _is_marked(condition: object, mark: object, version: int | None) -> bool:
+    if isinstance(condition, Tensor):
+        same = isinstance(mark, weakref.ref) and mark() is condition
+        return same and version == _version(condition)
+    return bool(mark == condition)
+
+
+def _equal(kept: object, condition: object) -> bool:
+    if isinstance(kept, Tensor) and isinstance(condition, Tensor):
+        return torch.equal(kept, condition)
+    return type(kept) is type(condition) and kept == condition

@@ -1,0 +1,175 @@
+"""Tables by timestep over generations: filled rarely, and every step has the values of its time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import specdiff
+from specdiff.bench.measure import TimedPrograms
+from specdiff.program import TIMES_AT_ONCE
+from specdiff.runtime.dispatch import Runtime
+from specdiff.runtime.registry import find_or_create
+from specdiff.runtime.times import MOST_KNOWN, KnownTimes, Timetable
+from tests.models import ZOO
+from tests.oracles import small_tables
+
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+SIGMAS = (1.0, 0.95, 0.9, 0.75, 0.5, 0.3, 0.2)
+OTHERS = (1.0, 0.9, 0.8, 0.6, 0.4, 0.2, 0.1)
+HEUN = (1.0, 0.92, 0.92, 0.82, 0.82, 0.52, 0.52, 0.22)
+MANY = tuple(1 - i / 40 for i in range(2 * TIMES_AT_ONCE + 6))
+
+
+class EachAnew(TimedPrograms):
+    """Programs that compute what tables hold in every step, from its own inputs."""
+
+    def tabulate(self, inputs, caches, times):
+        pass
+
+    def selective(self, *wanted, row=None, **options):
+        return super().selective(*wanted, **options)
+
+
+class Sampled:
+    """A small FLUX, most of whose steps select tokens."""
+
+    def __init__(self) -> None:
+        case = ZOO["flux_guidance"]()
+        self.inputs = {k: v for k, v in case.inputs.items() if k != "timestep"}
+        options = {"inner_backend": "eager", "method": "paper", "cache_ratio": 0.5}
+        self.compiled = torch.compile(case.model, backend="specdiff", options=options)
+        with small_tables():
+            self.generation(SIGMAS)
+        (self.runtime,) = find_or_create(self.compiled).graphs
+        assert isinstance(self.runtime, Runtime)
+        assert self.runtime.programs.signature.tabulates
+        self.programs = self.runtime.programs
+
+    @torch.no_grad()
+    def generation(self, sigmas, given=False, guidance=None, **conditions):
+        """All outputs of one generation; `guidance` tells that of each step."""
+        inputs = {**self.inputs, **conditions}
+        outputs = []
+        with specdiff.session(self.compiled, timesteps=sigmas if given else None):
+            for step, sigma in enumerate(sigmas):
+                if guidance is not None:
+                    inputs["guidance"] = guidance(step)
+                velocity = self.compiled(**inputs, timestep=torch.full((2,), sigma))[0]
+                outputs.append(velocity)
+                inputs["hidden_states"] = inputs["hidden_states"] - 0.1 * velocity
+        return torch.stack(outputs)
+
+    def check(self, filled=None, sigmas=SIGMAS, **wanted):
+        """A generation looks up what each step would compute, in tables filled so often.
+
+        Or, if nothing is said, filled in each step.
+        """
+        specdiff.reset(self.compiled)
+        watched = self.runtime.programs = TimedPrograms(self.programs)
+        outputs = self.generation(sigmas, **wanted)
+        selective = specdiff.stats(self.compiled).selective
+        assert selective >= 3
+        assert len(watched.seconds["timetable"]) == (filled or selective)
+        specdiff.reset(self.compiled)
+        self.runtime.programs = EachAnew(self.programs)
+        expected = self.generation(sigmas, **wanted)
+        torch.testing.assert_close(outputs, expected, **TOLERANCE)
+        return outputs
+
+
+@pytest.fixture
+def sampled():
+    """It has run `SIGMAS` once."""
+    return Sampled()
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["read", "given"])
+def test_tables_are_filled_step_by_step_and_then_once_a_generation(sampled, given):
+    sigmas = (1.0, 0.97, 0.91, 0.77, 0.43, 0.31, 0.11)  # no test has run them
+    sampled.check(sigmas=sigmas, given=given)
+    sampled.check(1, sigmas=sigmas, given=given)
+    sampled.check(1, sigmas=sigmas, given=given)
+
+
+def test_other_conditions_have_tables_of_their_own(sampled):
+    first = sampled.check(1)
+    second = sampled.check(1, pooled_projections=torch.randn(2, 20))
+    assert not torch.allclose(first, second, **TOLERANCE)
+    sampled.check(1)
+
+
+def test_other_times_are_never_looked_up(sampled):
+    sampled.check(sigmas=OTHERS)
+    for sigmas in (OTHERS, SIGMAS, OTHERS):
+        sampled.check(1, sigmas=sigmas)
+    # the first half of one and the second half of the other
+    sampled.check(2, sigmas=(*SIGMAS[:4], *OTHERS[4:]))
+
+
+def test_a_repeated_time_has_one_row(sampled):
+    sampled.check(3, sigmas=HEUN)  # 0.92, 0.82 and 0.52; the last step is dense
+    sampled.check(1, sigmas=HEUN)
+
+
+def test_more_times_than_rows(sampled):
+    sampled.check(sigmas=MANY)
+    sampled.check(3, sigmas=MANY)
+
+
+def test_guidance_made_anew_fills_tables_anew(sampled):
+    sampled.check(guidance=lambda step: torch.full((2,), 3.5))
+    kept = torch.full((2,), 3.5)
+    sampled.check(1, guidance=lambda step: kept)
+
+
+def test_guidance_that_changes_is_heeded(sampled):
+    constant = sampled.check(1)
+    changing = sampled.check(guidance=lambda step: torch.full((2,), 3.5 + step))
+    assert not torch.allclose(constant, changing, **TOLERANCE)
+    in_place = torch.full((2,), 3.5)
+    written = sampled.check(guidance=lambda step: in_place.fill_(3.5 + step))
+    torch.testing.assert_close(written, changing, **TOLERANCE)
+
+
+def test_known_times_follow_one_another():
+    known, value = KnownTimes(), torch.zeros(1)
+    moments = [(None, 1.0 - i / 10) for i in range(5)]
+    for previous, moment in zip([None, *moments], moments, strict=False):
+        known.see(moment, value, previous)
+    assert known.following(moments[1], 3) == moments[1:4]
+    assert known.following(moments[3], 9) == moments[3:]
+    known.see((None, 0.55), value, moments[1])
+    assert known.following(moments[1], 9) == [moments[1], (None, 0.55)]
+    known.see(moments[0], value, moments[4])  # no cycle is followed twice
+    assert known.following(moments[3], 9) == [
+        moments[3],
+        moments[4],
+        moments[0],
+        moments[1],
+        (None, 0.55),
+    ]
+
+
+def test_known_times_are_copies_and_few():
+    known, value = KnownTimes(), torch.ones(1)
+    known.see((None, 1.0), value, None)
+    value.zero_()
+    assert known.inputs([(None, 1.0)]) == [torch.ones(1)]
+    for i in range(2 * MOST_KNOWN):
+        known.see((None, 2.0 + i), value, (None, 1.0 + i))
+    moment = (None, 1.0 + 2 * MOST_KNOWN)
+    assert known.following(moment, TIMES_AT_ONCE) == [moment]
+    assert len(known._inputs) <= MOST_KNOWN and len(known._next) <= MOST_KNOWN
+
+
+def test_a_row_is_that_of_its_moment_and_scalars():
+    timetable, scalar = Timetable(), torch.ones(1)
+    assert timetable.row((None, 1.0), []) is None
+    timetable.fill([(None, 1.0), (None, 0.5)], [scalar])
+    assert timetable.row((None, 0.5), [scalar]) == 1
+    assert timetable.row((None, 0.4), [scalar]) is None
+    assert timetable.row(((1.0, 0.5), 0.5), [scalar]) is None  # a session's times mean other inputs
+    assert timetable.row((None, 0.5), [torch.ones(1)]) is None
+    scalar.add_(1)
+    assert timetable.row((None, 0.5), [scalar]) is None
