@@ -1,7 +1,8 @@
 """Analysis: what the passes find in one graph, before anything is compiled.
 
-normalize -> axes -> selective -> invariant -> regions. Whoever watches (a dump, tlparse, the log)
-is told after each pass, and of the outcome. What has no token-selective form is a reason.
+normalize -> axes -> selective -> timetable -> invariant -> (quantize) -> regions. Whoever watches
+(a dump, tlparse, the log) is told after each pass, and of the outcome. What has no token-selective
+form is a reason.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from specdiff.options import Options
 from specdiff.passes.base import PassRecord
 from specdiff.passes.block import plan_block, work_of
 from specdiff.passes.dump import Dump
-from specdiff.passes.lower import BlockPrograms, LoweredPrograms
+from specdiff.passes.lower import TIMETABLE, BlockPrograms, LoweredPrograms
 from specdiff.passes.lower import Compiler as ProgramCompiler
 from specdiff.passes.quantize import quantized
 from specdiff.passes.share import share_repeats
@@ -168,10 +168,13 @@ def program_compiler(
         for observer in observers(dump):
             observer(record, program, {})
 
-        def compiled(program: fx.GraphModule) -> Any:
-            return torch_adapter.compile_program(program, values, options.inner_backend, settings)
+        # runs once or twice a generation: not worth the time that compiling takes
+        inner = "eager" if name.startswith(TIMETABLE) else options.inner_backend
 
-        shares = options.inner_backend == "inductor"
+        def compiled(program: fx.GraphModule) -> Any:
+            return torch_adapter.compile_program(program, values, inner, settings)
+
+        shares = inner == "inductor"
         found = compile_shared(name, program, compiled) if shares else None
         return found or compiled(program)
 

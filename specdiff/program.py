@@ -87,7 +87,7 @@ class CacheSlot:
     """A tensor that is kept between steps.
 
     Batch and tokens are the first two axes of those that selective steps update in place. Dense
-    steps write all of them.
+    steps write all of them but tables by time, which have a row for each time.
     """
 
     name: str
@@ -145,8 +145,9 @@ class Signature:
     additive: bool
     """Whether what is added to the token-level output is added to what moves the latents, and
     nothing else changes."""
-    tabulates: bool = False
-    """Whether selective steps look up some values by time in tables among the caches."""
+    tabulated_from: tuple[int, ...] = ()
+    """Inputs but time and conditions of which values are made that selective steps look up by time,
+    in tables among the caches; none if nothing is looked up."""
 
     @property
     def batch(self) -> int:
@@ -169,9 +170,21 @@ class Signature:
         return sum(slot.nbytes for slot in self.caches)
 
     @property
+    def tabulates(self) -> bool:
+        """Whether selective steps look up values by time."""
+        return bool(self.tabulated_from)
+
+    @property
     def latent(self) -> int:
         """Index of the main input that is denoised."""
         return self.denoised[0].latent
+
+    def time_input(self, inputs: Sequence[object]) -> Tensor:
+        """The time among the flat inputs of a graph that has one."""
+        assert self.time is not None
+        time = inputs[self.time]
+        assert isinstance(time, Tensor)
+        return time
 
     def indices(self, role: InputRole) -> tuple[int, ...]:
         """Positions of the inputs with this role."""
@@ -207,20 +220,20 @@ class Programs(Protocol):
         """
 
     def dense(self, inputs: Sequence[object], caches: Sequence[Tensor]) -> Evaluation:
-        """Every token computed; the caches are overwritten in place and never read.
+        """Every token computed; the caches are overwritten in place (but tables) and never read.
 
         So they may share memory where nobody reads them later either.
         """
 
     def tabulate(
-        self, inputs: Sequence[object], caches: Sequence[Tensor], times: Sequence[Tensor]
+        self, inputs: Sequence[object], caches: Sequence[Tensor], later: Sequence[Tensor] = ()
     ) -> None:
-        """Fill the tables among the caches: a row for each of `times`, in their order.
+        """Fill the tables among the caches: row 0 for the time of `inputs`, the next for `later`.
 
         Args:
-            inputs: their own time counts for nothing.
-            caches: of a graph that tabulates.
-            times: time inputs, 1 to TIMES_AT_ONCE.
+            inputs: of a graph that tabulates.
+            caches: its own.
+            later: further time inputs, fewer than TIMES_AT_ONCE.
         """
 
     def selective(

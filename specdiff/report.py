@@ -102,7 +102,8 @@ class Report:
     def cache_formula(self) -> sympy.Expr:
         """Bytes of the caches of one generation, in B, N and T: `cache_bytes` at these sizes."""
         assert self.analysis is not None, self.reason
-        return CostModel(self.analysis.plan).held
+        plan = self.analysis.plan
+        return CostModel(plan).caches((*plan.cached, *plan.known))
 
     @property
     def speedup(self) -> sympy.Expr:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any
 from unittest.mock import patch
 
@@ -21,7 +22,7 @@ from specdiff.passes.signature import cache_slots
 
 def small_tables() -> AbstractContextManager[object]:
     """In here a small model looks up by timestep whatever a large one would."""
-    return patch("specdiff.passes.timetable.LEAST", 1)
+    return patch.multiple("specdiff.passes.timetable", LEAST=1, MOST=inf)
 
 
 @dataclass

@@ -25,7 +25,7 @@ from specdiff.errors import SpecdiffError, Unsupported
 from specdiff.machine import MachineRates, wait
 from specdiff.memory import peak, reset_peak
 from specdiff.passes.cost import Sizes
-from specdiff.passes.lower import named_for
+from specdiff.passes.lower import TIMETABLE, named_for
 from specdiff.passes.regions import dense_work, selective_work
 from specdiff.program import Evaluation, Programs
 from specdiff.report import explain
@@ -120,10 +120,11 @@ class TimedPrograms:
         return self._timed(name, lambda: self._programs.selective(*wanted))
 
     def tabulate(
-        self, inputs: Sequence[object], caches: Sequence[Tensor], times: Sequence[Tensor]
+        self, inputs: Sequence[object], caches: Sequence[Tensor], later: Sequence[Tensor] = ()
     ) -> None:
         """As `Programs.tabulate`."""
-        self._timed("timetable", lambda: self._programs.tabulate(inputs, caches, times))
+        name = TIMETABLE if later else f"{TIMETABLE}_row"
+        self._timed(name, lambda: self._programs.tabulate(inputs, caches, later))
 
     def tail(self, inputs: Sequence[object], tokens: Tensor) -> list[Tensor]:
         """As `Programs.tail`."""
@@ -258,7 +259,7 @@ def floor(name: str, analysis: Analysis, rates: MachineRates) -> float | None:
 
     Of one that computes no text it is what a model without text would take.
     """
-    if name in ("tail", "timetable"):
+    if name == "tail" or name.startswith(TIMETABLE):
         return None
     kind, *active = name.split("_")
     count = int(active[0]) if active else None

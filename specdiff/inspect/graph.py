@@ -144,6 +144,8 @@ def _describe_op(analysis: Analysis, node: fx.Node) -> dict[str, str | float | b
     plan = analysis.plan
     if node in plan.cached:
         kind = "cached"
+    elif node in plan.known:
+        kind = "looked up by timestep" if node in plan.tabulated else "kept through a generation"
     elif node in plan.rows and plan.is_token_wise(node):
         kind = "rows"
     else:

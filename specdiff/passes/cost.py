@@ -89,7 +89,8 @@ class CostModel:
         flops = sum((self._flops(node, rows=False) for node in nodes), ZERO)
         values = [*_inputs(nodes), *_outputs(nodes)]
         moved = sum((self._bytes(value, rows=False) for value in values), ZERO)
-        return Work(flops, moved + self.caches(nodes))
+        filled = [node for node in nodes if node not in self._plan.tabulated]
+        return Work(flops, moved + self.caches(filled))
 
     def selective(self, nodes: Collection[fx.Node]) -> Work:
         """The rows that a selective step computes of a region."""
@@ -105,17 +106,11 @@ class CostModel:
         return Work(flops, moved + written + self.caches(cached))
 
     def caches(self, nodes: Collection[fx.Node]) -> sympy.Expr:
-        """Bytes of the caches that a region fills: a dense step writes them, others read them."""
+        """Bytes of what is kept of a region between steps."""
         plan = self._plan
         held = (node for node in nodes if node in plan.cached or node in plan.fixed)
-        return sum((self._kept(node, rows=False) for node in held), ZERO)
-
-    @property
-    def held(self) -> sympy.Expr:
-        """Bytes of all that one stream keeps between steps."""
-        plan = self._plan
-        rows = sum((self._bytes(node, rows=False) for node in plan.tabulated), ZERO)
-        return self.caches((*plan.cached, *plan.fixed)) + TIMES_AT_ONCE * rows
+        tables = (self._bytes(node, rows=False) for node in nodes if node in plan.tabulated)
+        return sum((self._kept(n, rows=False) for n in held), TIMES_AT_ONCE * sum(tables, ZERO))
 
     def flops(self, node: fx.Node) -> sympy.Expr:
         """All rows of one node."""

@@ -146,8 +146,22 @@ def emit_timetable(module: fx.GraphModule, plan: SelectivePlan) -> fx.GraphModul
             given[leaf] = emitter.copy(leaf, {})
     values = emitter.inline(timetable.module.graph, [given[leaf] for leaf in timetable.leaves])
     for node, value in zip(timetable.values, values, strict=True):
-        (table,) = tables[node]
-        emitter.call(aten.copy_.default, table, value)
+        emitter.call(aten.copy_.default, tables[node][0], value)
+    emitter.graph.output(())
+    return emitter.to_module()
+
+
+def emit_timetable_row(module: fx.GraphModule, plan: SelectivePlan) -> fx.GraphModule:
+    """Fills the first row of the tables, for the time of the inputs, which the caches follow."""
+    emitter = WholeEmitter(module, plan, 0)
+    emitter.add_inputs()
+    tables = emitter.add_caches()
+    for node in ancestors(*plan.tabulated):
+        if node.op != "placeholder":
+            emitter.emit_whole(node)
+        if node in plan.tabulated:
+            row = emitter.call(aten.select.int, tables[node][0], 0, 0)
+            emitter.call(aten.copy_.default, row, emitter.whole[node])
     emitter.graph.output(())
     return emitter.to_module()
 

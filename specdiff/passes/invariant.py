@@ -9,7 +9,7 @@ reading it costs.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Set
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import fx
@@ -77,8 +77,7 @@ class InvariantPass(Pass[SelectivePlan, SelectivePlan]):
 
     def apply(self, value: SelectivePlan) -> SelectivePlan:
         """The same plan, its needs told anew from what is no longer computed."""
-        constant = value.whole.difference(moving(value, self._varying(value).all), value.cached)
-        fixed = worth_keeping(value, constant, lambda found: max(LEAST, WORTH * found.nbytes))
+        fixed = find_fixed(value, moving(value, self._varying(value).all))
         plan = dataclasses.replace(
             value, rows=set(value.slots), whole=set(), cached=[], fixed=fixed
         )
@@ -113,19 +112,15 @@ def moving(plan: SelectivePlan, varying: Collection[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def worth_keeping(
-    plan: SelectivePlan, known: Set[fx.Node], least: Callable[[torch.Tensor], float]
-) -> tuple[fx.Node, ...]:
-    """The last values of `known` that save `least` of their fake in FLOPs, or more."""
-    last = (node for node in known if any(user not in known for user in node.users))
-    found = {_behind_views(node) for node in last}.intersection(known).difference(plan.slots)
+def find_fixed(plan: SelectivePlan, changing: set[fx.Node]) -> tuple[fx.Node, ...]:
+    """The last invariant values before what changes, where they are worth their bytes."""
+    whole = plan.whole.difference(changing, plan.cached)
+    last = (node for node in whole if any(user not in whole for user in node.users))
+    found = {_behind_views(node) for node in last} - set(plan.slots)
     arithmetic = Arithmetic(plan)
     kept: list[fx.Node] = []
     for node in plan.axes.graph.nodes:
-        if node not in found or node.op != "call_function" or not is_tensor(node):
-            continue
-        value: torch.Tensor = node.meta["val"]
-        if not value.is_complex() and arithmetic.behind(node, kept) >= least(value):
+        if node in found and node in whole and _is_worth(node, arithmetic.behind(node, kept)):
             kept.append(node)
     return tuple(kept)
 
@@ -134,6 +129,13 @@ def _behind_views(node: fx.Node) -> fx.Node:
     while node.target in FREE:
         node = operand_at(node, 0)
     return node
+
+
+def _is_worth(node: fx.Node, saved: float) -> bool:
+    if node.op != "call_function" or not is_tensor(node) or node.meta["val"].is_complex():
+        return False
+    value: torch.Tensor = node.meta["val"]
+    return saved >= max(LEAST, WORTH * value.numel() * value.dtype.itemsize)
 
 
 class Arithmetic:
@@ -145,9 +147,10 @@ class Arithmetic:
 
     def behind(self, node: fx.Node, known: Collection[fx.Node]) -> float:
         """FLOPs of a value and of all that it depends on and that is not known."""
-        return sum(map(self._flops, ancestors(node, known=set(known))))
+        return sum(map(self.of, ancestors(node, known=set(known))))
 
-    def _flops(self, node: fx.Node) -> float:
+    def of(self, node: fx.Node) -> float:
+        """FLOPs of one node."""
         if node not in self._known:
             if node.target in FUNCTIONS:
                 self._known[node] = FUNCTION_FLOPS * float(node.meta["val"].numel())

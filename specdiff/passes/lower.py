@@ -21,6 +21,7 @@ from specdiff.passes.emit import (
     emit_probe,
     emit_tail,
     emit_timetable,
+    emit_timetable_row,
 )
 from specdiff.passes.frozen import emit_frozen, joins_text
 from specdiff.passes.importance import observed
@@ -36,6 +37,8 @@ Executable = Callable[[Sequence[Any]], Sequence[Tensor]]
 Emit = Callable[[], fx.GraphModule]
 Compiler = Callable[[str, fx.GraphModule, Sequence[Any]], Executable]
 """(name of the program, its graph, inputs to compile it for) -> what runs it."""
+TIMETABLE = "timetable"
+"""What the names of programs that fill tables begin with."""
 
 
 class Lowered:
@@ -125,13 +128,18 @@ class LoweredPrograms(Lowered):
         return Evaluation(*self._run("dense", self._emit(emit_dense), [*inputs, *caches]))
 
     def tabulate(
-        self, inputs: Sequence[object], caches: Sequence[Tensor], times: Sequence[Tensor]
+        self, inputs: Sequence[object], caches: Sequence[Tensor], later: Sequence[Tensor] = ()
     ) -> None:
-        """Fill the tables among the caches."""
+        """Fill the tables among the caches; for one time, the work of one."""
+        values = [*inputs, *caches]
+        if not later:
+            emit = partial(emit_timetable_row, self._module, self._plan)
+            self._run(f"{TIMETABLE}_row", emit, values)
+            return
+        times = [self._signature.time_input(inputs), *later]
         missing = TIMES_AT_ONCE - len(times)
-        padded = torch.stack([*times, *[times[-1]] * missing])
-        emit = partial(emit_timetable, self._module, self._plan)
-        self._run("timetable", emit, [*inputs, *caches, padded])
+        values.append(torch.stack([*times, *[times[-1]] * missing]))
+        self._run(TIMETABLE, partial(emit_timetable, self._module, self._plan), values)
 
     def selective(
         self,
@@ -159,9 +167,7 @@ class LoweredPrograms(Lowered):
     def _row(self, inputs: Sequence[object], caches: Sequence[Tensor], row: int | None) -> Tensor:
         """int64 [1]: a row of the tables, which are filled for the time of `inputs` if none is."""
         if row is None:
-            time = inputs[self._signature.time] if self._signature.time is not None else None
-            assert isinstance(time, Tensor)  # else there would be no tables
-            self.tabulate(inputs, caches, [time])
+            self.tabulate(inputs, caches)
         return self._rows[row or 0, :1]
 
     @cached_property

@@ -62,7 +62,7 @@ class Region:
 
     @cached_property
     def cache_bytes(self) -> sympy.Expr:
-        """Bytes of the caches that it fills, in B, N and T."""
+        """Bytes of what is kept of it between steps, in B, N and T."""
         return self.cost.caches(self.nodes)
 
     @property

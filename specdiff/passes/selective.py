@@ -49,6 +49,8 @@ class SelectivePlan:
     """Values that no step changes (`passes.invariant`), kept beside the caches."""
     timetable: Timetable | None = None
     """Of values that time alone moves (`passes.timetable`), if there are any."""
+    untabulated: str = ""
+    """Why there is none although there are such values."""
     codes: Mapping[fx.Node, torch.dtype] = field(default_factory=dict)
     """Those of the cached whose caches hold 8-bit codes (`passes.quantize`), of this dtype."""
     stale: frozenset[fx.Node] = frozenset()

@@ -75,7 +75,17 @@ def build_signature(
         denoised=denoised,
         time=time,
         additive=_is_additive(plan, denoised),
-        tabulates=plan.timetable is not None,
+        tabulated_from=_tabulated_from(plan, inputs),
+    )
+
+
+def _tabulated_from(plan: SelectivePlan, inputs: Sequence[InputSpec]) -> tuple[int, ...]:
+    leaves = plan.timetable.leaves if plan.timetable is not None else ()
+    placeholders = plan.axes.graph.find_nodes(op="placeholder")
+    return tuple(
+        spec.index
+        for spec, node in zip(inputs, placeholders, strict=True)
+        if node in leaves and spec.role not in ("time", "condition")
     )
 
 

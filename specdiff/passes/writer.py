@@ -57,7 +57,9 @@ class GraphWriter:
         for node in graph.nodes:
             if node.op == "call_function":
                 made[node] = self.copy(node, made)
-        return [made[node] for node in graph.output_node().all_input_nodes]
+        outputs: list[fx.Node] = []
+        fx.map_arg(graph.output_node().args, outputs.append)
+        return [made[node] for node in outputs]
 
     def follow(self, node: fx.Node) -> None:
         """Nodes written from now on descend from `node`."""

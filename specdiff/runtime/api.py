@@ -130,8 +130,10 @@ def session(
         timesteps: time of every evaluation of one generation in order, repeats included (Heun),
             as the scheduler or the model has them, without the final time that is not evaluated.
             With it no value is read back from the device: nothing is checked, and a new generation
-            begins when all times are used up, so take a new session after an aborted one. Without
-            it times are read, and conditions made anew at every call are compared by value.
+            begins when all times are used up, so take a new session after an aborted one. The same
+            times stand for the same time inputs of the model in every session: where they do not,
+            selective steps give NaN. Without it times are read, and conditions made anew at every
+            call are compared by value.
         settings: override those of the model while the session is active.
 
     Raises:

@@ -60,7 +60,7 @@ class RootPrograms:
         return self._evaluation(inputs, self._call("dense", inputs, caches))
 
     def tabulate(
-        self, inputs: Sequence[object], caches: Sequence[Tensor], times: Sequence[Tensor]
+        self, inputs: Sequence[object], caches: Sequence[Tensor], later: Sequence[Tensor] = ()
     ) -> None:
         """Nothing to fill: a block is given what time makes, not time."""
 

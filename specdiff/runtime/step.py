@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from specdiff.options import Settings
-from specdiff.program import TIMES_AT_ONCE, Programs, Signature
-from specdiff.runtime.caches import CachePool, Lease
+from specdiff.program import Programs, Signature
+from specdiff.runtime.caches import CachePool
 from specdiff.runtime.clock import next_time, time_unit
 from specdiff.runtime.correction import Correction, on_top
 from specdiff.runtime.forecast import forecast
@@ -255,47 +255,28 @@ class Step:
             predicted = torch.where(reused.unsqueeze(-1), previous, predicted)
             self._keep(reused=reused)
         text = self.schedule.text(stream.history.selective)
+        caches, timetable = stream.lease.caches, stream.lease.timetable
+        moment = self.given, self.time
+        row = timetable.look_up(self.programs, self.inputs, caches, moment, self.known)
         evaluation = self.programs.selective(
             self.inputs,
-            stream.lease.caches,
+            caches,
             active,
             text=text,
             importance=settings.selective_importance,
-            row=self._row(stream.lease),
+            row=row,
         )
         rows = active.unsqueeze(-1).expand_as(evaluation.tokens)
         merged = predicted.scatter(1, rows, evaluation.tokens.to(predicted.dtype))
         merged = self._with_invalid_rows(merged)
+        if row is not None and self.reading is None:
+            merged = timetable.checked(merged, row, self.programs.signature.time_input(self.inputs))
         if evaluation.importance is not None:
             stream.importance = per_sample(evaluation.importance, self._shared)
             self._keep(importance=stream.importance)
         self._keep(active=active, scores=scores)
         stream.history.record_selective(self.time, merged, active)
         return merged
-
-    def _row(self, lease: Lease) -> int | None:
-        """Where the tables of a lease have the values of this time; they are filled if nowhere."""
-        signature = self.programs.signature
-        if not signature.tabulates:
-            return None
-        moment, timetable = (self.given, self.time), lease.timetable
-        scalars = [self.inputs[index] for index in signature.indices("scalar")]
-        self.known.see(moment, self._time_input, timetable.latest)
-        timetable.latest = moment
-        row = timetable.row(moment, scalars)
-        if row is None:
-            later = self.known.following(moment, TIMES_AT_ONCE)
-            timetable.fill(later, scalars)
-            times = [self._time_input, *self.known.inputs(later[1:])]
-            self.programs.tabulate(self.inputs, lease.caches, times)
-        return row or 0
-
-    @property
-    def _time_input(self) -> Tensor:
-        assert self.programs.signature.time is not None
-        time = self.inputs[self.programs.signature.time]
-        assert isinstance(time, Tensor)
-        return time
 
     def _skip(self) -> Tensor:
         predicted = self._with_invalid_rows(self._forecast())

@@ -141,7 +141,7 @@ def test_kept_values_are_caches():
     signature, plan = analysis.signature, analysis.plan
     assert len(signature.caches) == len(plan.cached) + len(plan.fixed) + len(plan.tabulated)
     cost = CostModel(plan)
-    assert cost.sizes.evaluate(cost.held) == signature.cache_bytes
+    assert cost.sizes.evaluate(cost.caches([*plan.cached, *plan.known])) == signature.cache_bytes
     linear = next(n for n in plan.fixed if n.target is aten.linear.default)
     assert cost.sizes.evaluate(cost.selective([linear]).flops) == 0
     assert cost.sizes.evaluate(cost.dense([linear]).flops) > 0

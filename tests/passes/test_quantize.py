@@ -71,7 +71,7 @@ def precise(request) -> tuple[nn.Module, Inputs, Traced]:
 def test_formula_is_signature_is_what_is_allocated(found, code):
     plan, signature = found.coded(code).analysis.plan, found.coded(code).analysis.signature
     cost = CostModel(plan)
-    formula = cost.held
+    formula = cost.caches((*plan.cached, *plan.known))
     assert cost.sizes.evaluate(formula) == signature.cache_bytes
     allocated = [slot.allocate() for slot in signature.caches]
     assert sum(cache.untyped_storage().nbytes() for cache in allocated) == signature.cache_bytes
@@ -87,7 +87,7 @@ def test_formula_is_signature_is_what_is_allocated(found, code):
 )
 def test_the_formula_of_one_trace_holds_at_other_sizes(build, other, code):
     here, there = (trace(*build(**sizes)).coded(code).analysis for sizes in ({}, other))
-    formula = CostModel(here.plan).held
+    formula = CostModel(here.plan).caches((*here.plan.cached, *here.plan.known))
     assert Sizes.of(here.plan) != Sizes.of(there.plan)
     assert Sizes.of(there.plan).evaluate(formula) == there.signature.cache_bytes
 

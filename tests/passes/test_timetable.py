@@ -9,12 +9,12 @@ import torch
 
 from specdiff import torch_adapter
 from specdiff.passes.base import PassError
-from specdiff.passes.emit import emit_dense, emit_timetable
+from specdiff.passes.emit import emit_dense, emit_timetable, emit_timetable_row
 from specdiff.passes.rows import emit_selective
 from specdiff.passes.signature import varying_inputs
 from specdiff.passes.timetable import TimetablePass
 from specdiff.program import TIMES_AT_ONCE
-from tests.models import changed, flux, randomize, sd3
+from tests.models import ZOO, changed, flux, randomize, sd3
 from tests.oracles import small_tables, trace
 from tests.passes.checks import TOLERANCE, caches_of, check_oracles
 from tests.passes.toys import Toy, toy_inputs
@@ -47,41 +47,45 @@ def test_modulations_are_looked_up_and_nothing_is_left_of_their_making(build):
     check_oracles(model, (inputs, changed(inputs)), found)
 
 
+def at(found, factor):
+    """The first call's flat inputs at a multiple of its time."""
+    flat, index = found.flat[0], found.analysis.signature.time
+    return [*flat[:index], flat[index] * factor, *flat[index + 1 :]]
+
+
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 @pytest.mark.parametrize("build", [flux, sd3])
 def test_every_row_is_that_of_its_time(build, backend):
     """Tables filled for several times hold, in each row, what one filled for it alone holds."""
     model, inputs = build(batch=2)
     found = trace(model, inputs)
-    programs, flat = found.programs(backend), found.flat[0]
-    index, caches = found.analysis.signature.time, caches_of(found)
-    count = len(found.analysis.plan.tabulated)
-    times = [flat[index] * factor for factor in (1.0, 0.7, 0.4)]
-    programs.tabulate(flat, caches, times)
+    programs, caches = found.programs(backend), caches_of(found)
+    count, index = len(found.analysis.plan.tabulated), found.analysis.signature.time
+    calls = [at(found, factor) for factor in (1.0, 0.7, 0.4)]
+    programs.tabulate(calls[0], caches, [call[index] for call in calls[1:]])
     tables = [cache.clone() for cache in caches[-count:]]
-    for row, time in enumerate(times):
-        programs.tabulate(flat, caches, [time])
+    for row, call in enumerate(calls):
+        programs.tabulate(call, caches)
         for table, alone in zip(tables, caches[-count:], strict=True):
             torch.testing.assert_close(table[row], alone[0], **TOLERANCE)
-            torch.testing.assert_close(alone, alone[:1].expand_as(alone), **TOLERANCE)
+            torch.testing.assert_close(table[1:], alone[1:], rtol=0, atol=0)  # left alone
     assert not torch.allclose(tables[0][0], tables[0][1], **TOLERANCE)
+    assert programs.compile_seconds.keys() == {"timetable", "timetable_row"}
 
 
 def test_a_selective_step_reads_the_row_it_is_told():
     model, inputs = flux(batch=1)
     found = trace(model, inputs)
-    programs, flat = found.programs(), found.flat[0]
+    programs, early, late = found.programs(), at(found, 1.0), at(found, 0.5)
     index, caches = found.analysis.signature.time, caches_of(found)
-    programs.dense(flat, caches)
+    programs.dense(early, caches)
     active = torch.arange(COUNT)[None]
-    early, late = flat[index], flat[index] / 2
-    at_late = [*flat[:index], late, *flat[index + 1 :]]
-    expected = programs.selective(at_late, caches, active).tokens.clone()
-    programs.tabulate(flat, caches, [early, late])
+    expected = programs.selective(late, caches, active).tokens.clone()
+    programs.tabulate(early, caches, [late[index]])
     # its own time input counts for nothing any more
-    actual = programs.selective(flat, caches, active, row=1).tokens
+    actual = programs.selective(early, caches, active, row=1).tokens
     torch.testing.assert_close(actual, expected, **TOLERANCE)
-    other = programs.selective(flat, caches, active, row=0).tokens
+    other = programs.selective(early, caches, active, row=0).tokens
     assert not torch.allclose(other, expected, **TOLERANCE)
 
 
@@ -99,7 +103,7 @@ class Shifted(Toy):
 
     def forward(self, hidden_states, encoder_hidden_states, timestep):
         x = self.embed(hidden_states)
-        shift = self.o(timestep.sin()[:, None] * torch.ones(8) + self.more(x))
+        shift = self.o(timestep.sin()[:, None] * torch.ones(8) + self.more(x, timestep))
         x = self.attention(x + shift[:, None])
         return (self.head(x),)
 
@@ -107,10 +111,10 @@ class Shifted(Toy):
 @pytest.mark.parametrize(
     ("more", "linears"),
     [
-        (lambda x: 0.0, 1),
-        (lambda x: torch.arange(8), 1),  # a tensor made within
-        (lambda x: torch.tensor(1.5), 1),  # a constant
-        (lambda x: x.mean(1), 0),
+        (lambda x, t: 0.0, 1),
+        (lambda x, t: torch.arange(8), 1),  # a tensor made within
+        (lambda x, t: torch.tensor(1.5), 1),  # a constant
+        (lambda x, t: x.mean(1), 0),
     ],
     ids=["time alone", "a range", "a constant", "the latent too"],
 )
@@ -150,25 +154,46 @@ def test_a_value_that_depends_on_more_is_seen_by_the_verifier():
 
 
 def test_an_op_that_cannot_be_vectorized_is_computed_as_ever():
-    def refuse(*_):
-        raise NotImplementedError("no batching rule")
-
-    model, inputs = flux(batch=1)
-    analysis = trace(model, inputs).analysis
-    states = [spec.role == "parameter" for spec in analysis.signature.inputs]
-    step = TimetablePass(lambda plan: varying_inputs(plan, states, None), refuse)
-    plan = step.apply(analysis.plan)
-    assert plan is analysis.plan
-    assert step.summary(analysis.plan).endswith("NotImplementedError: no batching rule")
+    model, inputs = randomize(Shifted(lambda t, x: x)), toy_inputs()
+    model.more = lambda x, t: torch.histc(t, 4, 0.0, 1.0).repeat(2)  # vmap has no rule for it
+    found = trace(model, inputs, changed(inputs))
+    plan, records = found.analysis.plan, found.analysis.records
+    assert plan.tabulated == () and not found.analysis.signature.tabulates
+    (record,) = [record for record in records if record.name == "timetable"]
+    assert "nothing looked up by timestep" in record.summary and "histc" in record.summary
+    check_oracles(model, (inputs, changed(inputs)), found)
 
 
-def test_the_program_of_tables_writes_nothing_else():
+def test_a_table_serves_all_blocks():
+    """PixArt's blocks add what they have learned to one projection of time."""
+    case = ZOO["pixart_transformer"]()
+    plan = trace(case.model, case.inputs).analysis.plan
+    projections = [n for n in plan.tabulated if "adaln_single" in str(n.meta["nn_module_stack"])]
+    assert len(projections) == 2  # and the embedding itself, which the head takes
+    assert len(plan.tabulated) == 2
+
+
+@pytest.mark.parametrize(
+    "name", ["sana_wm_ltx2_refiner_transformer", "cosmos_video_to_world", "flux_guidance"]
+)
+def test_tables_take_no_more_memory_than_weights(name, monkeypatch):
+    """Of a time for each token, a table would take more than all caches together."""
+    monkeypatch.setattr("specdiff.passes.timetable.MOST", 1.0)
+    case = ZOO[name]()
+    plan = trace(case.model, case.inputs).analysis.plan
+    weights = sum(parameter.nbytes for parameter in case.model.parameters())
+    assert TIMES_AT_ONCE * sum(n.meta["val"].nbytes for n in plan.tabulated) < weights
+    assert bool(plan.tabulated) == (name == "flux_guidance")
+
+
+@pytest.mark.parametrize("emit", [emit_timetable, emit_timetable_row])
+def test_the_programs_of_tables_write_nothing_else(emit):
     model, inputs = flux(batch=1)
     found = trace(model, inputs)
-    program = emit_timetable(found.analysis.module, found.analysis.plan)
-    written = [
-        node.args[0].name
-        for node in program.graph.find_nodes(op="call_function", target=aten.copy_.default)
-    ]
+    program = emit(found.analysis.module, found.analysis.plan)
+    written = []
+    for node in program.graph.find_nodes(op="call_function", target=aten.copy_.default):
+        table = node.args[0] if emit is emit_timetable else node.args[0].args[0]
+        written.append(table.name)
     assert written == [f"cache_{node.name}" for node in found.analysis.plan.tabulated]
     assert program.graph.output_node().args == ((),)

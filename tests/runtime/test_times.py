@@ -10,7 +10,7 @@ from specdiff.bench.measure import TimedPrograms
 from specdiff.program import TIMES_AT_ONCE
 from specdiff.runtime.dispatch import Runtime
 from specdiff.runtime.registry import find_or_create
-from specdiff.runtime.times import MOST_KNOWN, KnownTimes, Timetable
+from specdiff.runtime.times import MOST_KNOWN, KnownTimes, is_one_number
 from tests.models import ZOO
 from tests.oracles import small_tables
 
@@ -24,20 +24,27 @@ MANY = tuple(1 - i / 40 for i in range(2 * TIMES_AT_ONCE + 6))
 class EachAnew(TimedPrograms):
     """Programs that compute what tables hold in every step, from its own inputs."""
 
-    def tabulate(self, inputs, caches, times):
+    def tabulate(self, inputs, caches, later=()):
         pass
 
     def selective(self, *wanted, row=None, **options):
         return super().selective(*wanted, **options)
 
 
-class Sampled:
-    """A small FLUX, most of whose steps select tokens."""
+def expanded(sigma):
+    """One number for both rows, as pipelines make it."""
+    return torch.tensor(sigma).expand(2)
 
-    def __init__(self) -> None:
+
+class Sampled:
+    """A small FLUX, most of whose steps select tokens; `time` makes its time input."""
+
+    def __init__(self, time=expanded) -> None:
+        self.time = time
         case = ZOO["flux_guidance"]()
         self.inputs = {k: v for k, v in case.inputs.items() if k != "timestep"}
         options = {"inner_backend": "eager", "method": "paper", "cache_ratio": 0.5}
+        self.model = case.model
         self.compiled = torch.compile(case.model, backend="specdiff", options=options)
         with small_tables():
             self.generation(SIGMAS)
@@ -46,16 +53,21 @@ class Sampled:
         assert self.runtime.programs.signature.tabulates
         self.programs = self.runtime.programs
 
-    @torch.no_grad()
-    def generation(self, sigmas, given=False, guidance=None, **conditions):
-        """All outputs of one generation; `guidance` tells that of each step."""
+    def generation(self, sigmas, given=False, guidance=None, before=None, **conditions):
+        """All outputs of one generation.
+
+        `guidance` makes that of each step; `before` is called first.
+        """
         inputs = {**self.inputs, **conditions}
         outputs = []
-        with specdiff.session(self.compiled, timesteps=sigmas if given else None):
+        session = specdiff.session(self.compiled, timesteps=sigmas if given else None)
+        with torch.no_grad(), session:
             for step, sigma in enumerate(sigmas):
                 if guidance is not None:
                     inputs["guidance"] = guidance(step)
-                velocity = self.compiled(**inputs, timestep=torch.full((2,), sigma))[0]
+                if before is not None:
+                    before(step)
+                velocity = self.compiled(**inputs, timestep=self.time(sigma))[0]
                 outputs.append(velocity)
                 inputs["hidden_states"] = inputs["hidden_states"] - 0.1 * velocity
         return torch.stack(outputs)
@@ -70,7 +82,8 @@ class Sampled:
         outputs = self.generation(sigmas, **wanted)
         selective = specdiff.stats(self.compiled).selective
         assert selective >= 3
-        assert len(watched.seconds["timetable"]) == (filled or selective)
+        counts = [len(watched.seconds[name]) for name in ("timetable", "timetable_row")]
+        assert counts == filled or sum(counts) == (filled or selective)
         specdiff.reset(self.compiled)
         self.runtime.programs = EachAnew(self.programs)
         expected = self.generation(sigmas, **wanted)
@@ -86,10 +99,26 @@ def sampled():
 
 @pytest.mark.parametrize("given", [False, True], ids=["read", "given"])
 def test_tables_are_filled_step_by_step_and_then_once_a_generation(sampled, given):
-    sigmas = (1.0, 0.97, 0.91, 0.77, 0.43, 0.31, 0.11)  # no test has run them
+    sigmas = (1.0, 0.97, 0.91, 0.77, 0.43, 0.31, 0.11)  # it has not run them
     sampled.check(sigmas=sigmas, given=given)
-    sampled.check(1, sigmas=sigmas, given=given)
-    sampled.check(1, sigmas=sigmas, given=given)
+    sampled.check([1, 0], sigmas=sigmas, given=given)
+    sampled.check([1, 0], sigmas=sigmas, given=given)
+
+
+def test_times_of_each_row_are_never_taken_from_earlier_generations():
+    """A session's times say nothing of what each row, frame or token is given."""
+    sampled = Sampled(lambda sigma: torch.tensor([sigma, sigma]))
+    sampled.check(given=True)
+    sampled.time = lambda sigma: torch.tensor([sigma, sigma / 2])
+    sampled.check(given=True)
+
+
+def test_a_broken_promise_is_not_a_picture(sampled):
+    """Given the same times, the model was called with others than in the generation before."""
+    sampled.generation(SIGMAS, given=True)
+    sampled.time = lambda sigma: expanded(sigma / 2)
+    outputs = sampled.generation(SIGMAS, given=True)
+    assert outputs[-1].isnan().all()
 
 
 def test_other_conditions_have_tables_of_their_own(sampled):
@@ -132,44 +161,56 @@ def test_guidance_that_changes_is_heeded(sampled):
     torch.testing.assert_close(written, changing, **TOLERANCE)
 
 
+@torch.inference_mode()
+def test_guidance_that_changes_unseen_is_heeded():
+    """No version tells of it."""
+    sampled, guidance = Sampled(), torch.full((2,), 3.5)
+    sampled.check(guidance=lambda step: guidance.fill_(3.5 + step))
+
+
+def test_weights_that_change_are_heeded(sampled):
+    """An adapter fused between two steps."""
+    (linear,) = (m for n, m in sampled.model.named_modules() if n == "norm_out.linear")
+    kept = linear.weight.detach().clone()
+
+    def fuse(step):
+        linear.weight.copy_(kept * (1 + 0.1 * max(0, step - 3)))
+
+    constant = sampled.check([1, 0])
+    changed = sampled.check(before=fuse)
+    assert not torch.allclose(constant, changed, **TOLERANCE)
+
+
 def test_known_times_follow_one_another():
-    known, value = KnownTimes(), torch.zeros(1)
+    known = KnownTimes()
     moments = [(None, 1.0 - i / 10) for i in range(5)]
-    for previous, moment in zip([None, *moments], moments, strict=False):
+    values = [torch.tensor(time) for _, time in moments]
+    for previous, moment, value in zip([None, *moments], moments, values, strict=False):
         known.see(moment, value, previous)
-    assert known.following(moments[1], 3) == moments[1:4]
-    assert known.following(moments[3], 9) == moments[3:]
-    known.see((None, 0.55), value, moments[1])
-    assert known.following(moments[1], 9) == [moments[1], (None, 0.55)]
-    known.see(moments[0], value, moments[4])  # no cycle is followed twice
-    assert known.following(moments[3], 9) == [
-        moments[3],
-        moments[4],
-        moments[0],
-        moments[1],
-        (None, 0.55),
-    ]
+    assert known.following(moments[1], 2) == dict(zip(moments[2:4], values[2:4], strict=True))
+    assert [*known.following(moments[3], 9)] == moments[4:]
+    assert known.following((None, 0.55), 9) == {}
+    known.see((None, 0.55), values[0], moments[1])
+    assert [*known.following(moments[1], 9)] == [(None, 0.55)]
+    known.see(moments[0], values[0], moments[4])  # no circle is gone round twice
+    assert [*known.following(moments[3], 9)] == [moments[4], *moments[:2], (None, 0.55)]
+    assert [*known.following(moments[4], 9)] == [*moments[:2], (None, 0.55)]
 
 
 def test_known_times_are_copies_and_few():
     known, value = KnownTimes(), torch.ones(1)
     known.see((None, 1.0), value, None)
+    known.see((None, 2.0), value, (None, 1.0))
     value.zero_()
-    assert known.inputs([(None, 1.0)]) == [torch.ones(1)]
+    assert known.following((None, 1.0), 1) == {(None, 2.0): torch.ones(1)}
     for i in range(2 * MOST_KNOWN):
         known.see((None, 2.0 + i), value, (None, 1.0 + i))
-    moment = (None, 1.0 + 2 * MOST_KNOWN)
-    assert known.following(moment, TIMES_AT_ONCE) == [moment]
     assert len(known._inputs) <= MOST_KNOWN and len(known._next) <= MOST_KNOWN
 
 
-def test_a_row_is_that_of_its_moment_and_scalars():
-    timetable, scalar = Timetable(), torch.ones(1)
-    assert timetable.row((None, 1.0), []) is None
-    timetable.fill([(None, 1.0), (None, 0.5)], [scalar])
-    assert timetable.row((None, 0.5), [scalar]) == 1
-    assert timetable.row((None, 0.4), [scalar]) is None
-    assert timetable.row(((1.0, 0.5), 0.5), [scalar]) is None  # a session's times mean other inputs
-    assert timetable.row((None, 0.5), [torch.ones(1)]) is None
-    scalar.add_(1)
-    assert timetable.row((None, 0.5), [scalar]) is None
+def test_one_number():
+    assert is_one_number(torch.tensor(0.5))
+    assert is_one_number(torch.ones(1))
+    assert is_one_number(torch.ones(1, 1).expand(2, 3))
+    assert not is_one_number(torch.ones(2))
+    assert not is_one_number(torch.ones(2, 1).expand(2, 3))
