@@ -82,9 +82,10 @@ class Timetable:
             return 0
         known.see(moment, time, self._latest)
         self._latest = moment
-        unchanged = self._sources is not None and self._sources.is_unchanged(sources)
-        if not unchanged or moment not in self._rows:
-            later = known.following(moment, TIMES_AT_ONCE - 1)
+        changed = self._sources is not None and not self._sources.is_unchanged(sources)
+        if changed or moment not in self._rows:
+            # what changes from step to step would make rows for later steps in vain
+            later = {} if changed else known.following(moment, TIMES_AT_ONCE - 1)
             self._fill(programs, inputs, caches, {moment: time.clone(), **later}, sources)
         return self._rows[moment]
 

@@ -147,7 +147,7 @@ def test_more_times_than_rows(sampled):
 
 
 def test_guidance_made_anew_fills_tables_anew(sampled):
-    sampled.check(guidance=lambda step: torch.full((2,), 3.5))
+    sampled.check([1, 3], guidance=lambda step: torch.full((2,), 3.5))
     kept = torch.full((2,), 3.5)
     sampled.check(1, guidance=lambda step: kept)
 
