@@ -145,9 +145,9 @@ class Signature:
     additive: bool
     """Whether what is added to the token-level output is added to what moves the latents, and
     nothing else changes."""
-    tabulated_from: tuple[int, ...] = ()
-    """Inputs but time and conditions of which values are made that selective steps look up by time,
-    in tables among the caches; none if nothing is looked up."""
+    tabulated_from: tuple[int, ...] | None = None
+    """Scalars that go with time into values which selective steps look up in tables, the last of
+    the caches; None if nothing is looked up."""
 
     @property
     def batch(self) -> int:
@@ -168,11 +168,6 @@ class Signature:
     def cache_bytes(self) -> int:
         """Bytes of one stream's caches."""
         return sum(slot.nbytes for slot in self.caches)
-
-    @property
-    def tabulates(self) -> bool:
-        """Whether selective steps look up values by time."""
-        return bool(self.tabulated_from)
 
     @property
     def latent(self) -> int:

@@ -67,13 +67,10 @@ def export_functional(module: fx.GraphModule, inputs: Sequence[Any]) -> fx.Graph
 def vectorized(module: fx.GraphModule, inputs: Sequence[Tensor], index: int) -> fx.GraphModule:
     """A graph of fakes over a further leading axis of input `index`, which it already has there.
 
-    Its outputs have that axis, too. Raises Unsupported if vmap has no rule for an op.
+    Its outputs have that axis, too. Raises Unsupported if vmap cannot take an op.
     """
     over = tuple(0 if i == index else None for i in range(len(inputs)))
     mode = inputs[index].fake_mode  # type: ignore[attr-defined]
-    functorch: Any = torch._C._functorch
-    loops = functorch._is_vmap_fallback_enabled()
-    functorch._set_vmap_fallback_enabled(False)  # else it runs an op once for each
     try:
         with mode, torch.no_grad():  # in which the graph makes tensors of its own, too
             return make_fx(torch.func.vmap(module, in_dims=over))(*inputs)
@@ -81,8 +78,6 @@ def vectorized(module: fx.GraphModule, inputs: Sequence[Tensor], index: int) -> 
         if is_restart(error):
             raise
         raise Unsupported(f"{type(error).__name__}: {error}") from error
-    finally:
-        functorch._set_vmap_fallback_enabled(loops)
 
 
 def require_plain_tensors(inputs: Sequence[Any]) -> None:

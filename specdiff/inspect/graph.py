@@ -145,7 +145,7 @@ def _describe_op(analysis: Analysis, node: fx.Node) -> dict[str, str | float | b
     if node in plan.cached:
         kind = "cached"
     elif node in plan.known:
-        kind = "looked up by timestep" if node in plan.tabulated else "kept through a generation"
+        kind = "looked up"
     elif node in plan.rows and plan.is_token_wise(node):
         kind = "rows"
     else:

@@ -22,6 +22,7 @@ COLOURS: Mapping[str, str] = {
     "add": "#ffffff",
     "rows": "#b8e0b0",
     "cached": "#f4a582",
+    "looked up": "#f0c9a0",
     "computed whole": "#eeeeee",
     "not needed": "#ffffff",
 }

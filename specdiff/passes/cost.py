@@ -98,7 +98,7 @@ class CostModel:
         flops = sum((self._flops(n, rows=True) for n in nodes if self._as_rows(n)), ZERO)
         flops += sum((self._flops(n, rows=False) for n in nodes if self._as_whole(n)), ZERO)
         # what is known is an input of whatever reads it
-        needed = [n for n in nodes if n in plan.rows | plan.whole and n not in plan.known]
+        needed = [n for n in nodes if (n in plan.rows or n in plan.whole) and n not in plan.known]
         values = [*_inputs(needed), *_outputs(needed)]
         moved = sum((self._bytes(v, rows=v in plan.rows) for v in values), ZERO)
         cached = [n for n in nodes if n in plan.cached]

@@ -1,9 +1,10 @@
 """Emit: write the programs of a plan as graphs, by re-interpreting the normalized one.
 
-Five programs come from one plan: *probe* (every token, no cache), *dense* (every token, caches
+Programs come from one plan: *probe* (every token, no cache), *dense* (every token, caches
 overwritten), *selective* (K active tokens, cache rows updated in place), *timetable* (the tables
-that selective reads) and *tail* (the outputs from the token-level output). Probe, dense and
-selective return the token-level output; dense, and selective where that is wanted, importance too.
+that selective reads, or one row of them) and *tail* (the outputs from the token-level output).
+Probe, dense and selective return the token-level output; dense, and selective where that is wanted,
+importance too.
 """
 
 from __future__ import annotations

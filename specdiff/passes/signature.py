@@ -79,13 +79,15 @@ def build_signature(
     )
 
 
-def _tabulated_from(plan: SelectivePlan, inputs: Sequence[InputSpec]) -> tuple[int, ...]:
-    leaves = plan.timetable.leaves if plan.timetable is not None else ()
+def _tabulated_from(plan: SelectivePlan, inputs: Sequence[InputSpec]) -> tuple[int, ...] | None:
+    if plan.timetable is None:
+        return None
+    leaves = plan.timetable.leaves
     placeholders = plan.axes.graph.find_nodes(op="placeholder")
     return tuple(
         spec.index
         for spec, node in zip(inputs, placeholders, strict=True)
-        if node in leaves and spec.role not in ("time", "condition")
+        if node in leaves and spec.role == "scalar"
     )
 
 

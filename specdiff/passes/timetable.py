@@ -79,10 +79,11 @@ class TimetablePass(Pass[SelectivePlan, SelectivePlan]):
 
     def verify(self, value: SelectivePlan, result: SelectivePlan) -> None:
         """No table depends on anything else that varies, and what lived in caches still does."""
-        changing = moving(value, self._varying(value).latents)
+        inputs = self._varying(value)
+        changing = moving(value, (*inputs.latents, *baked_in(inputs)))
         for node in result.tabulated:
             if node in changing:
-                raise PassError(f"{node.name} is tabulated, but does not depend on time alone")
+                raise PassError(f"{node.name} is tabulated, but more than time moves it")
             if node not in result.whole:
                 raise PassError(f"{node.name} is tabulated, but nothing needs it")
         if result.cached != value.cached:
@@ -103,8 +104,7 @@ class TimetablePass(Pass[SelectivePlan, SelectivePlan]):
 def region_of_time(plan: SelectivePlan, inputs: VaryingInputs) -> set[fx.Node]:
     """What depends on time, on no latent, and on no token; on scalars it may depend."""
     times = [n for n in (inputs.time,) if n is not None and not _has_tokens(plan, n)]
-    numbers = [node for node in inputs.scalars if not is_tensor(node)]  # baked in when traced
-    region, beyond = set(times), {*inputs.latents, *numbers}
+    region, beyond = set(times), {*inputs.latents, *baked_in(inputs)}
     for node in plan.axes.graph.nodes:
         timed = not region.isdisjoint(node.all_input_nodes)
         if not beyond.isdisjoint(node.all_input_nodes) or (timed and _has_tokens(plan, node)):
@@ -112,6 +112,11 @@ def region_of_time(plan: SelectivePlan, inputs: VaryingInputs) -> set[fx.Node]:
         elif timed:
             region.add(node)
     return region
+
+
+def baked_in(inputs: VaryingInputs) -> list[fx.Node]:
+    """Scalars that are no tensors: a graph for many times would keep the number it was made of."""
+    return [node for node in inputs.scalars if not is_tensor(node)]
 
 
 def _has_tokens(plan: SelectivePlan, node: fx.Node) -> bool:

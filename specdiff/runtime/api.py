@@ -21,6 +21,7 @@ from specdiff.runtime.registry import (
     state_of,
 )
 from specdiff.runtime.stats import Counters, Stats
+from specdiff.runtime.times import KnownTimes
 
 
 def stats(compiled: torch.nn.Module) -> Stats:
@@ -62,6 +63,7 @@ def reset(compiled: torch.nn.Module) -> None:
     state.counters = Counters()
     for runtime in _runtimes(state):
         runtime.pool.drop_idle()
+        runtime.known_times = KnownTimes()
 
 
 def configure(compiled: torch.nn.Module, **settings: Any) -> None:
@@ -129,11 +131,11 @@ def session(
         compiled: the compiled model.
         timesteps: time of every evaluation of one generation in order, repeats included (Heun),
             as the scheduler or the model has them, without the final time that is not evaluated.
-            With it no value is read back from the device: nothing is checked, and a new generation
-            begins when all times are used up, so take a new session after an aborted one. The same
-            times stand for the same time inputs of the model in every session: where they do not,
-            selective steps give NaN. Without it times are read, and conditions made anew at every
-            call are compared by value.
+            With it no value is read back from the device, and a new generation begins when all
+            times are used up, so take a new session after an aborted one. The same times must
+            stand for the same time inputs of the model in every session, until `reset`: where they
+            do not, selective steps give NaN. Without it times are read, and conditions made anew
+            at every call are compared by value.
         settings: override those of the model while the session is active.
 
     Raises:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from specdiff.program import CacheSlot
-from specdiff.runtime.times import Timetable
+from specdiff.runtime.times import TableRows
 
 IDLE_SETS = 1
 
@@ -21,12 +21,13 @@ IDLE_SETS = 1
 class Lease:
     """Ownership of one set of caches, which goes back to its pool when the lease is dropped.
 
-    Taken by a dense step, which writes the caches at once: a stream's lease is never stale.
+    Taken by a dense step, which writes the caches at once, all but the tables: a stream's lease is
+    never stale. `rows` tells what the tables hold.
     """
 
     def __init__(self, caches: Sequence[Tensor]) -> None:
         self.caches = tuple(caches)
-        self.timetable = Timetable()
+        self.rows = TableRows()
 
 
 class CachePool:

@@ -65,7 +65,7 @@ class Runtime:
         self._parameters = programs.signature.indices("parameter")
         self._conditions = programs.signature.indices("condition")
         self._nameless = ModelState()
-        self._known_times = KnownTimes()
+        self.known_times = KnownTimes()
         self._generations = itertools.count()
         self._fault = ""
 
@@ -102,7 +102,7 @@ class Runtime:
         time = reading.time if reading is not None else (given or ())[len(stream.times)]
         step = Step(
             self.programs, self.pool, table, stream, state, settings, schedule, inputs, time,
-            reading, given, candidates, self._known_times, record,
+            reading, given, candidates, self.known_times, record,
         )  # fmt: skip
         try:
             return step.run()

@@ -28,11 +28,6 @@ class StreamKey:
             for mark, condition in zip(self._marks, conditions, strict=True)
         )
 
-    def is_unchanged(self, conditions: Sequence[object]) -> bool:
-        """The same, where writes in place can be seen: they cannot in inference tensors."""
-        hidden = (isinstance(value, Tensor) and value.is_inference() for value in conditions)
-        return self.is_same(conditions) and not any(hidden)
-
     def is_equal(self, conditions: Sequence[object]) -> bool:
         """Whether the kept values are equal to these; reads the device where they are tensors."""
         if self._kept is None or not self.is_same(self._kept):

@@ -147,6 +147,8 @@ class Step:
             self._ensure_lease()
         if self.schedule.selects:
             caches = stream.lease.caches if stream.lease else self.pool.scratch()
+            if stream.lease:
+                stream.lease.rows.clear()  # a dense step makes everything anew
             evaluation = self.programs.dense(self.inputs, caches)
             tokens = evaluation.tokens
             assert evaluation.importance is not None  # a dense run measures it
@@ -255,9 +257,8 @@ class Step:
             predicted = torch.where(reused.unsqueeze(-1), previous, predicted)
             self._keep(reused=reused)
         text = self.schedule.text(stream.history.selective)
-        caches, timetable = stream.lease.caches, stream.lease.timetable
-        moment = self.given, self.time
-        row = timetable.look_up(self.programs, self.inputs, caches, moment, self.known)
+        caches, tables, moment = stream.lease.caches, stream.lease.rows, (self.given, self.time)
+        row = tables.look_up(self.programs, self.inputs, caches, moment, self.known)
         evaluation = self.programs.selective(
             self.inputs,
             caches,
@@ -270,7 +271,7 @@ class Step:
         merged = predicted.scatter(1, rows, evaluation.tokens.to(predicted.dtype))
         merged = self._with_invalid_rows(merged)
         if row is not None and self.reading is None:
-            merged = timetable.checked(merged, row, self.programs.signature.time_input(self.inputs))
+            merged = tables.checked(merged, self.programs.signature, self.inputs, moment)
         if evaluation.importance is not None:
             stream.importance = per_sample(evaluation.importance, self._shared)
             self._keep(importance=stream.importance)

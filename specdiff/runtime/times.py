@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from specdiff.program import TIMES_AT_ONCE, Programs
+from specdiff.program import TIMES_AT_ONCE, Programs, Signature
 from specdiff.runtime.keys import StreamKey
 
 Moment = tuple[tuple[float, ...] | None, float]
@@ -30,10 +30,9 @@ class KnownTimes:
 
     def see(self, moment: Moment, value: Tensor, previous: Moment | None) -> None:
         """Keep a time input, and that it came after `previous` in its generation."""
-        if moment not in self._inputs:
-            if len(self._inputs) >= MOST_KNOWN:
-                self._inputs, self._next = {}, {}
-            self._inputs[moment] = value.clone()
+        if len(self._inputs) >= MOST_KNOWN:
+            self._inputs, self._next = {}, {}
+        self._inputs[moment] = value.clone()
         if previous is not None and previous != moment:
             self._next[previous] = moment
 
@@ -50,13 +49,13 @@ class KnownTimes:
         return found
 
 
-class Timetable:
+class TableRows:
     """Which rows of one stream's tables hold the values of which moments."""
 
     def __init__(self) -> None:
-        self._rows: dict[Moment, int] = {}
-        self._inputs: list[Tensor] = []
-        self._sources: StreamKey | None = None
+        self._made_for: dict[Moment, tuple[int, Tensor]] = {}
+        """Rows, and the time inputs that they were made for."""
+        self._scalars: Scalars | None = None
         self._latest: Moment | None = None
 
     def look_up(
@@ -67,51 +66,67 @@ class Timetable:
         moment: Moment,
         known: KnownTimes,
     ) -> int | None:
-        """The row with the values of a moment, filled if there is none; None of graphs without.
-
-        Values are made anew where weights or scalars have changed, or may have. Times that a
-        session gave say what the model's input is if that is a single number.
-        """
+        """The row with the values of a moment, filled if there is none; None of graphs without."""
         signature = programs.signature
-        if not signature.tabulates:
+        if signature.tabulated_from is None:
             return None
-        time = signature.time_input(inputs)
-        sources = [inputs[index] for index in signature.tabulated_from]
-        if moment[0] is not None and not is_one_number(time):
-            self._fill(programs, inputs, caches, {moment: time.clone()}, sources)
-            return 0
-        known.see(moment, time, self._latest)
-        self._latest = moment
-        changed = self._sources is not None and not self._sources.is_unchanged(sources)
-        if changed or moment not in self._rows:
-            # what changes from step to step would make rows for later steps in vain
-            later = {} if changed else known.following(moment, TIMES_AT_ONCE - 1)
-            self._fill(programs, inputs, caches, {moment: time.clone(), **later}, sources)
-        return self._rows[moment]
+        time, scalars = signature.time_input(inputs), scalars_of(signature, inputs)
+        # a session tells one time a sample, and nothing of times of each frame or token
+        told = moment[0] is None or time.numel() <= signature.batch
+        changed = self._scalars is not None and not self._scalars.are(scalars, moment[0] is None)
+        if told:
+            known.see(moment, time, self._latest)
+            self._latest = moment
+        if not told or changed or moment not in self._made_for:
+            # scalars that change from step to step would make rows for later steps in vain
+            later = known.following(moment, TIMES_AT_ONCE - 1) if told and not changed else {}
+            self._made_for = enumerated({moment: time.clone(), **later})
+            self._scalars = Scalars(scalars)
+            programs.tabulate(inputs, caches, [*later.values()])
+        return self._made_for[moment][0]
 
-    def checked(self, tokens: Tensor, row: int, time: Tensor) -> Tensor:
-        """`tokens`, all NaN if a row was made for another time input than this.
+    def checked(
+        self, tokens: Tensor, signature: Signature, inputs: Sequence[object], moment: Moment
+    ) -> Tensor:
+        """`tokens`, all NaN if the row of a moment was made for another time or other scalars.
 
         Decided on the device: where times are not read, nothing waits for it.
         """
-        same = (time == self._inputs[row]).all().to(tokens.device, non_blocking=True)
-        return torch.where(same, tokens, torch.nan)
+        assert self._scalars is not None
+        scalars = scalars_of(signature, inputs)
+        pairs = [(signature.time_input(inputs), self._made_for[moment][1])]
+        pairs += zip(scalars, self._scalars.values, strict=True)
+        for now, then in pairs:
+            same = (now == then).all().to(tokens.device, non_blocking=True)
+            tokens = torch.where(same, tokens, torch.nan)
+        return tokens
 
-    def _fill(
-        self,
-        programs: Programs,
-        inputs: Sequence[object],
-        caches: Sequence[Tensor],
-        times: Mapping[Moment, Tensor],
-        sources: Sequence[object],
-    ) -> None:
-        self._rows = {moment: row for row, moment in enumerate(times)}
-        self._inputs = list(times.values())
-        self._sources = StreamKey(sources, keep_values=False)
-        programs.tabulate(inputs, caches, self._inputs[1:])
+    def clear(self) -> None:
+        """Look nothing up that was made until now."""
+        self._made_for, self._scalars = {}, None
 
 
-def is_one_number(time: Tensor) -> bool:
-    """Whether all elements of a time input share one place in memory: it is expanded, or alone."""
-    pairs = zip(time.shape, time.stride(), strict=True)
-    return all(size == 1 or stride == 0 for size, stride in pairs)
+class Scalars:
+    """Inputs of a number a sample that went into tables."""
+
+    def __init__(self, scalars: Sequence[Tensor]) -> None:
+        self.values = [scalar.clone() for scalar in scalars]
+        self._key = StreamKey(scalars, keep_values=False)
+
+    def are(self, scalars: Sequence[Tensor], readable: bool) -> bool:
+        """Whether these are the same; where devices are read anyway, by value if need be."""
+        hidden = any(scalar.is_inference() for scalar in scalars)  # no version tells of a write
+        if self._key.is_same(scalars) and not (hidden and readable):
+            return True
+        return readable and all(map(torch.equal, scalars, self.values))
+
+
+def scalars_of(signature: Signature, inputs: Sequence[object]) -> list[Tensor]:
+    """Those of which values in tables are made."""
+    values = (inputs[index] for index in signature.tabulated_from or ())
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def enumerated(times: Mapping[Moment, Tensor]) -> dict[Moment, tuple[int, Tensor]]:
+    """Each time input with its place."""
+    return {moment: (row, time) for row, (moment, time) in enumerate(times.items())}

@@ -10,7 +10,7 @@ from specdiff.bench.measure import TimedPrograms
 from specdiff.program import TIMES_AT_ONCE
 from specdiff.runtime.dispatch import Runtime
 from specdiff.runtime.registry import find_or_create
-from specdiff.runtime.times import MOST_KNOWN, KnownTimes, is_one_number
+from specdiff.runtime.times import MOST_KNOWN, KnownTimes
 from tests.models import ZOO
 from tests.oracles import small_tables
 
@@ -39,9 +39,9 @@ def expanded(sigma):
 class Sampled:
     """A small FLUX, most of whose steps select tokens; `time` makes its time input."""
 
-    def __init__(self, time=expanded) -> None:
+    def __init__(self, time=expanded, case=None) -> None:
         self.time = time
-        case = ZOO["flux_guidance"]()
+        case = case or ZOO["flux_guidance"]()
         self.inputs = {k: v for k, v in case.inputs.items() if k != "timestep"}
         options = {"inner_backend": "eager", "method": "paper", "cache_ratio": 0.5}
         self.model = case.model
@@ -50,7 +50,7 @@ class Sampled:
             self.generation(SIGMAS)
         (self.runtime,) = find_or_create(self.compiled).graphs
         assert isinstance(self.runtime, Runtime)
-        assert self.runtime.programs.signature.tabulates
+        assert self.runtime.programs.signature.tabulated_from is not None
         self.programs = self.runtime.programs
 
     def generation(self, sigmas, given=False, guidance=None, before=None, **conditions):
@@ -77,14 +77,13 @@ class Sampled:
 
         Or, if nothing is said, filled in each step.
         """
-        specdiff.reset(self.compiled)
         watched = self.runtime.programs = TimedPrograms(self.programs)
+        before = specdiff.stats(self.compiled).selective
         outputs = self.generation(sigmas, **wanted)
-        selective = specdiff.stats(self.compiled).selective
+        selective = specdiff.stats(self.compiled).selective - before
         assert selective >= 3
         counts = [len(watched.seconds[name]) for name in ("timetable", "timetable_row")]
         assert counts == filled or sum(counts) == (filled or selective)
-        specdiff.reset(self.compiled)
         self.runtime.programs = EachAnew(self.programs)
         expected = self.generation(sigmas, **wanted)
         torch.testing.assert_close(outputs, expected, **TOLERANCE)
@@ -105,11 +104,14 @@ def test_tables_are_filled_step_by_step_and_then_once_a_generation(sampled, give
     sampled.check([1, 0], sigmas=sigmas, given=given)
 
 
-def test_times_of_each_row_are_never_taken_from_earlier_generations():
-    """A session's times say nothing of what each row, frame or token is given."""
-    sampled = Sampled(lambda sigma: torch.tensor([sigma, sigma]))
+def test_times_of_each_token_are_never_taken_from_earlier_generations():
+    """A session's times say nothing of what each frame or token is given."""
+    case = ZOO["sana_wm_ltx2_refiner_transformer"]()
+    times = case.inputs.pop("timestep")
+    assert times.numel() > 2
+    sampled = Sampled(lambda sigma: sigma * torch.ones_like(times), case)
     sampled.check(given=True)
-    sampled.time = lambda sigma: torch.tensor([sigma, sigma / 2])
+    sampled.time = lambda sigma: sigma * torch.linspace(0, 1, times.numel()).reshape(times.shape)
     sampled.check(given=True)
 
 
@@ -117,8 +119,15 @@ def test_a_broken_promise_is_not_a_picture(sampled):
     """Given the same times, the model was called with others than in the generation before."""
     sampled.generation(SIGMAS, given=True)
     sampled.time = lambda sigma: expanded(sigma / 2)
-    outputs = sampled.generation(SIGMAS, given=True)
-    assert outputs[-1].isnan().all()
+    assert sampled.generation(SIGMAS, given=True)[-1].isnan().all()
+    assert sampled.generation(SIGMAS, given=True).isfinite().all()  # the times that are kept now
+
+
+def test_reset_forgets_times(sampled):
+    sampled.generation(SIGMAS, given=True)
+    specdiff.reset(sampled.compiled)
+    sampled.time = lambda sigma: expanded(sigma / 2)
+    assert sampled.generation(SIGMAS, given=True).isfinite().all()
 
 
 def test_other_conditions_have_tables_of_their_own(sampled):
@@ -146,39 +155,55 @@ def test_more_times_than_rows(sampled):
     sampled.check(3, sigmas=MANY)
 
 
-def test_guidance_made_anew_fills_tables_anew(sampled):
-    sampled.check([1, 3], guidance=lambda step: torch.full((2,), 3.5))
-    kept = torch.full((2,), 3.5)
-    sampled.check(1, guidance=lambda step: kept)
+def test_guidance_made_anew_is_compared_by_value(sampled):
+    def anew(step):
+        return torch.full((2,), 3.5)
+
+    sampled.check([1, 0], guidance=anew)
+    sampled.check(given=True, guidance=anew)
+    sampled.check([1, 3], given=True, guidance=anew)  # where nothing is read, it may be another
 
 
 def test_guidance_that_changes_is_heeded(sampled):
-    constant = sampled.check(1)
-    changing = sampled.check(guidance=lambda step: torch.full((2,), 3.5 + step))
+    constant = sampled.check([1, 0])
+    changing = sampled.check([1, 3], guidance=lambda step: torch.full((2,), 3.5 + step))
     assert not torch.allclose(constant, changing, **TOLERANCE)
     in_place = torch.full((2,), 3.5)
-    written = sampled.check(guidance=lambda step: in_place.fill_(3.5 + step))
+    written = sampled.check([1, 3], guidance=lambda step: in_place.fill_(3.5 + step))
     torch.testing.assert_close(written, changing, **TOLERANCE)
 
 
 @torch.inference_mode()
 def test_guidance_that_changes_unseen_is_heeded():
-    """No version tells of it."""
+    """No version of an inference tensor tells of a write."""
     sampled, guidance = Sampled(), torch.full((2,), 3.5)
-    sampled.check(guidance=lambda step: guidance.fill_(3.5 + step))
+    sampled.check([1, 0], guidance=lambda step: guidance)
+    sampled.check([1, 3], guidance=lambda step: guidance.fill_(3.5 + step))
+    sampled.generation(SIGMAS, given=True, guidance=lambda step: guidance)
+    sampled.check([1, 0], given=True, guidance=lambda step: guidance)
+    outputs = sampled.generation(
+        SIGMAS, given=True, guidance=lambda step: guidance.fill_(3.5 + step)
+    )
+    assert outputs[-1].isnan().all()  # rather than a picture of other guidance
 
 
-def test_weights_that_change_are_heeded(sampled):
-    """An adapter fused between two steps."""
-    (linear,) = (m for n, m in sampled.model.named_modules() if n == "norm_out.linear")
-    kept = linear.weight.detach().clone()
+def test_a_dense_step_makes_tables_anew(sampled):
+    """So whatever happened to weights is heeded from then on."""
+    specdiff.configure(sampled.compiled, refresh_interval=3)
+    with specdiff.record(sampled.compiled) as recording:
+        constant = sampled.check(2)
+    kinds = [step.kind for step in recording.steps]
+    dense = kinds.index("dense", kinds.index("selective"))
+    assert kinds[dense + 1] == "selective"
+    weight = sampled.model.norm_out.linear.weight
+    kept = weight.detach().clone()
 
     def fuse(step):
-        linear.weight.copy_(kept * (1 + 0.1 * max(0, step - 3)))
+        weight.data = 1.5 * kept if step >= dense else kept  # no version tells of it
 
-    constant = sampled.check([1, 0])
-    changed = sampled.check(before=fuse)
-    assert not torch.allclose(constant, changed, **TOLERANCE)
+    changed = sampled.check(2, before=fuse)
+    assert torch.equal(changed[:dense], constant[:dense])
+    assert not torch.allclose(changed[dense + 1], constant[dense + 1], **TOLERANCE)
 
 
 def test_known_times_follow_one_another():
@@ -206,11 +231,3 @@ def test_known_times_are_copies_and_few():
     for i in range(2 * MOST_KNOWN):
         known.see((None, 2.0 + i), value, (None, 1.0 + i))
     assert len(known._inputs) <= MOST_KNOWN and len(known._next) <= MOST_KNOWN
-
-
-def test_one_number():
-    assert is_one_number(torch.tensor(0.5))
-    assert is_one_number(torch.ones(1))
-    assert is_one_number(torch.ones(1, 1).expand(2, 3))
-    assert not is_one_number(torch.ones(2))
-    assert not is_one_number(torch.ones(2, 1).expand(2, 3))
