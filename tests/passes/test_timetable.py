@@ -6,8 +6,11 @@ import dataclasses
 
 import pytest
 import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from specdiff import torch_adapter
+from specdiff.errors import Unsupported
 from specdiff.passes.base import PassError
 from specdiff.passes.emit import emit_dense, emit_timetable, emit_timetable_row
 from specdiff.passes.rows import emit_selective
@@ -114,9 +117,10 @@ class Shifted(Toy):
         (lambda x, t: 0.0, 1),
         (lambda x, t: torch.arange(8), 1),  # a tensor made within
         (lambda x, t: torch.tensor(1.5), 1),  # a constant
+        (lambda x, t: torch.histc(t, 8, 0.0, 1.0), 1),  # for which vmap has no rule
         (lambda x, t: x.mean(1), 0),
     ],
-    ids=["time alone", "a range", "a constant", "the latent too"],
+    ids=["time alone", "a range", "a constant", "one time after the other", "the latent too"],
 )
 def test_what_depends_on_the_latent_is_not_looked_up(more, linears):
     model, inputs = randomize(Shifted(lambda t, x: x)), toy_inputs()
@@ -154,15 +158,27 @@ def test_a_value_that_depends_on_more_is_seen_by_the_verifier():
         step.verify(plan, dataclasses.replace(plan, timetable=moved))
 
 
-def test_an_op_that_cannot_be_vectorized_is_computed_as_ever():
-    model, inputs = randomize(Shifted(lambda t, x: x)), toy_inputs()
-    model.more = lambda x, t: torch.histc(t, 4, 0.0, 1.0).repeat(2)  # vmap has no rule for it
-    found = trace(model, inputs, changed(inputs))
-    plan, records = found.analysis.plan, found.analysis.records
-    assert plan.tabulated == () and found.analysis.signature.tabulated_from is None
-    (record,) = [record for record in records if record.name == "timetable"]
-    assert "nothing looked up by timestep" in record.summary and "histc" in record.summary
-    check_oracles(model, (inputs, changed(inputs)), found)
+def test_what_cannot_be_vectorized_is_computed_as_ever():
+    def refuse(*_):
+        raise Unsupported("RuntimeError: vmap: called random operation")
+
+    model, inputs = flux(batch=1)
+    analysis = trace(model, inputs).analysis
+    states = [spec.role == "parameter" for spec in analysis.signature.inputs]
+    before = dataclasses.replace(analysis.plan, timetable=None, fixed=())
+    step = TimetablePass(lambda plan: varying_inputs(plan, states, None), refuse)
+    plan = step.apply(before)
+    step.verify(before, plan)
+    assert plan.timetable is None and plan.whole == before.whole
+    assert step.summary(plan).endswith("RuntimeError: vmap: called random operation")
+
+
+def test_what_vmap_refuses_is_a_reason():
+    module = fx.symbolic_trace(lambda time: time + torch.rand_like(time))
+    with FakeTensorMode():
+        times = torch.empty(TIMES_AT_ONCE, 2)
+    with pytest.raises(Unsupported, match="random"):
+        torch_adapter.vectorized(module, [times], 0)
 
 
 def test_a_table_serves_all_blocks():
