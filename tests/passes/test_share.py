@@ -24,7 +24,7 @@ from specdiff.passes.repeats import find_repeats
 from specdiff.passes.rows import emit_selective
 from specdiff.passes.share import Shared, share_repeats
 from tests.models import changed, flux, sd3
-from tests.oracles import Traced, trace
+from tests.oracles import Traced, small_tables, trace
 
 aten = torch.ops.aten
 ACTIVE, SAMPLE = 5, 16
@@ -35,7 +35,7 @@ PROGRAMS = ("dense", "selective", "unmeasured", "frozen")
 
 def traced(build: Any, **sizes: Any) -> Traced:
     model, inputs = build(batch=1, **sizes)
-    with torch.no_grad():
+    with torch.no_grad(), small_tables():
         return trace(model, inputs, changed(inputs))
 
 
@@ -75,7 +75,8 @@ def values_of(found: Traced, name: str) -> list[Any]:
     if name == "probe":
         return list(found.flat[1])
     active = random_active(signature.batch, signature.lengths, ACTIVE)
-    return [*found.flat[1], *caches, *([] if name == "dense" else [active])]
+    row = [torch.tensor([3])] if found.analysis.plan.tabulated else []
+    return [*found.flat[1], *caches, *([] if name == "dense" else [active, *row])]
 
 
 def shared(program: fx.GraphModule) -> tuple[fx.GraphModule, list[Shared]]:
