@@ -127,6 +127,14 @@ def share_out(lengths: Sequence[int], count: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
+class TableSources:
+    """Positions of inputs of which tables by time are made."""
+
+    scalars: tuple[int, ...]
+    weights: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Signature:
     """Everything the runtime may know of a graph: inputs, segments, caches, token-level output."""
 
@@ -145,9 +153,9 @@ class Signature:
     additive: bool
     """Whether what is added to the token-level output is added to what moves the latents, and
     nothing else changes."""
-    tabulated_from: tuple[int, ...] | None = None
-    """Scalars that go with time into values which selective steps look up in tables, the last of
-    the caches; None if nothing is looked up."""
+    tabulated_from: TableSources | None = None
+    """What goes with time and conditions into values that selective steps look up in tables, the
+    last of the caches; None if nothing is looked up."""
 
     @property
     def batch(self) -> int:

@@ -17,7 +17,15 @@ from specdiff.passes.rules.attention import ATTENTION, Attention
 from specdiff.passes.rules.registry import is_tensor
 from specdiff.passes.rules.shape import VIEWS
 from specdiff.passes.selective import SelectivePlan, cache_shape
-from specdiff.program import CacheSlot, Denoised, InputRole, InputSpec, Segment, Signature
+from specdiff.program import (
+    CacheSlot,
+    Denoised,
+    InputRole,
+    InputSpec,
+    Segment,
+    Signature,
+    TableSources,
+)
 
 aten = torch.ops.aten
 REARRANGEMENTS = (
@@ -79,15 +87,14 @@ def build_signature(
     )
 
 
-def _tabulated_from(plan: SelectivePlan, inputs: Sequence[InputSpec]) -> tuple[int, ...] | None:
+def _tabulated_from(plan: SelectivePlan, inputs: Sequence[InputSpec]) -> TableSources | None:
     if plan.timetable is None:
         return None
-    leaves = plan.timetable.leaves
     placeholders = plan.axes.graph.find_nodes(op="placeholder")
-    return tuple(
-        spec.index
-        for spec, node in zip(inputs, placeholders, strict=True)
-        if node in leaves and spec.role == "scalar"
+    made_of = [s for s in inputs if placeholders[s.index] in plan.timetable.leaves]
+    return TableSources(
+        tuple(spec.index for spec in made_of if spec.role == "scalar"),
+        tuple(spec.index for spec in made_of if spec.role == "parameter"),
     )
 
 

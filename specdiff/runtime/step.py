@@ -148,7 +148,7 @@ class Step:
         if self.schedule.selects:
             caches = stream.lease.caches if stream.lease else self.pool.scratch()
             if stream.lease:
-                stream.lease.rows.clear()  # a dense step makes everything anew
+                stream.lease.rows.renew(self.programs.signature, self.inputs)
             evaluation = self.programs.dense(self.inputs, caches)
             tokens = evaluation.tokens
             assert evaluation.importance is not None  # a dense run measures it

@@ -30,7 +30,7 @@ class KnownTimes:
 
     def see(self, moment: Moment, value: Tensor, previous: Moment | None) -> None:
         """Keep a time input, and that it came after `previous` in its generation."""
-        if len(self._inputs) >= MOST_KNOWN:
+        if moment not in self._inputs and len(self._inputs) >= MOST_KNOWN:
             self._inputs, self._next = {}, {}
         self._inputs[moment] = value.clone()
         if previous is not None and previous != moment:
@@ -56,6 +56,7 @@ class TableRows:
         self._made_for: dict[Moment, tuple[int, Tensor]] = {}
         """Rows, and the time inputs that they were made for."""
         self._scalars: Scalars | None = None
+        self._weights: StreamKey | None = None
         self._latest: Moment | None = None
 
     def look_up(
@@ -67,10 +68,10 @@ class TableRows:
         known: KnownTimes,
     ) -> int | None:
         """The row with the values of a moment, filled if there is none; None of graphs without."""
-        signature = programs.signature
-        if signature.tabulated_from is None:
+        signature, sources = programs.signature, programs.signature.tabulated_from
+        if sources is None:
             return None
-        time, scalars = signature.time_input(inputs), scalars_of(signature, inputs)
+        time, scalars = signature.time_input(inputs), tensors(inputs, sources.scalars)
         # a session tells one time a sample, and nothing of times of each frame or token
         told = moment[0] is None or time.numel() <= signature.batch
         changed = self._scalars is not None and not self._scalars.are(scalars, moment[0] is None)
@@ -82,6 +83,7 @@ class TableRows:
             later = known.following(moment, TIMES_AT_ONCE - 1) if told and not changed else {}
             self._made_for = enumerated({moment: time.clone(), **later})
             self._scalars = Scalars(scalars)
+            self._weights = StreamKey(tensors(inputs, sources.weights), keep_values=False)
             programs.tabulate(inputs, caches, [*later.values()])
         return self._made_for[moment][0]
 
@@ -92,8 +94,8 @@ class TableRows:
 
         Decided on the device: where times are not read, nothing waits for it.
         """
-        assert self._scalars is not None
-        scalars = scalars_of(signature, inputs)
+        assert self._scalars is not None and signature.tabulated_from is not None
+        scalars = tensors(inputs, signature.tabulated_from.scalars)
         pairs = [(signature.time_input(inputs), self._made_for[moment][1])]
         pairs += zip(scalars, self._scalars.values, strict=True)
         for now, then in pairs:
@@ -101,9 +103,13 @@ class TableRows:
             tokens = torch.where(same, tokens, torch.nan)
         return tokens
 
-    def clear(self) -> None:
-        """Look nothing up that was made until now."""
-        self._made_for, self._scalars = {}, None
+    def renew(self, signature: Signature, inputs: Sequence[object]) -> None:
+        """Forget what was made of other weights; for dense steps, which make all anew."""
+        sources = signature.tabulated_from
+        if sources is None or self._weights is None:
+            return
+        if not self._weights.is_same(tensors(inputs, sources.weights)):
+            self._made_for, self._scalars, self._weights = {}, None, None
 
 
 class Scalars:
@@ -121,9 +127,9 @@ class Scalars:
         return readable and all(map(torch.equal, scalars, self.values))
 
 
-def scalars_of(signature: Signature, inputs: Sequence[object]) -> list[Tensor]:
-    """Those of which values in tables are made."""
-    values = (inputs[index] for index in signature.tabulated_from or ())
+def tensors(inputs: Sequence[object], indices: Sequence[int]) -> list[Tensor]:
+    """Those of the inputs."""
+    values = (inputs[index] for index in indices)
     return [value for value in values if isinstance(value, Tensor)]
 
 
