@@ -168,7 +168,7 @@ def program_compiler(
         for observer in observers(dump):
             observer(record, program, {})
 
-        # runs once or twice a generation: not worth the time that compiling takes
+        # once or twice a generation, but for the first: not worth the time that compiling takes
         inner = "eager" if name.startswith(TIMETABLE) else options.inner_backend
 
         def compiled(program: fx.GraphModule) -> Any:

@@ -25,7 +25,7 @@ from specdiff.errors import SpecdiffError, Unsupported
 from specdiff.machine import MachineRates, wait
 from specdiff.memory import peak, reset_peak
 from specdiff.passes.cost import Sizes
-from specdiff.passes.lower import TIMETABLE, named_for
+from specdiff.passes.lower import TIMETABLE, TIMETABLE_ROW, named_for
 from specdiff.passes.regions import dense_work, selective_work
 from specdiff.program import Evaluation, Programs
 from specdiff.report import explain
@@ -123,7 +123,7 @@ class TimedPrograms:
         self, inputs: Sequence[object], caches: Sequence[Tensor], later: Sequence[Tensor] = ()
     ) -> None:
         """As `Programs.tabulate`."""
-        name = TIMETABLE if later else f"{TIMETABLE}_row"
+        name = TIMETABLE if later else TIMETABLE_ROW
         self._timed(name, lambda: self._programs.tabulate(inputs, caches, later))
 
     def tail(self, inputs: Sequence[object], tokens: Tensor) -> list[Tensor]:

@@ -39,6 +39,7 @@ Compiler = Callable[[str, fx.GraphModule, Sequence[Any]], Executable]
 """(name of the program, its graph, inputs to compile it for) -> what runs it."""
 TIMETABLE = "timetable"
 """What the names of programs that fill tables begin with."""
+TIMETABLE_ROW = f"{TIMETABLE}_row"
 
 
 class Lowered:
@@ -134,7 +135,7 @@ class LoweredPrograms(Lowered):
         values = [*inputs, *caches]
         if not later:
             emit = partial(emit_timetable_row, self._module, self._plan)
-            self._run(f"{TIMETABLE}_row", emit, values)
+            self._run(TIMETABLE_ROW, emit, values)
             return
         times = [self._signature.time_input(inputs), *later]
         missing = TIMES_AT_ONCE - len(times)
