@@ -189,6 +189,11 @@ class Signature:
         assert isinstance(time, Tensor)
         return time
 
+    def moving_parts(self, inputs: Sequence[object]) -> tuple[Tensor, ...]:
+        """Of every input that is denoised, what its prediction moves: views."""
+        latents = [(pair, inputs[pair.latent]) for pair in self.denoised]
+        return tuple(pair.part(latent) for pair, latent in latents if isinstance(latent, Tensor))
+
     def indices(self, role: InputRole) -> tuple[int, ...]:
         """Positions of the inputs with this role."""
         return tuple(spec.index for spec in self.inputs if spec.role == role)

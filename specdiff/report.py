@@ -14,7 +14,7 @@ from torch import fx, nn
 from specdiff import torch_adapter
 from specdiff.analysis import Analysis, attempt
 from specdiff.machine import MachineRates
-from specdiff.options import Options, Settings
+from specdiff.options import Options
 from specdiff.passes.base import PassRecord
 from specdiff.passes.cost import CostModel, Sizes, Work
 from specdiff.passes.listing import name_of
@@ -23,6 +23,7 @@ from specdiff.passes.regions import Region, dense_work, selective_work
 from specdiff.passes.signature import module_path
 from specdiff.program import Segment
 from specdiff.runtime.schedule import Place, Schedule, active_tokens
+from specdiff.settings import Settings
 
 RATIOS = (0.5, 0.75, 0.9, 0.95)
 """Shares of tokens left out for which costs are shown."""

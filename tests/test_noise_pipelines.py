@@ -20,9 +20,9 @@ from diffusers import (
 from torch import Tensor, nn
 
 import specdiff
+from specdiff.runtime import lookahead
 from specdiff.runtime.noise import Diffusion, usual_tables
 from specdiff.runtime.prediction import Prediction
-from specdiff.runtime.step import Step
 from tests.models.image import dit_transformer, hunyuan_dit, pixart_transformer
 from tests.test_pipelines import apart, compiled, counts
 
@@ -186,13 +186,13 @@ the half of the batch that is not conditional."""
 def inferred(monkeypatch: pytest.MonkeyPatch) -> list[Prediction]:
     """What the runtime takes the sampler of each generation to be."""
     found: list[Prediction] = []
-    infer = Step._inferred
+    infer = lookahead._inferred
 
     def note(*args: Any) -> Prediction:
         found.append(infer(*args))
         return found[-1]
 
-    monkeypatch.setattr(Step, "_inferred", note)
+    monkeypatch.setattr(lookahead, "_inferred", note)
     return found
 
 

@@ -14,9 +14,9 @@ import torch
 import specdiff
 from specdiff.errors import SpecdiffError
 from specdiff.evaluation.subject import STEPS, Subject
-from specdiff.options import QUALITIES
 from specdiff.plan import Plan
 from specdiff.runtime.stats import Stats
+from specdiff.settings import QUALITIES
 
 OURS = "specdiff"
 FEWER_STEPS = (7, 9, 12, 14, 18)

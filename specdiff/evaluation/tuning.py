@@ -17,7 +17,7 @@ from specdiff.errors import SpecdiffError
 from specdiff.evaluation.features import feature_distance, features
 from specdiff.evaluation.subject import Subject, find_subject
 from specdiff.methods import usable_device
-from specdiff.options import PLAN_SETTINGS
+from specdiff.settings import PLAN_SETTINGS
 from specdiff.tuning import Likeness, Tell, Tuned, tune
 
 

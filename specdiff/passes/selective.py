@@ -20,9 +20,10 @@ from torch import fx
 from specdiff.errors import Unsupported
 from specdiff.passes.axes import AxisFacts, ClassId, Layout
 from specdiff.passes.base import Pass, PassError
+from specdiff.passes.output import find_output
 from specdiff.passes.rules.attention import ATTENTION, Attention
 from specdiff.passes.rules.elementwise import elementwise
-from specdiff.passes.rules.registry import is_tensor, rank_of, rule_for, shape_of
+from specdiff.passes.rules.registry import rank_of, rule_for, shape_of
 
 if TYPE_CHECKING:
     from specdiff.passes.timetable import Timetable
@@ -185,7 +186,8 @@ class SelectivePass(Pass[AxisFacts, SelectivePlan]):
 
     def apply(self, value: AxisFacts) -> SelectivePlan:
         """Raises Unsupported where no segment reaches the output token by token."""
-        plan = find_output(value)
+        found = find_output(value)
+        plan = SelectivePlan(value, found.slots, found.segments, found.tail)
         _require_self_contained_tail(plan)
         plan.rows.update(plan.slots)
         propagate(plan)
@@ -223,69 +225,6 @@ class SelectivePass(Pass[AxisFacts, SelectivePlan]):
                 texts += [reason] if (reason := result.why_whole(node)) else []
             found[node] = ", ".join(texts) or "not needed"
         return found
-
-
-def find_output(axes: AxisFacts) -> SelectivePlan:
-    """Walk back from the outputs to the last values that still have segments along one axis."""
-    slots: dict[fx.Node, frozenset[ClassId]] = {}
-    tail: set[fx.Node] = set()
-    _walk_back(axes, list(axes.outputs()), slots, tail)
-    attended = {n for n in axes.graph.nodes if n.target is ATTENTION}
-    if tail & attended or not slots:
-        raise Unsupported("no token segment reaches the output of the model token by token")
-    names = ", ".join(sorted(node.name for node in slots))
-    order = {node: i for i, node in enumerate(axes.graph.nodes)}
-    while shared := _sharing(slots):
-        # several outputs may come from one value: what lies between it and them is tail too
-        last = max(shared, key=order.__getitem__)
-        if last in attended:
-            raise Unsupported(f"the output is made of several token-level values: {names}")
-        del slots[last]
-        tail.add(last)
-        _walk_back(axes, last.all_input_nodes, slots, tail)
-    ordered = tuple(sorted(slots, key=order.__getitem__))
-    pieces = [piece.segment for slot in ordered for piece in _token_layout(axes, slot)]
-    if len(set(pieces)) < len(pieces):
-        raise Unsupported(f"{names} hold some of their tokens twice")
-    return SelectivePlan(axes, ordered, tuple(pieces), tuple(n for n in order if n in tail))
-
-
-def _walk_back(
-    axes: AxisFacts,
-    start: list[fx.Node],
-    slots: dict[fx.Node, frozenset[ClassId]],
-    tail: set[fx.Node],
-) -> None:
-    """From `start` to values with segments (`slots`); what is passed on the way is `tail`."""
-    pending = list(start)
-    while pending:
-        node = pending.pop()
-        if node in slots or node in tail:
-            continue
-        layout = _token_layout(axes, node)
-        if layout:
-            slots[node] = frozenset(piece.segment for piece in layout)
-        elif node.op == "call_function":
-            tail.add(node)
-            pending += node.all_input_nodes
-
-
-def _sharing(slots: dict[fx.Node, frozenset[ClassId]]) -> set[fx.Node]:
-    """Slots that have a segment in common with another."""
-    return {
-        one
-        for one, here in slots.items()
-        for other, there in slots.items()
-        if one is not other and here & there
-    }
-
-
-def _token_layout(axes: AxisFacts, node: fx.Node) -> Layout:
-    """The pieces of the one axis with segments, of a value that also counts samples."""
-    if not is_tensor(node) or node.op != "call_function" or axes.batch_axis(node) is None:
-        return ()
-    found = axes.axes_with(node, *axes.segments)
-    return axes.layout(node, found[0]) if len(found) == 1 else ()
 
 
 def _require_self_contained_tail(plan: SelectivePlan) -> None:

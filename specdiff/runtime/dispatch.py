@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from specdiff.errors import Fault
-from specdiff.options import Options, Settings
+from specdiff.options import Options
 from specdiff.program import Programs
 from specdiff.runtime.caches import CachePool
+from specdiff.runtime.call import Call
 from specdiff.runtime.history import History
 from specdiff.runtime.joint import Joint
 from specdiff.runtime.noise import Process, processes
@@ -31,9 +32,10 @@ from specdiff.runtime.registry import (
     state_of_call,
 )
 from specdiff.runtime.schedule import Schedule
-from specdiff.runtime.step import BUDGET, Step, moving_parts
+from specdiff.runtime.step import BUDGET, answer
 from specdiff.runtime.streams import Stream, StreamTable
 from specdiff.runtime.times import KnownTimes
+from specdiff.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -100,12 +102,12 @@ class Runtime:
             stream = table.start(conditions, self._history(), replacing=stream)
             stream.number = next(self._generations)
         time = reading.time if reading is not None else (given or ())[len(stream.times)]
-        step = Step(
+        call = Call(
             self.programs, self.pool, table, stream, state, settings, schedule, inputs, time,
             reading, given, candidates, self.known_times, record,
         )  # fmt: skip
         try:
-            return step.run()
+            return answer(call)
         except Fault as error:
             self._fault = f"internal error: {error}"
             table.drop(stream)
@@ -145,7 +147,7 @@ class Runtime:
         assert isinstance(latent, Tensor) and time is not None
         moved = joint = None
         if stream is not None and stream.latents:
-            parts = moving_parts(signature, inputs)
+            parts = signature.moving_parts(inputs)
             moved = Displacement.of(parts, stream.latents, stream.predictions)
             joint = Joint.of(stream, table.partner(stream), parts)
         return read(inputs[time], latent, moved, joint)

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from specdiff.options import Settings
 from specdiff.program import share_out
 from specdiff.runtime.history import History
+from specdiff.settings import Settings
 
 Scorer = Callable[[Tensor, Tensor, History, float, float], Tensor]
 """(log his, log fut, history, time, starvation) -> log score, float32 [B, N]."""

@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from specdiff.errors import NotCompiledError
-from specdiff.options import Options, Settings, check_overrides
+from specdiff.options import Options, check_overrides
 from specdiff.runtime.recording import Recording
 from specdiff.runtime.stats import Counters
 from specdiff.runtime.streams import StreamTable
+from specdiff.settings import Settings
 
 
 class StreamOwner:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
-from specdiff.options import Settings
 from specdiff.plan import Plan
 from specdiff.runtime.clock import evaluations_left, evaluations_planned
+from specdiff.settings import Settings
 
 TAPER = 16
 """Evaluations over which a tapered plan grows the distance of dense ones by `refresh_interval`."""

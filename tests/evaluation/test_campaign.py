@@ -34,7 +34,7 @@ from specdiff.evaluation.findings import (
 from specdiff.evaluation.measuring import Bench
 from specdiff.evaluation.plot import draw_frontier, frontier_figure
 from specdiff.evaluation.table import markdown
-from specdiff.options import QUALITIES
+from specdiff.settings import QUALITIES
 from tests.evaluation.toy import dimmed, rival, toy_subject
 
 PLAN = Plan("toy", 28, 2, 1, 0, 0, "wall")

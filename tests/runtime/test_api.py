@@ -9,9 +9,10 @@ from toy import Euler, ToyPrograms, dense_velocity, noise, prompt, sigmas, strea
 
 import specdiff.runtime as sd
 from specdiff.errors import NotCompiledError, OptionError
-from specdiff.options import FORECASTS, METHOD_DEFAULTS, METHODS, RUNTIME_OPTIONS, Options, Settings
+from specdiff.options import FORECASTS, RUNTIME_OPTIONS, Options
 from specdiff.runtime.forecast import FORECASTERS
 from specdiff.runtime.importance import SCORERS
+from specdiff.settings import METHOD_DEFAULTS, METHODS, Settings
 
 PLAN = {"cache_ratio": 0.75, "warmup_steps": 3, "refresh_interval": 4, "tapered": False}
 

@@ -9,10 +9,11 @@ from toy import Euler, sigmas, toy
 
 import specdiff.runtime as sd
 from specdiff.errors import OptionError
-from specdiff.options import METHOD_DEFAULTS, QUALITIES, SCHEDULE, Options, check_overrides
+from specdiff.options import Options, check_overrides
 from specdiff.plan import Plan
 from specdiff.runtime.clock import evaluations_planned
 from specdiff.runtime.schedule import Place, Schedule
+from specdiff.settings import METHOD_DEFAULTS, QUALITIES, SCHEDULE
 
 HAND = {"specdiff_plan": 1, "evaluations": ["dense", "skip", 0.5, "dense", "skip", "dense"]}
 DENSE = (0, 2, 4, 7, 10, 14, 18, 22, 26, 27)
