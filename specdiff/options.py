@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import math
 import os
+import reprlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -169,9 +170,10 @@ class Options:
     """Name of the forward argument that holds the time; None: found by its usual names."""
 
     max_cache_bytes: int | None = _option(None, "an integer of at least 0, or None", _count(0))
-    """Limit on the bytes of all key/value caches of one compiled graph; steps that would need more
-    run dense. Where a single set of caches exceeds it, none is allocated; else the memory in which
-    dense steps without caches leave theirs, as large as one cache, comes on top."""
+    """Limit on the bytes of all key/value caches of one compiled graph, or of one shape of a graph
+    that takes several; steps that would need more run dense. Where a single set of caches exceeds
+    it, none is allocated; else the memory in which dense steps without caches leave theirs, as
+    large as one cache, comes on top."""
 
     kv_cache_dtype: str | None = _choice(None, tuple(KV_CACHE_DTYPES), runtime=False)
     """Codes in which caches hold the keys and values of attentions: "int8" or "fp8_e4m3", each with
@@ -189,7 +191,7 @@ class Options:
 
     def __post_init__(self) -> None:
         table = self.alphas_cumprod
-        table = table.tolist() if isinstance(table, Tensor) else table
+        table = getattr(table, "tolist", lambda: table)()  # numpy has it, too
         if isinstance(table, list):
             object.__setattr__(self, "alphas_cumprod", tuple(table))
         for field in dataclasses.fields(self):
@@ -297,7 +299,8 @@ def check_overrides(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check(field: dataclasses.Field[Any], value: object, where: str = "") -> None:
     if not field.metadata["test"](value):
-        raise OptionError(f"{where}{field.name}={value!r}: must be {field.metadata['valid']}")
+        shown = reprlib.repr(value)
+        raise OptionError(f"{where}{field.name}={shown}: must be {field.metadata['valid']}")
 
 
 def _unknown(name: str, listed: list[str], others: Sequence[str] = ()) -> str:

@@ -168,11 +168,6 @@ class Signature:
         return self.tokens.shape[1]
 
     @property
-    def total_tokens(self) -> int:
-        """Tokens of all segments together, per batch row."""
-        return sum(segment.length for segment in self.segments)
-
-    @property
     def cache_bytes(self) -> int:
         """Bytes of one stream's caches."""
         return sum(slot.nbytes for slot in self.caches)

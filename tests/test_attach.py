@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from itertools import pairwise
 from typing import Any
 
@@ -167,6 +169,18 @@ def test_attaching_twice_and_then_detaching_leaves_nothing_open():
     assert sum(evaluations(model)[:3]) == 8
     again.detach()
     torch.testing.assert_close(generation(model, inputs), exact, **EXACT)
+
+
+def test_an_attached_model_is_not_kept_alive():
+    model, inputs = MODELS["sd3"]()
+    attachment = specdiff.attach(compile_blocks(model), cache_ratio=0.7)
+    generation(model, inputs)
+    attachment.detach()
+    dead = weakref.ref(model)
+    del model, attachment
+    torch._dynamo.reset()
+    gc.collect()
+    assert dead() is None
 
 
 def test_blocks_left_out_are_noticed():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from specdiff.runtime.registry import (
     ModelState,
     Session,
     find_or_create,
+    require_module,
     state_of,
 )
 from specdiff.runtime.stats import Counters, Stats
@@ -113,10 +115,11 @@ def attach(model: torch.nn.Module, **options: Any) -> Attachment:
     """
     check_overrides({k: v for k, v in options.items() if k != "timestep_arg"})
     state = find_or_create(model)
-    if state.attachment is not None:
-        state.attachment.detach()
+    before = state.attachment() if state.attachment is not None else None
+    if before is not None:
+        before.detach()
     attachment = Attachment(model, Options.parse(options, frozenset())[0])
-    state.attachment = attachment
+    state.attachment = weakref.ref(attachment)
     return attachment
 
 
@@ -131,8 +134,10 @@ def session(
         compiled: the compiled model.
         timesteps: time of every evaluation of one generation in order, repeats included (Heun),
             as the scheduler or the model has them, without the final time that is not evaluated.
-            With it no value is read back from the device, and a new generation begins when all
-            times are used up, so take a new session after an aborted one. The same times must
+            With it no value is read back from the device (but where another prompt or graph turns
+            up in mid-generation, one time input), and a new generation begins when all times are
+            used up; one that ends in an exception which leaves the context is forgotten, after
+            any other that was cut short take a new session. The same times must
             stand for the same time inputs of the model in every session, until `reset`: where they
             do not, selective steps give NaN. Without it times are read, and conditions made anew
             at every call are compared by value.
@@ -148,6 +153,7 @@ def session(
 
 
 def _known_state(compiled: torch.nn.Module) -> ModelState:
+    require_module(compiled)
     state = state_of(compiled.parameters())
     if state is None:
         raise NotCompiledError(
@@ -161,7 +167,12 @@ def _runtimes(state: ModelState) -> list[Runtime]:
 
 
 def _checked(timesteps: Tensor | Sequence[float]) -> tuple[float, ...]:
-    times = torch.as_tensor(timesteps, dtype=torch.float64, device="cpu").flatten()
+    try:
+        times = torch.as_tensor(timesteps, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise OptionError("timesteps: must be a list or a tensor of numbers") from error
+    if times.ndim != 1:
+        raise OptionError(f"timesteps: must have one axis, not the shape {list(times.shape)}")
     steps = times.diff()
     if not len(times) or not times.isfinite().all():
         raise OptionError("timesteps: must be finite numbers, at least one")

@@ -15,14 +15,16 @@ from torch import Tensor
 from specdiff.program import CacheSlot
 from specdiff.runtime.times import TableRows
 
-IDLE_SETS = 1
+IDLE_SETS = 2
+"""Those of both halves of guidance in separate calls: sets at other addresses than before make CUDA
+graphs be recorded anew."""
 
 
 class Lease:
     """Ownership of one set of caches, which goes back to its pool when the lease is dropped.
 
     Taken by a dense step, which writes the caches at once, all but the tables: a stream's lease is
-    never stale. `rows` tells what the tables hold.
+    never older than its last dense step. `rows` tells what the tables hold.
     """
 
     def __init__(self, caches: Sequence[Tensor]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-import math
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -16,12 +16,14 @@ from torch import Tensor
 from specdiff.errors import Fault
 from specdiff.options import Options
 from specdiff.program import Programs
+from specdiff.runtime import guards
 from specdiff.runtime.caches import CachePool
 from specdiff.runtime.call import Call
 from specdiff.runtime.history import History
 from specdiff.runtime.joint import Joint
 from specdiff.runtime.noise import Process, processes
 from specdiff.runtime.prediction import Displacement
+from specdiff.runtime.progress import Progress
 from specdiff.runtime.reading import Reading, read
 from specdiff.runtime.recording import StepRecord, recorded
 from specdiff.runtime.registry import (
@@ -32,24 +34,12 @@ from specdiff.runtime.registry import (
     state_of_call,
 )
 from specdiff.runtime.schedule import Schedule
-from specdiff.runtime.step import BUDGET, answer
+from specdiff.runtime.step import answer
 from specdiff.runtime.streams import Stream, StreamTable
 from specdiff.runtime.times import KnownTimes
 from specdiff.settings import Settings
 
 logger = logging.getLogger(__name__)
-
-NO_TIME = "no time input"
-FEW_TOKENS = "too few tokens"
-ROWS_DIFFER = "time differs between batch rows"
-NOT_FINITE = "latent is not finite"
-TIME_NOT_FINITE = "time is not finite"
-AMBIGUOUS = "ambiguous stream"
-AMBIGUOUS_HINT = (
-    "a latent came from nowhere: give two generations that share a prompt tensor a session each;"
-    " if batches hold both halves of classifier-free guidance, give guidance_scale"
-)
-STILL = "latent does not move with time"
 
 
 class Runtime:
@@ -70,53 +60,113 @@ class Runtime:
         self.known_times = KnownTimes()
         self._generations = itertools.count()
         self._fault = ""
+        self._turn = threading.RLock()
+        """Held by the thread whose evaluation it is: streams, caches and programs are shared."""
 
     @torch.no_grad()
     def __call__(self, *inputs: object) -> list[Tensor]:
         """The graph's outputs for its flat inputs, by a dense, selective or skipped evaluation."""
-        state = state_of_call(self, inputs, self._parameters, self._nameless)
         device = self.programs.signature.tokens.device
-        return recorded(state.recordings, device, partial(self._answer, inputs, state))
+        with self._turn:
+            state = state_of_call(self, inputs, self._parameters, self._nameless)
+            return recorded(state.recordings, device, partial(self._answer, inputs, state))
 
     def _answer(
         self, inputs: Sequence[object], state: ModelState, record: StepRecord | None
     ) -> list[Tensor]:
         session = active_session(state)
+        progress = session.progress if session is not None else None
         settings = self._settings(state, session)
         schedule = Schedule.of(settings, self.programs.signature.lengths)
-        given = session.times if session is not None else None
-        refusal = self._refusal(settings, schedule, given)
-        if refusal is not None:
+        signature, budget = self.programs.signature, settings.max_cache_bytes
+        refusal = self._fault or guards.of_graph(
+            signature, schedule, budget, timed=progress is not None
+        )
+        if refusal:
             return self._fall_back(inputs, state, refusal, record)
         owner: ModelState | Session = state if session is None else session
         table = owner.table(self)
         conditions = [inputs[index] for index in self._conditions]
-        stream = table.find(conditions)
-        reading = self._read(inputs, table, stream) if given is None else None
+        known, reading = table.find(conditions), None
         candidates = processes(settings.prediction, settings.alphas_cumprod)
-        refusal, begins = _place(stream, reading, given, candidates)
-        if refusal is not None:
-            _abandon(table, stream, refusal)
-            return self._fall_back(inputs, state, refusal, record, schedule.selects)
-        if stream is None or begins:
-            stream = table.start(conditions, self._history(), replacing=stream)
-            stream.number = next(self._generations)
-        time = reading.time if reading is not None else (given or ())[len(stream.times)]
+        if progress is None:
+            reading = self._read(inputs, table, known)
+            stream = self._continued(reading, table, known, conditions, candidates)
+            if isinstance(stream, str):
+                return self._fall_back(inputs, state, stream, record, schedule.selects)
+        else:
+            stream = self._timed(inputs, table, known, conditions, progress)
+        time = reading.time if reading is not None else (stream.given or ())[len(stream.times)]
         call = Call(
             self.programs, self.pool, table, stream, state, settings, schedule, inputs, time,
-            reading, given, candidates, self.known_times, record,
+            reading, stream.given, candidates, self.known_times, record,
         )  # fmt: skip
+        outputs = self._run(call)
+        if progress is not None:
+            progress.advance(stream, self._time_input(inputs))
+        return outputs
+
+    def _run(self, call: Call) -> list[Tensor]:
         try:
             return answer(call)
         except Fault as error:
             self._fault = f"internal error: {error}"
-            table.drop(stream)
+            call.table.drop(call.stream)
             logger.warning("specdiff failed on a graph, which runs dense", exc_info=True)
-            return self._fall_back(inputs, state, self._fault, record)
+            return self._fall_back(call.inputs, call.state, self._fault, call.record)
         except BaseException:
             # Half an evaluation leaves caches and history that belong to no point in time.
-            table.drop(stream)
+            call.table.drop(call.stream)
             raise
+
+    def _continued(
+        self,
+        reading: Reading,
+        table: StreamTable,
+        stream: Stream | None,
+        conditions: Sequence[object],
+        candidates: Sequence[Process],
+    ) -> Stream | str:
+        """The stream of a call, begun if need be, or why it may belong to no trajectory."""
+        if stream is None and table.is_crowded_out(conditions, reading.time):
+            return guards.CROWDED
+        refusal, begins = guards.of_call(stream, reading, candidates)
+        if refusal is not None:
+            _abandon(table, stream, refusal, reading.time)
+            return refusal
+        if stream is not None and not begins:
+            stream.doubtful &= reading.time == stream.times[-1]
+            return stream
+        new = self._begin(table, stream, conditions)
+        new.doubtful = stream is not None and (stream.ambiguous or not stream.direction)
+        return new
+
+    def _timed(
+        self,
+        inputs: Sequence[object],
+        table: StreamTable,
+        stream: Stream | None,
+        conditions: Sequence[object],
+        progress: Progress,
+    ) -> Stream:
+        """The stream of a call in a session with times, begun if need be."""
+        index = progress.start(stream, conditions, self._time_input(inputs))
+        if index is not None:
+            stream = self._begin(table, stream, conditions)
+            progress.begin(stream, index)
+        assert stream is not None  # where there is none, one begins
+        return stream
+
+    def _begin(
+        self, table: StreamTable, before: Stream | None, conditions: Sequence[object]
+    ) -> Stream:
+        stream = table.start(conditions, self._history(), replacing=before)
+        stream.number = next(self._generations)
+        return stream
+
+    def _time_input(self, inputs: Sequence[object]) -> object:
+        time = self.programs.signature.time
+        return None if time is None else inputs[time]
 
     def _settings(self, state: ModelState, session: Session | None) -> Settings:
         settings = effective(self.options, state, session)
@@ -125,21 +175,6 @@ class Runtime:
             state.say(logger, f"guidance_scale ignored: a batch of {batch} has no two halves")
             settings = dataclasses.replace(settings, guidance_scale=None)
         return settings
-
-    def _refusal(
-        self, settings: Settings, schedule: Schedule, given: tuple[float, ...] | None
-    ) -> str | None:
-        """Why no call of this graph can be anything but dense, if so."""
-        signature, budget = self.programs.signature, settings.max_cache_bytes
-        if self._fault:
-            return self._fault
-        if signature.time is None and given is None:
-            return NO_TIME
-        if signature.prunable_tokens < 2:
-            return FEW_TOKENS
-        if schedule.selects and budget is not None and budget < signature.cache_bytes:
-            return BUDGET
-        return None
 
     def _read(self, inputs: Sequence[object], table: StreamTable, stream: Stream | None) -> Reading:
         signature = self.programs.signature
@@ -178,8 +213,8 @@ class Runtime:
         state.counters.tokens_computed += tokens
         state.counters.tokens_total += tokens
         state.say(logger, f"running dense: {reason}")
-        if reason == AMBIGUOUS:
-            state.say(logger, AMBIGUOUS_HINT)
+        if reason in guards.HINTS:
+            state.say(logger, guards.HINTS[reason])
         programs = self.programs
         if selects:
             found = programs.dense(inputs, self.pool.scratch()).tokens
@@ -221,36 +256,10 @@ class DenseOnly:
         return recorded(state.recordings, device, answer)
 
 
-def _place(
-    stream: Stream | None,
-    reading: Reading | None,
-    given: tuple[float, ...] | None,
-    candidates: Sequence[Process],
-) -> tuple[str | None, bool]:
-    """Why an evaluation may belong to no trajectory, or None; whether it begins a generation."""
-    if reading is None:
-        return None, stream is None or (given is not None and len(stream.times) >= len(given))
-    if stream is not None and stream.ambiguous:
-        return AMBIGUOUS, False
-    if not reading.finite:
-        return NOT_FINITE, False
-    if not math.isfinite(reading.time):
-        return TIME_NOT_FINITE, False
-    if not reading.same_time:
-        return ROWS_DIFFER, False
-    if stream is None:
-        return None, True
-    relation = stream.relation(reading, candidates)
-    if relation == "foreign":
-        return AMBIGUOUS, False
-    if reading.change == 0 and reading.time != stream.times[-1]:
-        return STILL, False  # a part of a broken model, whose conditions were taken for a latent
-    return None, relation == "restarts"
-
-
-def _abandon(table: StreamTable, stream: Stream | None, reason: str) -> None:
-    """Leave no state of a suspicious trajectory but the mark that its key is ambiguous."""
-    if stream is not None and reason == AMBIGUOUS:
+def _abandon(table: StreamTable, stream: Stream | None, reason: str, time: float) -> None:
+    """Leave no state of a suspicious trajectory but that its key is ambiguous, and since when."""
+    if stream is not None and reason == guards.AMBIGUOUS:
         stream.become_ambiguous()
+        stream.times.append(time)
     elif stream is not None:
         table.drop(stream)

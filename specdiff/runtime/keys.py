@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class StreamKey:
-    """What tells streams apart: the conditions, by identity and version, or by value if asked."""
+    """What tells streams apart: the conditions, by identity and state, or by value if asked."""
 
     def __init__(self, conditions: Sequence[object], *, keep_values: bool) -> None:
         self._marks = [_mark(condition) for condition in conditions]
@@ -23,35 +23,41 @@ class StreamKey:
 
     def is_same(self, conditions: Sequence[object]) -> bool:
         """Whether these are the same objects, unmodified since."""
-        return all(
+        return len(conditions) == len(self._marks) and all(
             _is_marked(condition, *mark)
             for mark, condition in zip(self._marks, conditions, strict=True)
         )
 
     def is_equal(self, conditions: Sequence[object]) -> bool:
         """Whether the kept values are equal to these; reads the device where they are tensors."""
-        if self._kept is None or not self.is_same(self._kept):
+        if self._kept is None or len(conditions) != len(self._kept) or not self.is_same(self._kept):
             return False
         return all(
             _equal(kept, condition) for kept, condition in zip(self._kept, conditions, strict=True)
         )
 
 
-def _version(tensor: Tensor) -> int | None:
+State = tuple[int | None, int | None]
+"""Version and address of a tensor: a write in place moves one, `tensor.data = other` the other."""
+
+
+def _state(tensor: Tensor) -> State:
     # Inference tensors track no version: their writes in place cannot be seen.
-    return None if tensor.is_inference() else tensor._version
+    version = None if tensor.is_inference() else tensor._version
+    plain = type(tensor) in (Tensor, torch.nn.Parameter)  # others may have no address
+    return version, tensor.data_ptr() if plain else None
 
 
-def _mark(condition: object) -> tuple[object, int | None]:
+def _mark(condition: object) -> tuple[object, State | None]:
     if isinstance(condition, Tensor):
-        return weakref.ref(condition), _version(condition)
+        return weakref.ref(condition), _state(condition)
     return condition, None
 
 
-def _is_marked(condition: object, mark: object, version: int | None) -> bool:
+def _is_marked(condition: object, mark: object, state: State | None) -> bool:
     if isinstance(condition, Tensor):
         same = isinstance(mark, weakref.ref) and mark() is condition
-        return same and version == _version(condition)
+        return same and state == _state(condition)
     return bool(mark == condition)
 
 

@@ -45,7 +45,8 @@ def look_ahead(call: Call, outputs: Sequence[Tensor]) -> None:
 def _model_time(call: Call) -> Tensor:
     index = call.programs.signature.time
     time = call.inputs[index] if index is not None else call.time
-    return torch.as_tensor(time, device=call.latent.device).float().flatten()[0].clone()
+    value = torch.as_tensor(time).float().flatten()[0].clone()
+    return value.to(call.latent.device, non_blocking=True)
 
 
 def _infer(call: Call, latents: tuple[Tensor, ...], predictions: Ways, time: Tensor | None) -> None:

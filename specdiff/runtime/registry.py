@@ -18,10 +18,18 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from specdiff.errors import NotCompiledError
 from specdiff.options import Options, check_overrides
+from specdiff.runtime.progress import Progress
 from specdiff.runtime.recording import Recording
 from specdiff.runtime.stats import Counters
 from specdiff.runtime.streams import StreamTable
 from specdiff.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+ELSEWHERE = (
+    "a session is left in another context than it was entered in, so calls in between may have run"
+    " without it: enter it in the thread, task or generator step that calls the model"
+)
 
 
 class StreamOwner:
@@ -53,8 +61,9 @@ class ModelState(StreamOwner):
         self.counters = Counters()
         self.recordings: list[Recording] = []
         self.sessions: weakref.WeakSet[StreamOwner] = weakref.WeakSet()
-        self.attachment: Any = None
-        """What hooks the model's root (`runtime.attach.Attachment`), if anything does."""
+        self.attachment: weakref.ref[Any] | None = None
+        """What hooks the model's root (`runtime.attach.Attachment`), if anything does; it keeps the
+        model alive, as this state must not."""
         self.graphs: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         """Graphs this model has run, with a hash of the parameters each of them takes."""
         self._said: set[str] = set()
@@ -78,7 +87,7 @@ class Session(StreamOwner):
     ) -> None:
         super().__init__(keep_values=True)
         self.state = state
-        self.times = times
+        self.progress = None if times is None else Progress(times)
         self.overrides = check_overrides(settings)
         state.sessions.add(self)
 
@@ -86,10 +95,21 @@ class Session(StreamOwner):
         _ACTIVE.set((*_ACTIVE.get(), self))
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         active = list(_ACTIVE.get())
-        del active[len(active) - 1 - active[::-1].index(self)]
-        _ACTIVE.set(tuple(active))
+        if self in active:
+            del active[len(active) - 1 - active[::-1].index(self)]
+            _ACTIVE.set(tuple(active))
+        else:
+            self.state.say(logger, ELSEWHERE)
+        if kind is not None:
+            self.forget_streams()  # an aborted generation is not gone on with
+
+    def forget_streams(self) -> None:
+        """Drop all streams; the next call begins a generation."""
+        super().forget_streams()
+        if self.progress is not None:
+            self.progress = Progress(self.progress.times)
 
 
 _STATES: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -114,12 +134,22 @@ def create(parameters: Sequence[Tensor]) -> ModelState:
     return state
 
 
+def require_module(value: object) -> None:
+    """Raise NotCompiledError, saying what to give, for anything but a module."""
+    if not isinstance(value, torch.nn.Module):
+        raise NotCompiledError(
+            f"a {type(value).__name__} is no torch.nn.Module: give the compiled model, such as"
+            " pipe.transformer"
+        )
+
+
 def find_or_create(module: torch.nn.Module) -> ModelState:
     """The state of a module, registered for all its parameters if there is none yet.
 
     Raises:
-        NotCompiledError: it has no parameters, so that its runtime state cannot be found.
+        NotCompiledError: it is no module, or has no parameters by which its state can be found.
     """
+    require_module(module)
     parameters = list(module.parameters())
     if not parameters:
         raise NotCompiledError(f"{type(module).__name__} has no parameters to be known by")

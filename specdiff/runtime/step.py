@@ -7,7 +7,6 @@ import logging
 import torch
 from torch import Tensor
 
-from specdiff.runtime.caches import Lease
 from specdiff.runtime.call import Call
 from specdiff.runtime.clock import time_unit
 from specdiff.runtime.corrector import corrected, settle
@@ -85,6 +84,7 @@ def _dense(call: Call) -> Tensor:
         call.keep(importance=stream.importance)
     else:
         tokens = call.programs.probe(call.inputs)
+        stream.lease = None  # what it holds is older than this step
     tokens = tokens.clone()  # the program's next run may overwrite them
     stream.history.record_dense(call.time, tokens)
     return tokens
@@ -101,11 +101,11 @@ def _ensure_lease(call: Call) -> None:
 
 def _selective(call: Call, count: int) -> Tensor:
     stream, settings = call.stream, call.settings
-    assert stream.lease is not None and stream.importance is not None
+    assert stream.importance is not None  # measured when the caches were filled
     future = stream.future(call.time)
     scores = log_scores(settings, stream.importance, future, stream.history, call.time)
     active = most_important(scores, count, call.shared, call.programs.signature.lengths)
-    merged = _with_computed(call, _predicted(call, scores, active), stream.lease, active)
+    merged = _with_computed(call, _predicted(call, scores, active), active)
     call.keep(active=active, scores=scores)
     stream.history.record_selective(call.time, merged, active)
     return merged
@@ -122,13 +122,15 @@ def _predicted(call: Call, scores: Tensor, active: Tensor) -> Tensor:
     return predicted
 
 
-def _with_computed(call: Call, predicted: Tensor, lease: Lease, active: Tensor) -> Tensor:
+def _with_computed(call: Call, predicted: Tensor, active: Tensor) -> Tensor:
     """`predicted` [B, N, C], and the active tokens computed."""
     stream, programs, moment = call.stream, call.programs, (call.given, call.time)
-    row = lease.rows.look_up(programs, call.inputs, lease.caches, moment, call.known)
+    assert stream.lease is not None  # no name for it here: tracebacks would keep it
+    caches, tables = stream.lease.caches, stream.lease.rows
+    row = tables.look_up(programs, call.inputs, caches, moment, call.known)
     evaluation = programs.selective(
         call.inputs,
-        lease.caches,
+        caches,
         active,
         text=call.schedule.text(stream.history.selective),
         importance=call.settings.selective_importance,
@@ -138,7 +140,7 @@ def _with_computed(call: Call, predicted: Tensor, lease: Lease, active: Tensor) 
     merged = predicted.scatter(1, rows, evaluation.tokens.to(predicted.dtype))
     merged = _with_invalid_rows(call, merged)
     if row is not None and call.reading is None:
-        merged = lease.rows.checked(merged, programs.signature, call.inputs, moment)
+        merged = tables.checked(merged, programs.signature, call.inputs, moment)
     if evaluation.importance is not None:
         stream.importance = per_sample(evaluation.importance, call.shared)
         call.keep(importance=stream.importance)

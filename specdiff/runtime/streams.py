@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from specdiff.runtime.joint import Joint
 
 MAX_STREAMS = 8
+MAX_REMEMBERED = 32
+"""Streams that had to make room for others, of which it is known that they were there."""
 LARGE_CHANGE = 0.5
 """Relative change of the latent in one evaluation that only a very long step explains."""
 
@@ -37,6 +40,10 @@ class Stream:
         """Counts the streams of a graph."""
         self.times: list[float] = []
         """Time of every evaluation so far, in the unit of its source."""
+        self.given: tuple[float, ...] | None = None
+        """Times of all evaluations, those to come included, if the session gave them."""
+        self.generation = self.first = 0
+        """Of a session with times: its generation, and this stream's first evaluation therein."""
         self.lease: Lease | None = None
         self.importance: Tensor | None = None
         """float32 [B, N] of the latest evaluation that measured it (the paper's his)."""
@@ -60,13 +67,20 @@ class Stream:
         self.proven = False
         """Whether a step that followed a new prediction has shown such a sampler's order."""
         self.ambiguous = False
+        self.doubtful = False
+        """Whether it may be one of several trajectories, for all that is seen: it began where
+        another had been, and has not yet gone where its prediction leads."""
         self.last_call = 0
 
     @property
     def direction(self) -> float:
         """-1.0 where time falls, 1.0 where it rises, 0.0 while it has not moved."""
-        span = self.times[-1] - self.times[0]
-        return math.copysign(1.0, span) if span else 0.0
+        return direction_of(self.times)
+
+    @property
+    def index(self) -> int:
+        """Of its next evaluation in its session's generation."""
+        return self.first + len(self.times)
 
     def relation(
         self, reading: Reading, candidates: Sequence[Process]
@@ -74,16 +88,20 @@ class Stream:
         """How an evaluation relates to this stream, by its time and its latent.
 
         A reversal of time begins a new generation; so does a repeat of the starting time, unless
-        the latent has moved a little (neighbouring times that collide in bf16). Repeated times
-        later on are Heun's. A latent that is far from the previous one, and not where its
-        prediction led by any of the candidates, belongs to somebody else.
+        the latent has moved a little, and to where its prediction leads (neighbouring times that
+        collide in bf16). Repeated times later on are Heun's. A latent that is far from the previous
+        one, and not where its prediction led by any of the candidates, belongs to somebody else;
+        that of a doubtful stream need not be far.
         """
-        step, change = reading.time - self.times[-1], reading.change
-        if step * self.direction < 0:
+        if turns_back(self.times, reading.time):
             return "restarts"
-        if step == 0 and self.direction == 0 and not 0 < change <= LARGE_CHANGE:
+        change, first = reading.change, reading.time == self.times[-1] and not self.direction
+        if first and not 0 < change <= LARGE_CHANGE:
             return "restarts"
-        if change > LARGE_CHANGE and reading.residual(candidates, self.times[-1]) > POOR_FIT:
+        strange = change > 0 and reading.residual(candidates, self.times[-1]) > POOR_FIT
+        if first and strange:
+            return "restarts"
+        if strange and (change > LARGE_CHANGE or self.doubtful):
             return "foreign"
         return "continues"
 
@@ -112,6 +130,8 @@ class StreamTable:
     def __init__(self, *, keep_values: bool) -> None:
         self._keep_values = keep_values
         self._streams: list[Stream] = []
+        self._crowded_out: deque[tuple[StreamKey, list[float]]] = deque(maxlen=MAX_REMEMBERED)
+        """Keys and times of streams that made room."""
         self._calls = 0
 
     def find(self, conditions: Sequence[object]) -> Stream | None:
@@ -133,8 +153,23 @@ class StreamTable:
         """A new stream, in place of an earlier generation or of the one called longest ago."""
         stream = Stream(StreamKey(conditions, keep_values=self._keep_values), history)
         kept = [other for other in self._streams if other is not replacing]
-        self._streams = [*kept, stream][-MAX_STREAMS:]
+        if len(kept) == MAX_STREAMS:
+            gone = kept.pop(0)
+            self._crowded_out.append((gone.key, gone.times))
+        self._streams = [*kept, stream]
         return stream
+
+    def is_crowded_out(self, conditions: Sequence[object], time: float) -> bool:
+        """Whether a call without a stream goes on with one that others took the place of.
+
+        Were it to start again, another in progress would have to make room.
+        """
+        if len(self._streams) < MAX_STREAMS:
+            return False
+        latest = next(
+            (t for key, t in reversed(self._crowded_out) if key.is_same(conditions)), None
+        )
+        return latest is not None and time != latest[0] and not turns_back(latest, time)
 
     def partner(self, stream: Stream) -> Stream | None:
         """The stream last called that may be the other half of guidance in separate calls.
@@ -155,8 +190,9 @@ class StreamTable:
         self._streams.append(stream)
 
     def drop(self, stream: Stream) -> None:
-        """Forget a stream; its caches go back to the pool."""
+        """Forget a stream; its caches go back to the pool, even where a traceback keeps it."""
         self._streams.remove(stream)
+        stream.lease = None
 
     def release_idle(self, stream: Stream) -> None:
         """Take the caches of streams not called since the previous call of `stream`.
@@ -166,3 +202,19 @@ class StreamTable:
         for other in self._streams:
             if other.last_call < stream.last_call:
                 other.lease = None
+
+
+def direction_of(times: Sequence[float]) -> float:
+    """-1.0 where time falls, 1.0 where it rises, 0.0 while it has not moved."""
+    span = times[-1] - times[0]
+    return math.copysign(1.0, span) if span else 0.0
+
+
+def returns(times: Sequence[float], time: float) -> bool:
+    """Whether an evaluation at this time is no later than the first of those so far."""
+    return (time - times[0]) * direction_of(times) <= 0 and time != times[-1]
+
+
+def turns_back(times: Sequence[float], time: float) -> bool:
+    """Whether an evaluation at this time runs against those so far."""
+    return (time - times[-1]) * direction_of(times) < 0

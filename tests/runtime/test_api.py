@@ -240,6 +240,15 @@ def test_models_without_state_are_named():
             call(model)
     with pytest.raises(NotCompiledError, match="no parameters"):
         sd.configure(torch.nn.ReLU(), cache_ratio=0.5)
+    for call in (sd.stats, sd.reset, sd.configure, sd.session):
+        with pytest.raises(NotCompiledError, match=r"a dict is no .*pipe.transformer"):
+            call({})
+
+
+def test_a_noise_schedule_of_numpy():
+    given = torch.linspace(0.99, 0.01, 10)
+    found = Options(alphas_cumprod=given.numpy()).alphas_cumprod
+    assert found == Options(alphas_cumprod=given).alphas_cumprod
 
 
 def test_stats_finds_the_wrapped_model():
@@ -308,9 +317,12 @@ def test_compile_time_options_cannot_be_configured():
         sd.session(toy(), cache_rato=0.5)
 
 
-@pytest.mark.parametrize("times", [[], [1.0, float("nan")], [1.0, 0.5, 0.7]])
+@pytest.mark.parametrize(
+    "times",
+    [[], [1.0, float("nan")], [1.0, 0.5, 0.7], 28, torch.ones(2, 2), "abc", ["a"], [[1.0], []]],
+)
 def test_invalid_timesteps(times):
-    with pytest.raises(OptionError, match="timesteps"):
+    with pytest.raises(OptionError, match="timesteps: must"):
         sd.session(toy(), timesteps=times)
 
 

@@ -162,6 +162,14 @@ def test_prompt_tensor_rewritten_in_place_is_another_key():
     assert sd.stats(model).fallbacks == {}
 
 
+def test_prompt_tensor_given_other_data_is_another_key():
+    model, text = toy(**PLAN), prompt()
+    run = Euler(model, 0, text=text).run(5)
+    text.data = prompt(1)
+    run.run(3)
+    assert max(run.errors[5:8]) < 1e-6
+
+
 def test_the_scratch_set_is_as_large_as_one_slot():
     signature = ToyPrograms().signature
     pool = CachePool(signature.caches)
