@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from specdiff import torch_adapter
-from specdiff.errors import Unsupported
+from specdiff.errors import Unsupported, described
 from specdiff.options import Options
 from specdiff.passes.axes import AxesPass, AxisFacts
 from specdiff.passes.base import Notes, Observer, PassRecord, PassRunner
@@ -176,4 +176,4 @@ def guarded(work: Callable[[], Found]) -> Found | str:
         if torch_adapter.is_restart(error):
             raise
         log.warning("specdiff failed on a graph, which runs dense", exc_info=True)
-        return f"internal error: {type(error).__name__}: {error}"
+        return f"internal error: {described(error)}"

@@ -103,7 +103,7 @@ def answer(
     found = concluded(traced, states, options)
     alone: Callable[..., Any]
     if isinstance(found, Analysis):
-        alone = selective_runtime(found, options, settings)
+        alone = Runtime(programs_of(found, options, settings), options, dense)
     else:
         alone = DenseOnly(dense, found, parameters)
     compiler = program_compiler(traced.dump, options, settings)
@@ -140,11 +140,6 @@ def when_needed(
 def parameters_among(states: Sequence[bool]) -> tuple[int, ...]:
     """Positions of parameters and buffers among the inputs."""
     return tuple(i for i, state in enumerate(states) if state)
-
-
-def selective_runtime(analysis: Analysis, options: Options, settings: Mapping[str, Any]) -> Runtime:
-    """The runtime of an analysed graph."""
-    return Runtime(programs_of(analysis, options, settings), options)
 
 
 def programs_of(

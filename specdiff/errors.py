@@ -15,6 +15,12 @@ class NotCompiledError(SpecdiffError, LookupError):
     """A model was asked for runtime state it does not have."""
 
 
+def described(error: Exception) -> str:
+    """Kind and first line of an error of ours or of torch's, which may have many."""
+    first = str(error).partition("\n")[0]
+    return f"{type(error).__name__}: {first}"
+
+
 class Unsupported(SpecdiffError):
     """The graph has no token-selective form; the message is the reason shown to the user."""
 

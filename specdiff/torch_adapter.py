@@ -22,10 +22,12 @@ from torch._guards import CompileId, TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.utils import fresh_cache
 from torch._logging._internal import trace_log, trace_structured
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from specdiff.errors import Unsupported
@@ -336,3 +338,19 @@ def forget_compiled() -> None:
     """Drop every compiled graph, and set Dynamo's counters back to zero."""
     torch.compiler.reset()
     counters.clear()
+
+
+def mutates(target: Any) -> bool:
+    """Whether an op writes to an operand."""
+    return isinstance(target, OpOverload) and target._schema.is_mutable
+
+
+def storage_of(value: Tensor) -> int:
+    """What tensors that share memory have in common, fake ones too."""
+    return int(StorageWeakRef(value.untyped_storage()).cdata)
+
+
+def fake_mode_of(value: Tensor) -> FakeTensorMode:
+    """The mode that a fake tensor was made in."""
+    assert isinstance(value, FakeTensor)
+    return value.fake_mode

@@ -18,6 +18,7 @@ from torch._dynamo.utils import counters
 import specdiff
 from specdiff import torch_adapter
 from specdiff.passes.axes import AxesPass
+from specdiff.passes.lower import Lowered
 from tests.models import flux, sd3
 
 PLAN = {"cache_ratio": 0.75, "warmup_steps": 3, "refresh_interval": 0, "stride": 1}
@@ -294,6 +295,56 @@ def test_error_in_writing_a_program_runs_dense(small, monkeypatch, caplog):
     (reason,) = specdiff.stats(model).fallbacks
     assert reason.startswith("internal error: no program") and "broken emitter" in reason
     assert caplog.text.count("specdiff failed on a graph") == 1
+
+
+def test_no_program_at_all_runs_the_graph_as_it_came(small, monkeypatch):
+    model, inputs = small
+    exact = loop(model, inputs)
+
+    def failing(*_: Any) -> None:
+        raise RuntimeError("several\nlines")
+
+    monkeypatch.setattr("specdiff.passes.lower.Lowered._build", failing)
+    torch.testing.assert_close(loop(compiled(model), inputs), exact, **EXACT)
+    assert counts(model) == (STEPS, 0, 0, 0)
+    (reason,) = specdiff.stats(model).fallbacks
+    assert reason.endswith("several")
+
+
+def test_a_program_that_fails_when_first_run_is_no_fault_of_the_users(small, monkeypatch):
+    model, inputs = small
+    exact = loop(model, inputs)
+    build = Lowered._build
+
+    def building(self: Lowered, name: str, *rest: Any) -> Any:
+        def run(_: Any) -> Any:
+            raise RuntimeError("wrong dtype")
+
+        return run if name.startswith("selective") else build(self, name, *rest)
+
+    monkeypatch.setattr(Lowered, "_build", building)
+    torch.testing.assert_close(loop(compiled(model), inputs), exact, **EXACT)
+    (reason,) = specdiff.stats(model).fallbacks
+    assert "wrong dtype" in reason
+
+
+def test_a_graph_within_the_graph_runs_dense(small):
+    model, inputs = small
+
+    class Choosing(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, **given: Any) -> Any:
+            (output,) = self.inner(**given)
+            parts = [lambda x: x.sin(), lambda x: x.cos()]
+            return (torch.cond(output.sum() > 0, *parts, (output,)),)
+
+    choosing = Choosing()
+    torch.testing.assert_close(loop(compiled(choosing), inputs), loop(choosing, inputs), **EXACT)
+    (reason,) = specdiff.stats(choosing).fallbacks
+    assert "a graph of its own" in reason
 
 
 @pytest.mark.parametrize(("build", "tokens", "text"), [(flux, 42, 4), (sd3, 48, 5)])

@@ -1,1 +1,5 @@
-"""The compiler: normalize -> axes -> regions -> selective -> emit, one pass per file."""
+"""The compiler, one pass per file, in the order of `specdiff.analysis`.
+
+normalize, axes, selective, timetable, invariant, quantize, regions; then `lower` has `emit` and
+`rows` write the programs.
+"""

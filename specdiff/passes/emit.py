@@ -196,10 +196,7 @@ def to_tokens(
         parts.append(part)
     if len(parts) == 1:
         return parts[0]
-    dtype = plan.slots[0].meta["val"].dtype
-    return writer.call(
-        aten.cat.default, [writer.call(aten._to_copy.default, p, dtype=dtype) for p in parts], 1
-    )
+    return writer.call(aten.cat.default, parts, 1)
 
 
 def from_tokens(
@@ -213,7 +210,6 @@ def from_tokens(
         _, length, *rest = cache_shape(plan, slot)
         part = writer.call(aten.slice.Tensor, tokens, 1, start, start + length)
         part = writer.call(aten.slice.Tensor, part, 2, 0, prod(rest))
-        part = writer.call(aten._to_copy.default, part, dtype=slot.meta["val"].dtype)
         values[slot] = _unfolded(writer, plan, slot, part)
         start += length
     return values

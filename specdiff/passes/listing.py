@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 from torch.fx.graph import PythonCode
 
@@ -124,6 +123,5 @@ def kinds_of_ops(graph: fx.Graph) -> dict[str, int]:
 
 def name_of(target: Any) -> str:
     """An op without its namespace and overload: `linear`."""
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target.overloadpacket.__name__)
-    return str(getattr(target, "__name__", target))
+    packet = getattr(target, "overloadpacket", target)
+    return str(getattr(packet, "__name__", packet))

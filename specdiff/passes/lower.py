@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from specdiff.errors import Fault, Unsupported
+from specdiff.errors import Fault, Unsupported, described
 from specdiff.passes.base import PassRecord
 from specdiff.passes.emit import (
     emit_block_dense,
@@ -67,16 +67,19 @@ class Lowered:
         return partial(emitter, self._module, self._plan, sample, *which)
 
     def _run(self, name: str, emit: Emit, values: Sequence[Any]) -> Sequence[Tensor]:
-        if name not in self._executables:
-            start = time.perf_counter()
-            try:
-                self._executables[name] = self._build(name, emit, values)
-            except Unsupported:
-                raise
-            except Exception as error:
-                raise Fault(f"no program {name!r}: {type(error).__name__}: {error}") from error
-            self._seconds[name] = time.perf_counter() - start
-        return self._executables[name](values)
+        if name in self._executables:
+            return self._executables[name](values)
+        start = time.perf_counter()
+        try:
+            executable = self._build(name, emit, values)
+            seconds = time.perf_counter() - start
+            results = executable(values)
+        except (Unsupported, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise Fault(f"no program {name!r}: {described(error)}") from error
+        self._executables[name], self._seconds[name] = executable, seconds
+        return results
 
     def _build(self, name: str, emit: Emit, values: Sequence[Any]) -> Executable:
         start = time.perf_counter()

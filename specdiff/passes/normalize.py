@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from specdiff import torch_adapter
 from specdiff.errors import Unsupported
 from specdiff.passes.base import Pass, PassError, check_values
 from specdiff.passes.fuse import drops_nothing, fuse_attention
@@ -39,7 +40,6 @@ ALLOCATIONS = {
 }
 """What holds anything at first, and the same with zeros: no two runs may differ, even unread."""
 LIKENESS = {
-    aten.type_as.default: aten.to.dtype,
     aten.view_as.default: aten.view.default,
     aten.reshape_as.default: aten.reshape.default,
     aten.expand_as.default: aten.expand.default,
@@ -71,6 +71,7 @@ class NormalizePass(Pass[DynamoGraph, fx.GraphModule]):
         replace_tuples(module.graph)
         replace_likeness(module.graph)
         replace_permutations(module.graph)
+        remove_idle_squeezes(module.graph)
         replace_writes(module.graph)
         fuse_attention(module.graph)
         share_equal_nodes(module.graph)
@@ -84,7 +85,7 @@ class NormalizePass(Pass[DynamoGraph, fx.GraphModule]):
         if len(result.graph.find_nodes(op="placeholder")) != len(value.inputs):
             raise PassError("normalize changed the number of inputs")
         for node in result.graph.nodes:
-            if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            if torch_adapter.mutates(node.target):
                 raise PassError(f"{node.name} ({node.target}) mutates its input")
 
     def summary(self, result: fx.GraphModule) -> str:
@@ -104,10 +105,12 @@ def require_static_shapes(graph: fx.Graph) -> None:
 
 
 def require_functions_of_values(graph: fx.Graph) -> None:
-    """Raise Unsupported if a node draws random numbers or depends on how its input is stored."""
+    """Raise Unsupported for random numbers, graphs within the graph, and reads by strides."""
     for node in graph.find_nodes(op="call_function", target=aten.as_strided.default):
         raise Unsupported(f"{node.name} reads memory by strides, whatever tokens lie there")
     for node in graph.nodes:
+        if node.op == "get_attr" and "val" not in node.meta:
+            raise Unsupported(f"{node.name} is no tensor but a graph of its own, as of torch.cond")
         if torch.Tag.nondeterministic_seeded in _tags(node) and not _draws_nothing(node):
             raise Unsupported(f"{node.name} draws random numbers: is the model in eval mode?")
 
@@ -148,13 +151,16 @@ def _single_output(source: fx.Node, position: int) -> tuple[Any, tuple[Any, ...]
 
 
 def replace_likeness(graph: fx.Graph) -> None:
-    """Say by itself what an op takes from another value: a dtype or a shape, never its entries."""
+    """Say what an op takes from another value: dtype and device, or shape, never its entries."""
     for node in list(graph.nodes):
-        if node.target not in LIKENESS:
+        if node.target is not aten.type_as.default and node.target not in LIKENESS:
             continue
-        wanted = node.meta["val"]
-        like = wanted.dtype if node.target is aten.type_as.default else list(wanted.shape)
-        replace(node, call(node, LIKENESS[node.target], operand_at(node, 0), like))
+        wanted, operand = node.meta["val"], operand_at(node, 0)
+        if node.target is aten.type_as.default:
+            like = {"dtype": wanted.dtype, "device": wanted.device}
+            replace(node, call(node, aten._to_copy.default, operand, **like))
+        else:
+            replace(node, call(node, LIKENESS[node.target], operand, list(wanted.shape)))
 
 
 def replace_permutations(graph: fx.Graph) -> None:
@@ -165,6 +171,14 @@ def replace_permutations(graph: fx.Graph) -> None:
         if len(operands) == 1 and sorted(letters) == sorted(set(moved)) and moved.isalpha():
             order = [letters.index(letter) for letter in moved]
             replace(node, call(node, aten.permute.default, operands[0], order))
+
+
+def remove_idle_squeezes(graph: fx.Graph) -> None:
+    """Drop squeezes that change nothing: one of a token axis would, of a single active token."""
+    for node in graph.find_nodes(op="call_function", target=aten.squeeze.dim):
+        operand = operand_at(node, 0)
+        if operand.meta["val"].shape == node.meta["val"].shape:
+            replace(node, operand)
 
 
 def replace_writes(graph: fx.Graph) -> None:
@@ -182,16 +196,23 @@ def replace_writes(graph: fx.Graph) -> None:
 def _copied(node: fx.Node) -> fx.Node:
     """The source of a copy, in the dtype and shape of its destination."""
     value, source = node.meta["val"], operand_at(node, 1)
-    if source.meta["val"].dtype != value.dtype:
-        source = call(node, aten._to_copy.default, source, dtype=value.dtype)
+    source = _converted(node, source)
     if source.meta["val"].shape != value.shape:
         source = call(node, aten.expand.default, source, list(value.shape))
     return source
 
 
+def _converted(node: fx.Node, source: fx.Node) -> fx.Node:
+    """`source` in the dtype of what it is written to."""
+    dtype = node.meta["val"].dtype
+    if source.meta["val"].dtype == dtype:
+        return source
+    return call(node, aten._to_copy.default, source, dtype=dtype)
+
+
 def _joined(node: fx.Node) -> fx.Node:
     """The destination in front of the written slice, the source, the destination behind it."""
-    destination, source = operand_at(node, 0), operand_at(node, 1)
+    destination, source = operand_at(node, 0), _converted(node, operand_at(node, 1))
     dim, size = argument(node, 2, "dim", 0), node.meta["val"].shape
     start = slice(argument(node, 3, "start"), None).indices(size[dim])[0]
     stop = start + source.meta["val"].shape[dim]
@@ -244,5 +265,5 @@ def _freeze(value: Any) -> Any:
         return tuple(_freeze(v) for v in value)
     if isinstance(value, dict):
         return tuple(sorted((k, _freeze(v)) for k, v in value.items()))
-    # 1, 1.0 and True are equal to Python but not to an op's dtype
-    return (type(value), value)
+    # 1, 1.0 and True are equal to Python but not to an op's dtype; 0.0 and -0.0 not to a quotient
+    return (type(value), repr(value) if isinstance(value, float) else value)

@@ -46,6 +46,8 @@ def find_output(axes: AxisFacts) -> TokenOutput:
         tail.add(last)
         _walk_back(axes, last.all_input_nodes, slots, tail)
     ordered = tuple(sorted(slots, key=order.__getitem__))
+    if len({slot.meta["val"].dtype for slot in ordered}) > 1:
+        raise Unsupported(f"{names} have different dtypes")
     pieces = [piece.segment for slot in ordered for piece in _token_layout(axes, slot)]
     if len(set(pieces)) < len(pieces):
         raise Unsupported(f"{names} hold some of their tokens twice")

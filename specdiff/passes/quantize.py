@@ -15,7 +15,7 @@ from torch import fx
 
 from specdiff.passes.base import Pass, PassError
 from specdiff.passes.kept import SCALE, kept_tensors
-from specdiff.passes.rules.attention import ATTENTION, Attention
+from specdiff.passes.rules.attention import reads
 from specdiff.passes.rules.registry import rank_of, shape_of
 from specdiff.passes.selective import SelectivePlan, cache_order
 
@@ -71,7 +71,7 @@ def uncoded(plan: SelectivePlan, code: torch.dtype) -> dict[fx.Node, str]:
 def why_uncoded(plan: SelectivePlan, node: fx.Node, code: torch.dtype) -> str | None:
     """What keeps a cache from holding codes, or None if nothing does."""
     value: torch.Tensor = node.meta["val"]
-    if not all(_is_operand(node, user) for user in node.users):
+    if not all(reads(user, node) for user in node.users):
         return "it is not the key or value of attentions alone"
     if not value.dtype.is_floating_point:
         return f"it holds {value.dtype}"
@@ -81,10 +81,6 @@ def why_uncoded(plan: SelectivePlan, node: fx.Node, code: torch.dtype) -> str | 
     if width * code.itemsize + SCALE.itemsize >= width * value.dtype.itemsize:
         return "codes and scales would take as much memory"
     return _unsupported(value.device, code)
-
-
-def _is_operand(node: fx.Node, user: fx.Node) -> bool:
-    return user.target is ATTENTION and node in (Attention.of(user).key, Attention.of(user).value)
 
 
 def _unsupported(device: torch.device, code: torch.dtype) -> str | None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from specdiff.passes.rules.attention import ATTENTION
-from specdiff.passes.rules.registry import argument
+from specdiff.passes.rules.registry import argument, operands
 from specdiff.passes.trunk import PROJECTIONS
 
 aten = torch.ops.aten
@@ -183,10 +183,3 @@ def wiring(copy: Copy) -> list[list[int | None]]:
     """For each node, which nodes of the copy its operands are; None: one from outside."""
     index = {node: i for i, node in enumerate(copy)}
     return [[index.get(operand) for operand in operands(node)] for node in copy]
-
-
-def operands(node: fx.Node) -> list[fx.Node]:
-    """The operands of a node in the order of its arguments, as often as they occur."""
-    found: list[fx.Node] = []
-    fx.map_arg((node.args, node.kwargs), found.append)
-    return found

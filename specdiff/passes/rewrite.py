@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from specdiff import torch_adapter
 from specdiff.passes.rules.registry import operand_at, shape_of
 from specdiff.passes.rules.shape import VIEWS
 from specdiff.passes.writer import PROVENANCE, STRIDED_VIEWS
@@ -48,7 +49,7 @@ def call(before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     with before.graph.inserting_before(before):
         node = before.graph.call_function(target, args, kwargs)
     node.meta.update({key: before.meta[key] for key in PROVENANCE if key in before.meta})
-    _evaluate(node, before.meta["val"].fake_mode)
+    _evaluate(node, torch_adapter.fake_mode_of(before.meta["val"]))
     return node
 
 
@@ -68,7 +69,7 @@ def replace(old: fx.Node, new: fx.Node) -> set[fx.Node]:
 
 def refresh(graph: fx.Graph, moved: set[fx.Node]) -> None:
     """Evaluate again what is computed from moved values; a view of them may have to copy."""
-    modes = [node.meta["val"].fake_mode for node in moved]
+    modes = [torch_adapter.fake_mode_of(node.meta["val"]) for node in moved]
     for node in graph.nodes:
         if node.op != "call_function" or moved.isdisjoint(node.all_input_nodes):
             continue

@@ -21,9 +21,9 @@ from specdiff.errors import Unsupported
 from specdiff.passes.axes import AxisFacts, ClassId, Layout
 from specdiff.passes.base import Pass, PassError
 from specdiff.passes.output import find_output
-from specdiff.passes.rules.attention import ATTENTION, Attention
+from specdiff.passes.rules.attention import ATTENTION, Attention, reads
 from specdiff.passes.rules.elementwise import elementwise
-from specdiff.passes.rules.registry import rank_of, rule_for, shape_of
+from specdiff.passes.rules.registry import operands, rank_of, rule_for, shape_of
 
 if TYPE_CHECKING:
     from specdiff.passes.timetable import Timetable
@@ -133,16 +133,18 @@ class SelectivePlan:
         joined = [p for p in self.axes.facts[node].parts if p.whole == (node, axis)]
         if not all(self.axes.is_exact(part) for part in joined):
             return "it joins tokens that overlap"  # at other places than in the joined value
-        operands = self.token_operands(node)
-        if not operands:
+        carriers = self.token_operands(node)
+        if not carriers:
             expands = node.target is aten.expand.default
             return None if expands else "it makes tokens out of what has none"
-        for operand in operands:
+        for operand in carriers:
             if not self._aligned(node, axis, operand):
                 return "it mixes tokens, or nothing proves that it does not"
         return None
 
     def _aligned(self, node: fx.Node, axis: int, operand: fx.Node) -> bool:
+        if operands(node).count(operand) > 1 and not _treats_alike(node):
+            return False  # what links one occurrence may not link the other
         in_axis = self.token_axis(operand)
         facts = self.axes.facts[node]
         links = {(x.out_axis, x.in_axis) for x in facts.links if x.operand is operand}
@@ -239,6 +241,12 @@ def _require_self_contained_tail(plan: SelectivePlan) -> None:
                 raise Unsupported(f"{node.name} after the token-level output needs {operand.name}")
 
 
+def _treats_alike(node: fx.Node) -> bool:
+    """Whether what a node does with one operand it does with each; an attention is told apart."""
+    joins = (aten.cat.default, aten.stack.default, ATTENTION)
+    return rule_for(node) is elementwise or node.target in joins
+
+
 def propagate(plan: SelectivePlan) -> None:
     """From the values that are needed, as `rows` and `whole` say, to all that they need."""
     for node in reversed(list(plan.axes.graph.nodes)):
@@ -271,9 +279,9 @@ def _propagate(plan: SelectivePlan, node: fx.Node) -> None:
 
 
 def _need_rows(plan: SelectivePlan, node: fx.Node) -> None:
-    operands = plan.token_operands(node)
-    plan.rows.update(operands)
-    plan.whole.update(o for o in node.all_input_nodes if o not in operands)
+    carriers = plan.token_operands(node)
+    plan.rows.update(carriers)
+    plan.whole.update(o for o in node.all_input_nodes if o not in carriers)
     if node.target is ATTENTION:
         found = Attention.of(node)
         plan.whole.update((found.key, found.value))
@@ -283,10 +291,7 @@ def _lives_in_cache(plan: SelectivePlan, node: fx.Node) -> bool:
     """Keys and values always; anything else only where computing it whole costs an attention."""
     if node in plan.attention_dependent:
         return True
-    return any(
-        user.target is ATTENTION and node in (Attention.of(user).key, Attention.of(user).value)
-        for user in node.users
-    )
+    return any(reads(user, node) for user in node.users)
 
 
 def ancestors(*targets: fx.Node, known: Container[fx.Node] = ()) -> list[fx.Node]:

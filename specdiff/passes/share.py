@@ -14,17 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.multiprocessing.reductions import StorageWeakRef
 
+from specdiff import torch_adapter
 from specdiff.passes.repeats import (
     ALIGNMENT,
     FEWEST_NODES,
     Copy,
     find_repeats,
-    operands,
     starts_anywhere,
 )
-from specdiff.passes.rules.registry import argument
+from specdiff.passes.rules.registry import argument, operands
 
 aten = torch.ops.aten
 
@@ -112,13 +111,13 @@ def is_self_contained(copy: Copy, returned: Sequence[int]) -> bool:
 
 def is_write(node: fx.Node) -> bool:
     """Whether a node writes to its first operand."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    return torch_adapter.mutates(node.target)
 
 
 def memory_of(node: fx.Node) -> int | None:
     """What values that alias one another have in common; None for what is no tensor."""
     value = node.meta.get("val")
-    return StorageWeakRef(value.untyped_storage()).cdata if isinstance(value, Tensor) else None
+    return torch_adapter.storage_of(value) if isinstance(value, Tensor) else None
 
 
 def inputs_of(copy: Copy) -> list[fx.Node]:
@@ -131,12 +130,19 @@ def lift_starts(module: fx.GraphModule, name: str, copies: Sequence[Copy]) -> li
     """Where a copy takes every so many rows, let the first one come from a table of all copies."""
     positions = [i for i, node in enumerate(copies[0]) if starts_anywhere(node)]
     for index in reversed(positions):
-        starts = [int(argument(copy[index], 2, "start", 0)) for copy in copies]
+        starts = [start_of(copy[index]) for copy in copies]
         if len(set(starts)) > 1:
             device = copies[0][index].meta["val"].device
             told = start_nodes(module, f"{name}_starts_{index}", starts, device)
             copies = [lifted(copy, index, start) for copy, start in zip(copies, told, strict=True)]
     return [*copies]
+
+
+def start_of(node: fx.Node) -> int:
+    """The first row that a slice takes, counted from the front."""
+    value, axis = node.args[0], argument(node, 1, "dim", 0)
+    size = value.meta["val"].shape[axis]  # type: ignore[union-attr]
+    return slice(argument(node, 2, "start"), None).indices(size)[0]
 
 
 def start_nodes(

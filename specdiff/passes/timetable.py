@@ -164,10 +164,14 @@ def tabulate(values: Sequence[fx.Node], time: fx.Node, vectorize: Vectorize) -> 
     module = vectorize(fx.GraphModule({}, graph), inputs, leaves.index(time))
     if any(node.op == "get_attr" for node in module.graph.nodes):
         raise Unsupported("a value is made of constants")  # which programs would have to take over
+    for value, many in zip(values, module.graph.output_node().all_input_nodes, strict=True):
+        expected, found = _many(value), many.meta["val"]
+        if (found.shape, found.dtype) != (expected.shape, expected.dtype):
+            raise Unsupported(f"{value.name} has another form for many times")
     return Timetable(tuple(values), time, leaves, module)
 
 
-def _many(time: fx.Node) -> Tensor:
-    """A fake of as many times as a table has rows."""
-    value: Tensor = time.meta["val"]
-    return value.new_empty((TIMES_AT_ONCE, *shape_of(time)))
+def _many(node: fx.Node) -> Tensor:
+    """A fake of as many of a value as a table has rows."""
+    value: Tensor = node.meta["val"]
+    return value.new_empty((TIMES_AT_ONCE, *shape_of(node)))

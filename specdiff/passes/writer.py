@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from specdiff import torch_adapter
+
 aten = torch.ops.aten
 PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack")
 STRIDED_VIEWS = (aten.view.default, aten._unsafe_view.default)
@@ -23,7 +25,7 @@ class GraphWriter:
         self._module = module
         values = [n.meta["val"] for n in module.graph.find_nodes(op="placeholder")]
         fakes = [v for v in values if isinstance(v, torch.Tensor)]
-        self._fake_mode = fakes[0].fake_mode  # type: ignore[attr-defined]
+        self._fake_mode = torch_adapter.fake_mode_of(fakes[0])
         self._provenance: dict[str, Any] = {}
         self.device = fakes[0].device
 

@@ -134,10 +134,10 @@ def session(
         compiled: the compiled model.
         timesteps: time of every evaluation of one generation in order, repeats included (Heun),
             as the scheduler or the model has them, without the final time that is not evaluated.
-            With it no value is read back from the device (but where another prompt or graph turns
-            up in mid-generation, one time input), and a new generation begins when all times are
-            used up; one that ends in an exception which leaves the context is forgotten, after
-            any other that was cut short take a new session. The same times must
+            With it no value is read back from the device (but one time input where another prompt
+            or graph turns up, or one is left out), and a new generation begins when all times are
+            used up: one at a time. One that ends in an exception which leaves the context is
+            forgotten; after any other that was cut short take a new session. The same times must
             stand for the same time inputs of the model in every session, until `reset`: where they
             do not, selective steps give NaN. Without it times are read, and conditions made anew
             at every call are compared by value.

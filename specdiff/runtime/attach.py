@@ -135,7 +135,7 @@ class Attachment:
         """Look again, as adapters may have been loaded or switched; but not for ever."""
         self._lost[key] += 1
         if self._lost[key] < MAX_LOOKS:
-            del self._found[key]
+            self._found.pop(key, None)  # another thread may have been here
         else:
             self._found[key] = self._dense(reason)
 
@@ -149,7 +149,7 @@ class Attachment:
         except Unsupported as error:
             return self._dense(str(error))
         programs = RootPrograms(self._root, arguments, patches, call.visits, signature)
-        return Found(Runtime(programs, self._options), programs, structure)
+        return Found(Runtime(programs, self._options, programs.plain), programs, structure)
 
     def _dense(self, reason: str) -> str:
         logger.warning("attached model runs dense: %s", reason)

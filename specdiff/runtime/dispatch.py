@@ -48,9 +48,15 @@ class Runtime:
     Args:
         programs: what the compiler made of the graph.
         options: those the graph was compiled with; sessions and `configure` override them.
+        plain: the graph as it came, for when a program of ours fails; None: `programs.probe`.
     """
 
-    def __init__(self, programs: Programs, options: Options) -> None:
+    def __init__(
+        self,
+        programs: Programs,
+        options: Options,
+        plain: Callable[..., Sequence[Tensor]] | None = None,
+    ) -> None:
         self.programs = programs
         self.options = options
         self.pool = CachePool(programs.signature.caches)
@@ -60,6 +66,7 @@ class Runtime:
         self.known_times = KnownTimes()
         self._generations = itertools.count()
         self._fault = ""
+        self._plain = plain
         self._turn = threading.RLock()
         """Held by the thread whose evaluation it is: streams, caches and programs are shared."""
 
@@ -150,7 +157,7 @@ class Runtime:
         progress: Progress,
     ) -> Stream:
         """The stream of a call in a session with times, begun if need be."""
-        index = progress.start(stream, conditions, self._time_input(inputs))
+        index = progress.start(stream, self._time_input(inputs))
         if index is not None:
             stream = self._begin(table, stream, conditions)
             progress.begin(stream, index)
@@ -216,6 +223,8 @@ class Runtime:
         if reason in guards.HINTS:
             state.say(logger, guards.HINTS[reason])
         programs = self.programs
+        if self._fault and self._plain is not None:
+            return [output.clone() for output in self._plain(*inputs)]
         if selects:
             found = programs.dense(inputs, self.pool.scratch()).tokens
         else:

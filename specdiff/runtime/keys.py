@@ -16,6 +16,10 @@ class StreamKey:
         self._marks = [_mark(condition) for condition in conditions]
         self._kept = list(conditions) if keep_values else None
 
+    def forget_values(self) -> None:
+        """Know the conditions by identity alone from here on."""
+        self._kept = None
+
     @property
     def alive(self) -> bool:
         """Whether a call can still match: no tensor has died, or the values were kept."""
@@ -44,7 +48,8 @@ State = tuple[int | None, int | None]
 def _state(tensor: Tensor) -> State:
     # Inference tensors track no version: their writes in place cannot be seen.
     version = None if tensor.is_inference() else tensor._version
-    plain = type(tensor) in (Tensor, torch.nn.Parameter)  # others may have no address
+    # subclasses and sparse tensors may have no address
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
     return version, tensor.data_ptr() if plain else None
 
 

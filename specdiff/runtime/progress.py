@@ -2,13 +2,13 @@
 
 An evaluation of a pipeline may call several graphs, or one with several sets of conditions, such as
 the halves of guidance, and not each of them in every evaluation: guidance may end early, an adapter
-be switched on half way. Each has a stream of its own, and none is more than one call behind another
-unless it was left out.
+be switched on half way. Each has a stream of its own. While they keep their order, they are
+counted; where one turns up, or falls behind one that it used to lead, its time input is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from torch import Tensor
 
 from specdiff.runtime.keys import StreamKey
 from specdiff.runtime.streams import Stream
@@ -26,32 +26,21 @@ class Progress:
         self._generation = 0
         self._done = 0
         """Evaluations that the furthest stream has made in this generation."""
-        self._furthest: StreamKey | None = None
-        self._time: StreamKey | None = None
-        """Its conditions, and its latest time input."""
+        self._first = self._latest = StreamKey((), keep_values=True)
+        """Time input of this generation's first evaluation, and of the latest."""
 
-    def start(
-        self, stream: Stream | None, conditions: Sequence[object], time: object
-    ) -> int | None:
+    def start(self, stream: Stream | None, time: object) -> int | None:
         """The evaluation with which a call's stream begins anew; None if the stream goes on.
 
         Args:
-            stream: of these conditions, if the graph has one.
-            conditions: of the call.
-            time: its time input, None if the graph takes none; read only if a stream turns up in
-                the middle of a generation.
+            stream: of the call's conditions, if the graph has one.
+            time: its time input, None if the graph takes none.
         """
-        if stream is not None and self._goes_on(stream):
+        if stream is not None and self._goes_on(stream, time):
             return None
-        if self._done == len(self.times):
+        if self._done == len(self.times) or self._is_first(time):
             self._generation, self._done = self._generation + 1, 0
-        if not self._done or not self._is_alongside(conditions, time):
-            return self._done
-        return self._done - 1
-
-    def _goes_on(self, stream: Stream) -> bool:
-        current, index = stream.generation == self._generation, stream.index
-        return current and self._done - 1 <= index < len(self.times)
+        return self._done - self._is_alongside(time)
 
     def begin(self, stream: Stream, index: int) -> None:
         """A new stream, from this evaluation on."""
@@ -60,14 +49,34 @@ class Progress:
 
     def advance(self, stream: Stream, time: object) -> None:
         """A stream has made an evaluation."""
-        if stream.generation == self._generation and stream.index > self._done:
-            self._done, self._furthest = stream.index, stream.key
-            self._time = StreamKey([time], keep_values=True)
+        stream.leads = stream.index > self._done
+        if stream.leads:
+            self._done, self._latest = stream.index, _key(time)
+        if self._done == 1:
+            self._first = self._latest
 
-    def _is_alongside(self, conditions: Sequence[object], time: object) -> bool:
-        """Whether a stream that turns up belongs to the furthest stream's latest evaluation."""
-        if self._furthest is None or self._time is None or time is None:
-            return True
-        if self._done <= 1 and not self._furthest.is_same(conditions):
-            return True  # the usual case, other half of guidance
-        return self._time.is_same([time]) or self._time.is_equal([time])
+    def _goes_on(self, stream: Stream, time: object) -> bool:
+        index = stream.index
+        if stream.generation != self._generation or index >= len(self.times):
+            return False
+        follows = index == self._done - 1 and (not stream.leads or self._is_alongside(time))
+        return index == self._done or follows
+
+    def _is_alongside(self, time: object) -> bool:
+        """Whether a call that fits no order belongs to the latest evaluation."""
+        return self._done > 0 and (time is None or _is_same(self._latest, time))
+
+    def _is_first(self, time: object) -> bool:
+        """Whether such a call begins a generation, as the one before it was cut short."""
+        moved = self._done > 1 and self.times[0] != self.times[self._done - 1]
+        return moved and time is not None and _is_same(self._first, time)
+
+
+def _key(time: object) -> StreamKey:
+    """Of a time input; of a copy where no version would tell that it has been rewritten."""
+    kept = time.clone() if isinstance(time, Tensor) and time.is_inference() else time
+    return StreamKey([kept], keep_values=True)
+
+
+def _is_same(key: StreamKey, time: object) -> bool:
+    return key.is_same([time]) or key.is_equal([time])

@@ -39,9 +39,8 @@ class Reading:
 
     def residual(self, candidates: Sequence[Process], start: float) -> float:
         """Of the candidate that explains best how the sampler came here since `start`."""
-        if self.moved is None:
-            return 0.0
-        return self.moved.residual(candidates, start, self.time)
+        seen = self.joint.moved if self.joint is not None else self.moved
+        return 0.0 if seen is None else seen.residual(candidates, start, self.time)
 
 
 def read(

@@ -102,14 +102,9 @@ class Session(StreamOwner):
             _ACTIVE.set(tuple(active))
         else:
             self.state.say(logger, ELSEWHERE)
-        if kind is not None:
-            self.forget_streams()  # an aborted generation is not gone on with
-
-    def forget_streams(self) -> None:
-        """Drop all streams; the next call begins a generation."""
-        super().forget_streams()
-        if self.progress is not None:
-            self.progress = Progress(self.progress.times)
+        if kind is not None:  # an aborted generation is not gone on with
+            self.forget_streams()
+            self.progress = self.progress and Progress(self.progress.times)
 
 
 _STATES: WeakIdKeyDictionary = WeakIdKeyDictionary()

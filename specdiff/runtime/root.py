@@ -90,6 +90,10 @@ class RootPrograms:
         """A call in which blocks compute nothing."""
         return self._call("skip", inputs)
 
+    def plain(self, *inputs: object) -> list[Any]:
+        """The leaves of the model's output, its blocks as they were traced."""
+        return forward(self._root, inputs, self._arguments, self._call("plain", inputs))[0]
+
     def _call(
         self,
         kind: Kind,

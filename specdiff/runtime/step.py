@@ -7,6 +7,7 @@ import logging
 import torch
 from torch import Tensor
 
+from specdiff.errors import Fault
 from specdiff.runtime.call import Call
 from specdiff.runtime.clock import time_unit
 from specdiff.runtime.corrector import corrected, settle
@@ -136,6 +137,8 @@ def _with_computed(call: Call, predicted: Tensor, active: Tensor) -> Tensor:
         importance=call.settings.selective_importance,
         row=row,
     )
+    if evaluation.tokens.shape[:2] != active.shape:
+        raise Fault(f"{list(evaluation.tokens.shape)} for {active.shape[1]} active tokens")
     rows = active.unsqueeze(-1).expand_as(evaluation.tokens)
     merged = predicted.scatter(1, rows, evaluation.tokens.to(predicted.dtype))
     merged = _with_invalid_rows(call, merged)

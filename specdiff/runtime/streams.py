@@ -44,6 +44,8 @@ class Stream:
         """Times of all evaluations, those to come included, if the session gave them."""
         self.generation = self.first = 0
         """Of a session with times: its generation, and this stream's first evaluation therein."""
+        self.leads = False
+        """Whether it was the first of its session's streams in its latest evaluation."""
         self.lease: Lease | None = None
         self.importance: Tensor | None = None
         """float32 [B, N] of the latest evaluation that measured it (the paper's his)."""
@@ -155,6 +157,7 @@ class StreamTable:
         kept = [other for other in self._streams if other is not replacing]
         if len(kept) == MAX_STREAMS:
             gone = kept.pop(0)
+            gone.key.forget_values()
             self._crowded_out.append((gone.key, gone.times))
         self._streams = [*kept, stream]
         return stream
@@ -162,14 +165,16 @@ class StreamTable:
     def is_crowded_out(self, conditions: Sequence[object], time: float) -> bool:
         """Whether a call without a stream goes on with one that others took the place of.
 
-        Were it to start again, another in progress would have to make room.
+        Were it to start again, another in progress would have to make room. Its time is noted.
         """
         if len(self._streams) < MAX_STREAMS:
             return False
-        latest = next(
-            (t for key, t in reversed(self._crowded_out) if key.is_same(conditions)), None
-        )
-        return latest is not None and time != latest[0] and not turns_back(latest, time)
+        matching = (times for key, times in reversed(self._crowded_out) if key.is_same(conditions))
+        times = next(matching, None)
+        if times is None or time == times[0] or turns_back(times, time):
+            return False
+        times.append(time)
+        return True
 
     def partner(self, stream: Stream) -> Stream | None:
         """The stream last called that may be the other half of guidance in separate calls.

@@ -179,6 +179,14 @@ def test_verify_names_a_mutating_op():
         step.verify(DynamoGraph(module, []), module)
 
 
+def test_what_is_taken_from_another_value_is_said():
+    """A device, too: a table on the CPU in the form of a value on a GPU."""
+    module = normalized(lambda x, y: x.type_as(y) + y, torch.ones(2), torch.ones(2).double())
+    (copied,) = module.graph.find_nodes(op="call_function", target=aten._to_copy.default)
+    assert copied.kwargs == {"dtype": torch.float64, "device": torch.device("cpu")}
+    assert not count(module, aten.type_as.default)
+
+
 def test_a_permutation_written_as_einsum_is_one():
     def model(x):
         return torch.einsum("nhwpqc->nchpwq", x) + torch.einsum("ab->a", x[0, 0, 0, 0]).sum()

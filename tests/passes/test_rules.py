@@ -73,7 +73,7 @@ LINKS = {
     "unsqueeze": (lambda x: x.unsqueeze(1), (X,), {(0, 0, 0), (2, 0, 1), (3, 0, 2)}),
     "unsqueeze last": (lambda x: x.unsqueeze(-1), (X,), same(0, 1, 2)),
     "squeeze": (lambda x: x.squeeze(1), ((B, 1, C),), {(0, 0, 0), (1, 0, 2)}),
-    "squeeze of a wide axis": (lambda x: x.squeeze(1), (X,), same(0, 1, 2)),
+    "squeeze of a wide axis": (lambda x: x.squeeze(1), (X,), set()),
     "select of channels": (lambda x: x.select(2, 0), (X,), same(0, 1)),
     "select of tokens": (lambda x: x.select(1, 3), (X,), {(0, 0, 0), (1, 0, 2)}),
     "unbind": (lambda x: x.unbind(1)[2], (X,), {(0, 0, 0), (1, 0, 2)}),
@@ -119,6 +119,9 @@ LINKS = {
     ),
     "group_norm": (lambda x: F.group_norm(x, 2), ((B, C, N),), {(0, 0, 0)}),
     "average pooling": (lambda x: F.avg_pool1d(x, 2), ((B, C, N),), same(0, 1)),
+    "average pooling of one sample": (lambda x: F.avg_pool2d(x, (1, 3)), (X,), set()),
+    "pixel shuffle": (lambda x: F.pixel_shuffle(x, 2), ((B, 4, 3, 3),), same(0)),
+    "pixel shuffle of one sample": (lambda x: F.pixel_shuffle(x, 2), ((4, 3, 3),), set()),
     "einsum": (
         lambda x, y: torch.einsum("bnc,bmc->bnm", x, y), (X, (B, 5, C)),
         {(0, 0, 0), (0, 1, 0), (1, 0, 1), (2, 1, 1)},

@@ -123,6 +123,16 @@ def _token_constant(t, x):
     return x * torch.arange(N, device=x.device)[:, None].cos()
 
 
+def _signed_zeros(t, x):
+    """Quotients by constants that are equal, but not to a quotient."""
+    quotients = [1 / torch.full_like(x, zero) for zero in (0.0, -0.0)]
+    return x + quotients[0].clamp(-1, 1) + 0.5 * quotients[1].clamp(-1, 1)
+
+
+def _scattered_in_half(t, x):
+    return x + torch.slice_scatter(x.half(), 2 * t.q(x)[..., :4], 2, 0, 4).float()
+
+
 MIDDLES = {
     "nothing": lambda t, x: x,
     "position table": lambda t, x: x + t.table,
@@ -155,6 +165,15 @@ MIDDLES = {
     "written shifted": _written_shifted,
     "written into nothing": _written_into_nothing,
     "written at a step": _written_at_a_step,
+    "sum with itself": lambda t, x: x + torch.einsum("bnc,bmc->bnc", x, x) / N,
+    "outer sum with itself": lambda t, x: x + torch.einsum("bnc,bmd->bnd", x, x) / N,
+    "product with itself": lambda t, x: x + (w := t.q(x) @ t.k(x).mT / N) @ w @ x,
+    "pool that takes samples for channels": lambda t, x: (
+        x + F.avg_pool2d(x, (3, 1), stride=1, padding=(1, 0))
+    ),
+    "signed zeros": _signed_zeros,
+    "scattered in half": _scattered_in_half,
+    "idle squeeze": lambda t, x: x + t.q(x).squeeze(1),
     "even rows": lambda t, x: x + F.interpolate(x[:, ::2].mT, N).mT,
 }
 
@@ -183,6 +202,25 @@ def test_toys_by_the_oracles(middle, batch):
     model, inputs = toy(MIDDLES[middle], batch=batch)
     found = trace(model, inputs, changed(inputs))
     check_oracles(model, (inputs, changed(inputs)), found)
+
+
+class TwoOutputs(nn.Module):
+    """Image and sound, the image in a dtype of its own."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.toy, self.dtype = Toy(lambda t, x: x, text=False), dtype
+
+    def forward(self, hidden_states, sound, timestep):
+        x = self.toy.embed(torch.cat([hidden_states, sound], 1)) + timestep[:, None, None]
+        x = self.toy.head(self.toy.attention(x))
+        return x[:, :N].to(self.dtype), x[:, N:]
+
+
+def test_outputs_of_different_dtypes_are_not_put_into_one():
+    inputs = {**masked_call(), "sound": torch.randn(BATCH, 6, 4)}
+    trace(randomize(TwoOutputs(torch.float32)), inputs)
+    assert "different dtypes" in _reason(randomize(TwoOutputs(torch.bfloat16)), inputs)
 
 
 def _mask(kind: str, size: int) -> torch.Tensor:

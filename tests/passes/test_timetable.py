@@ -214,3 +214,26 @@ def test_the_programs_of_tables_write_nothing_else(emit):
         written.append(table.name)
     assert written == [f"cache_{node.name}" for node in found.analysis.plan.tabulated]
     assert program.graph.output_node().args == ((),)
+
+
+class Mixed(Toy):
+    """A time of no axes in double precision, which decides no dtype until it has one."""
+
+    def __init__(self):
+        super().__init__(lambda t, x: x, text=False)
+        self.time = torch.nn.Linear(16, 8)
+
+    def forward(self, hidden_states, timestep):
+        steps = torch.arange(16) / 16
+        shift = self.time(torch.where(steps > 0.5, timestep, steps))
+        return (self.head(self.attention(self.embed(hidden_states) + shift)),)
+
+
+def test_what_has_another_dtype_for_many_times_is_not_tabulated():
+    inputs = {
+        "hidden_states": toy_inputs(1)["hidden_states"],
+        "timestep": torch.tensor(0.7).double(),
+    }
+    plan = trace(randomize(Mixed()), inputs).analysis.plan
+    assert plan.timetable is None
+    assert "for many times" in plan.untabulated

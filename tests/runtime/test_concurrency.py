@@ -1,11 +1,14 @@
 """Many generations on one model: threads, more than are remembered, alike, or cut short."""
 
+import gc
+import itertools
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
-from toy import CHANNELS, SIDE, Euler, ToyPrograms, dense_velocity, prompt, toy
+from toy import CHANNELS, SIDE, Euler, ToyPrograms, dense_velocity, noise, prompt, sigmas, toy
 
 import specdiff.runtime as sd
 from specdiff.runtime.streams import MAX_STREAMS
@@ -182,3 +185,43 @@ def test_both_halves_of_guidance_find_their_caches_again(monkeypatch):
                 run.step()
         del runs, run
     assert len(made) == 2
+
+
+def test_guidance_in_separate_calls_after_a_warm_up():
+    """One evaluation of each prompt begins nothing that is doubted for ever."""
+    model, texts = toy(**PLAN), (prompt(0), prompt(1))
+    for text in texts:
+        model(noise(), torch.tensor([1.0]), text)
+    for seed in range(3):
+        latent = noise(seed)
+        for now, then in itertools.pairwise(sigmas(10)):
+            time = torch.tensor([now])
+            halves = [model(latent, time, text) for text in texts]
+            latent = latent + (then - now) * (halves[0] + 7.5 * (halves[1] - halves[0]))
+    assert sd.stats(model).fallbacks == {}
+    assert sd.stats(model).selective == 3 * 2 * 6
+
+
+def test_prompts_crowded_out_of_a_session_are_not_kept_alive():
+    model = toy(**PLAN)
+    with sd.session(model):
+        texts = [prompt(seed) for seed in range(30)]
+        for text in texts:
+            model(noise(), torch.tensor([1.0]), text)
+        alive = [weakref.ref(text) for text in texts]
+        del texts, text
+        gc.collect()
+        assert sum(ref() is not None for ref in alive) == MAX_STREAMS
+
+
+def test_one_that_was_crowded_out_begins_again():
+    model = toy(**PLAN)
+    texts = [prompt(seed) for seed in range(MAX_STREAMS + 1)]
+    for text in texts:
+        model(noise(), torch.tensor([1.0]), text)
+    for seed in range(2):
+        run = Euler(model, seed, text=texts[0])
+        run.index = 4  # image-to-image: the first time goes on from that of the warm-up
+        run.run()
+    assert sd.stats(model).fallbacks == {"more than 8 generations at once": 6}
+    assert sd.stats(model).selective > 0

@@ -56,6 +56,11 @@ class Attention:
         return ((self.query, rank_of(self.query) - 2), (self.key, rank_of(self.key) - 2))
 
 
+def reads(user: fx.Node, node: fx.Node) -> bool:
+    """Whether `user` is an attention whose keys or values `node` holds."""
+    return user.target is ATTENTION and node in (Attention.of(user).key, Attention.of(user).value)
+
+
 @transfer(ATTENTION)
 def attention(node: fx.Node) -> Facts:
     """Output rows are query rows; batch and head axes come from the query."""

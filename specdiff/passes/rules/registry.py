@@ -20,7 +20,7 @@ Axis = tuple[fx.Node, int]
 
 @dataclass(frozen=True)
 class Link:
-    """Axis `out_axis` of a node is axis `in_axis` of `operand`."""
+    """Axis `out_axis` of a node is axis `in_axis` of `operand`, in one of its occurrences."""
 
     out_axis: int
     operand: fx.Node
@@ -113,6 +113,13 @@ def operands_at(node: fx.Node, position: int) -> list[fx.Node]:
     if not isinstance(value, list | tuple):
         raise PassError(f"{node.name}: argument {position} is no list")
     return [item for item in value if isinstance(item, fx.Node)]
+
+
+def operands(node: fx.Node) -> list[fx.Node]:
+    """The operands of a node in the order of its arguments, as often as they occur."""
+    found: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), found.append)
+    return found
 
 
 def is_tensor(value: Any) -> TypeGuard[fx.Node]:

@@ -102,10 +102,10 @@ def unsqueeze(node: fx.Node) -> Facts:
 
 @transfer(aten.squeeze.dim, aten.select.int)
 def drop_axis(node: fx.Node) -> Facts:
-    """One axis vanishes (a squeeze of an axis that is not of size one changes nothing)."""
+    """One axis vanishes; nothing of a squeeze that changes nothing, which `normalize` drops."""
     operand = operand_at(node, 0)
     if rank_of(node) == rank_of(operand):
-        return same_axes(node, operand)
+        return Facts()
     dim = axis_index(argument(node, 1, "dim"), rank_of(operand))
     return Facts(
         tuple(Link(a - (a > dim), operand, a) for a in range(rank_of(operand)) if a != dim)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from specdiff.passes.listing import name_of
 from specdiff.passes.rules.registry import (
     Facts,
     Link,
@@ -31,6 +32,9 @@ CONVOLUTIONS = (
 )
 
 
+SHUFFLES = (aten.pixel_shuffle.default, aten.pixel_unshuffle.default)
+
+
 @transfer(
     *CONVOLUTIONS,
     aten.conv_transpose1d.default,
@@ -48,12 +52,14 @@ def convolution(node: fx.Node) -> Facts:
 @transfer(
     aten.group_norm.default,
     aten.native_group_norm.default,
-    aten.pixel_shuffle.default,
-    aten.pixel_unshuffle.default,
+    *SHUFFLES,
 )
 def channels_mixed(node: fx.Node) -> Facts:
-    """Only the samples."""
-    return Facts((Link(0, operand_at(node, 0), 0),))
+    """Only the samples, where there are any: pixels of an unbatched input have no axis for them."""
+    operand = operand_at(node, 0)
+    if node.target in SHUFFLES and rank_of(operand) != 4:
+        return Facts()
+    return Facts((Link(0, operand, 0),))
 
 
 @transfer(
@@ -71,8 +77,11 @@ def channels_mixed(node: fx.Node) -> Facts:
     aten.avg_pool3d.default,
 )
 def resampled(node: fx.Node) -> Facts:
-    """Samples and channels."""
+    """Samples and channels, where there are both: an unbatched input has no samples."""
     operand = operand_at(node, 0)
+    spatial = next(n for n in (1, 2, 3) if f"{n}d" in name_of(node.target))
+    if rank_of(operand) != spatial + 2:
+        return Facts()
     return Facts((Link(0, operand, 0), Link(1, operand, 1)))
 
 
