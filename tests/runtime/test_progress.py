@@ -113,7 +113,9 @@ def unconditional_first(model, seed, calls, steps=12):
 
 
 @pytest.mark.parametrize(
-    "calls", [lambda i: i < 11, lambda i: i < 5, lambda i: i > 0, lambda i: i != 6], ids=str
+    "calls",
+    [lambda i: i < 11, lambda i: i < 5, lambda i: i > 0, lambda i: i != 6],
+    ids=["not the last", "five", "not the first", "one left out"],
 )
 def test_the_half_called_first_is_left_out_at_times(calls):
     model = toy(**PLAN)
