@@ -12,7 +12,7 @@ METHODS = ("history", "paper")
 
 # Used where an option is left None. The schedule of "history" was measured on the demo model alone
 # (README, results); "paper" has the paper's values, and where it is silent those of paper.md; but
-# importance, which it measures in every step, is 0.4 to 1.2 dB better left to dense ones.
+# importance, which it measures in every step, is 0.4 to 1.1 dB better left to dense ones.
 METHOD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "history": {
         "cache_ratio": 1.0,

@@ -1,5 +1,6 @@
 """The demo's measuring, drawing and wiring, on stand-ins; the real demo is marked slow."""
 
+import ast
 import dataclasses
 import json
 import math
@@ -17,6 +18,7 @@ from specdiff.comparison import Comparison, Method, Request, compare, count_imag
 from specdiff.errors import OptionError
 from specdiff.inspect import target
 from specdiff.options import Options
+from specdiff.settings import METHOD_DEFAULTS
 
 SIDE = 32
 REQUESTS = [Request("a red apple", 0), Request("a black cat that sits among many [brackets]", 1)]
@@ -183,6 +185,21 @@ def test_readme_explains_every_option() -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     explained = {line.split("`")[1] for line in readme.splitlines() if line.startswith("| `")}
     assert explained == {option.name for option in dataclasses.fields(Options)}
+
+
+def test_readme_states_the_defaults() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    fixed = {option.name: option.default for option in dataclasses.fields(Options)}
+    stated = set()
+    for line in readme.splitlines():
+        if not line.startswith("| `") or " Default: " not in line:
+            continue
+        name, said = line.split("`")[1], line.rpartition(" Default: ")[2].rstrip(" |")
+        usual, _, paper = said.partition('; `"paper"`: ')
+        expected = [METHOD_DEFAULTS[m].get(name, fixed[name]) for m in ("history", "paper")]
+        assert [ast.literal_eval(text.strip("`")) for text in (usual, paper or usual)] == expected
+        stated.add(name)
+    assert stated >= set(METHOD_DEFAULTS["history"])
 
 
 def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

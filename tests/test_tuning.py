@@ -14,9 +14,11 @@ from toy import Euler, toy
 import specdiff
 from specdiff import cli
 from specdiff.comparison import psnr
+from specdiff.demo import held_out_prompts
 from specdiff.errors import OptionError, SpecdiffError
-from specdiff.evaluation.subject import TUNING_SEED, emoji
+from specdiff.evaluation.subject import MODELS, TUNING_SEED, emoji, find_subject
 from specdiff.plan import Plan
+from specdiff.textures import CLASSES
 from specdiff.tuning import Search, Spent, Tuned, spaced, tune
 
 
@@ -201,12 +203,21 @@ def test_what_cannot_be_tuned_says_why():
         tune(model, drawn(model), target=40, prompts=1, cache_ratio=0.5)
 
 
-def test_prompts_and_seeds_to_tune_on_are_not_measured_on():
-    subject = emoji(torch.device("cpu"))
+@pytest.mark.parametrize("model", MODELS)
+def test_pictures_to_tune_on_are_not_measured_on(model, tmp_path):
+    weights = tmp_path / "never loaded"
+    weights.touch()
+    subject = find_subject(model, weights, torch.device("cpu"))
     tuned_on, measured = subject.tuning_requests(24), subject.requests(256, 100)
-    assert not {r.prompt for r in tuned_on} & {r.prompt for r in measured}
+    shared = {r.prompt for r in tuned_on} & {r.prompt for r in measured}
+    assert shared == (set() if model == "emoji" else set(CLASSES))
     assert not {r.seed for r in tuned_on} & {r.seed for r in measured}
     assert tuned_on[0].seed == TUNING_SEED
+
+
+def test_what_is_measured_is_what_the_readme_says():
+    prompts = [r.prompt for r in emoji(torch.device("cpu")).requests(32, 100)]
+    assert (len(set(prompts)), len(set(prompts) & set(held_out_prompts()))) == (16, 8)
 
 
 def ran(monkeypatch, *arguments):

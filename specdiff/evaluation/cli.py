@@ -93,8 +93,8 @@ def tune_plan(
 ) -> None:
     """Find the fastest plan that keeps pictures this close to the dense ones, and save it.
 
-    Tunes on prompts and seeds that `specdiff eval` does not use. For a pipeline of your own, see
-    specdiff.tune.
+    Tunes on seeds that `specdiff eval` does not use, and on emoji on other prompts, too; textures
+    has the same classes for both. For a pipeline of your own, see specdiff.tune.
     """
     from specdiff.cli import console, make_folders, parse_options, require_compiler
 
