@@ -14,8 +14,10 @@ from torch import Tensor
 
 from specdiff import cli, picture, summary
 from specdiff.comparison import Comparison, Method, Request, compare, count_images, psnr, ssim
+from specdiff.demo import load_pipeline
 from specdiff.errors import OptionError
 from specdiff.inspect import target
+from specdiff.methods import Setting, compiled_pipeline, demo_requests, embed, picture_maker
 from specdiff.options import Options
 
 SIDE = 32
@@ -291,6 +293,16 @@ def test_demo_writes_a_page(
     assert "a red apple" in page.read_text()
 
 
+def test_the_demo_model_keeps_what_the_readme_says() -> None:
+    """One picture by the defaults, in CI; the whole demo is below."""
+    place, requests = torch.device("cpu"), demo_requests([], 0)[:1]
+    setting = Setting(place, 28, {}, embed(requests, place))
+    pipelines = load_pipeline(place), compiled_pipeline(setting, backend="specdiff")
+    dense, default = (picture_maker(one, setting, 28)(requests[0]) for one in pipelines)
+    fidelity = psnr(default, dense)
+    assert 38 < fidelity < 60  # 40.9 measured; more would be a model that skips nothing
+
+
 @pytest.mark.slow
 def test_real_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     out, file = tmp_path / "demo.png", tmp_path / "demo.json"
@@ -303,9 +315,10 @@ def test_real_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     figures = json.loads(file.read_text())
     dense, default, paper, shorter = figures["methods"]
     assert dense["tokens_share"] == 1
-    for selective_method in (default, paper):
-        assert 0 < selective_method["tokens_share"] < 0.7
-        assert selective_method["cache_bytes"] > 0
-        assert selective_method["psnr_db"] > 15
+    # 3 dB below what was measured on these prompts
+    for method, tokens, fidelity in ((default, 0.4, 39), (paper, 0.3, 21)):
+        assert 0 < method["tokens_share"] < tokens
+        assert method["psnr_db"] > fidelity
+    assert default["cache_bytes"] == 0 < paper["cache_bytes"]  # the default computes no part
     assert shorter["steps"] == 14
     assert out.stat().st_size > 10_000
