@@ -19,7 +19,8 @@ def evaluate_methods(
     ] = False,
     pictures: Annotated[int | None, typer.Option(min=1, help="Compared per method (32).")] = None,
     pairs: Annotated[
-        int | None, typer.Option(min=1, help="Of them timed, in turn with dense (8).")
+        int | None,
+        typer.Option(min=1, help="Of them timed, in turn with dense (8, or as many as there are)."),
     ] = None,
     large_set: Annotated[
         int | None, typer.Option(min=0, help="For the distance between sets (256); 0: not.")
@@ -58,9 +59,10 @@ def evaluate_methods(
 
     quiet_libraries()
     usual = SIZES["quick" if quick else "full"]
+    compared = pictures or usual.pictures
     sizes = Sizes(
-        pictures or usual.pictures,
-        pairs or usual.pairs,
+        compared,
+        pairs or min(usual.pairs, compared),
         usual.large_set if large_set is None else large_set,
     )
     wanted = Wanted(
