@@ -48,12 +48,12 @@ class Finding:
     settings: Mapping[str, Any]
     compiled: str = ""
     reason: str = ""
-    """Why it could not be measured; empty if it could."""
+    """Why it could not be measured when last tried; empty if it could."""
     values: dict[str, Any] = field(default_factory=dict)
 
     def has(self, phase: str) -> bool:
-        """Whether a phase is done or known to be impossible."""
-        return bool(self.reason) or phase in self.values.get("phases", ())
+        """Whether a phase is done."""
+        return phase in self.values.get("phases", ())
 
     def add(self, phase: str, values: Mapping[str, Any]) -> None:
         """Keep what a phase measured."""

@@ -20,17 +20,12 @@ import torch
 from torch import Tensor
 
 from specdiff.comparison import Request
-from specdiff.errors import SpecdiffError
-from specdiff.evaluation.candidates import Candidate, Prepared
+from specdiff.evaluation.candidates import Candidate, Prepared, Refused
 from specdiff.evaluation.subject import STEPS, Subject
 
 CALIBRATION_SEED = 9_000
 """Far from the seeds of the measured pictures."""
 Enable = Callable[[Any], None]
-
-
-class Refused(SpecdiffError):
-    """The method cannot run on this pipeline; the message says why."""
 
 
 def compile_blocks(transformer: Any) -> None:
