@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from specdiff.errors import SpecdiffError
+
 WEIGHTS = Path("examples/textures/textures.safetensors")
 
 
@@ -111,8 +113,13 @@ def tune_plan(
         model, weights, device, measure, target, prompts, held_back, budget, steps, options
     )
     tuned = tune_subject(wanted, console)
-    tuned.plan.save(out)
     skips = len(tuned.plan.ratios) - len(tuned.plan.dense)
+    if not skips:
+        raise SpecdiffError(
+            f"target not reached within the budget, {tuned.spent} evaluations spent: no plan saved;"
+            " ask for less, or give a larger --budget"
+        )
+    tuned.plan.save(out)
     console.print(f"dense: {tuned.plan.dense}, {skips} skipped", highlight=False)
     for name, value in tuned.plan.notes.items():
         console.print(f"{name}: {value}", highlight=False)
