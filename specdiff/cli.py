@@ -281,7 +281,9 @@ def bench(
     from specdiff.machine import measure_rates
     from specdiff.methods import quiet_libraries, usable_device
     from specdiff.summary import load_per_core
+    from specdiff.torch_adapter import mode_settings
 
+    mode_settings(mode)
     require_known(geometries)
     place = usable_device(device)
     kind = type_of(dtype, place)

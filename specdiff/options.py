@@ -226,7 +226,7 @@ class Options:
             The options, and the settings (`mode` included) to hand to Inductor.
 
         Raises:
-            OptionError: a name that is neither, or a value out of range.
+            OptionError: a name that is neither, a mode that torch has not, or a value out of range.
         """
         ours = {name: value for name, value in mapping.items() if name in _FIELDS}
         inductor = {name: value for name, value in mapping.items() if name not in _FIELDS}
@@ -234,6 +234,10 @@ class Options:
         for name in inductor:
             if name.replace("-", "_") not in known:
                 raise OptionError(_unknown(name, list(_FIELDS), sorted(known)))
+        if "mode" in inductor:
+            from specdiff.torch_adapter import mode_settings
+
+            mode_settings(inductor["mode"])
         return cls(**ours), inductor
 
     @property

@@ -28,7 +28,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from specdiff.errors import Unsupported
+from specdiff.errors import OptionError, Unsupported
 
 InductorSettings = Mapping[str, Any]
 
@@ -198,10 +198,11 @@ def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def mode_settings(mode: str | None) -> dict[str, Any]:
-    """Inductor settings of a `torch.compile` mode. Raises RuntimeError for an unknown mode."""
-    if mode is None or mode == "default":
-        return {}
-    return dict(torch._inductor.list_mode_options(mode))
+    """Inductor settings of a `torch.compile` mode. Raises OptionError for an unknown mode."""
+    known = torch._inductor.list_mode_options()
+    if mode not in [None, *known]:
+        raise OptionError(f"mode={mode!r}: must be one of {', '.join(map(repr, known))}")
+    return {} if mode is None else dict(known[mode])
 
 
 def inductor_keys() -> frozenset[str]:

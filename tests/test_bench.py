@@ -13,7 +13,7 @@ from specdiff.bench.geometries import GEOMETRIES, Geometry, build
 from specdiff.bench.measure import TimedPrograms, measure
 from specdiff.bench.record import markdown, record
 from specdiff.cli import app
-from specdiff.errors import SpecdiffError
+from specdiff.errors import OptionError, SpecdiffError
 from specdiff.machine import MachineRates
 from specdiff.memory import peak, reset_peak
 
@@ -100,6 +100,12 @@ def test_command_names_the_geometries():
     result = CliRunner().invoke(app, ["bench", "flux-pro"])
     assert isinstance(result.exception, SpecdiffError)
     assert "flux-dev, sd3-medium" in str(result.exception)
+
+
+def test_command_names_the_modes():
+    result = CliRunner().invoke(app, ["bench", "flux-toy", "--mode", "foo"])
+    assert isinstance(result.exception, OptionError)
+    assert "mode='foo': must be one of 'default'" in str(result.exception)
 
 
 @pytest.mark.slow
