@@ -43,9 +43,10 @@ def parse_options(pairs: Sequence[str]) -> dict[str, object]:
     """Read `name=value` pairs; values are Python literals where they can be, else text.
 
     Raises:
-        OptionError: A pair has no `=`, or the runtime does not take it.
+        OptionError: A pair has no `=`, or neither specdiff nor Inductor takes it.
     """
     from specdiff.options import Options
+    from specdiff.torch_adapter import inductor_keys
 
     options: dict[str, object] = {}
     for pair in pairs:
@@ -56,7 +57,7 @@ def parse_options(pairs: Sequence[str]) -> dict[str, object]:
             options[name] = ast.literal_eval(text)
         except (SyntaxError, ValueError):
             options[name] = text
-    Options.parse(options, ())
+    Options.parse(options, inductor_keys())
     return options
 
 
@@ -117,7 +118,11 @@ def demo(
         float | None, typer.Option(help="Share of tokens not computed at a selective step.")
     ] = None,
     option: Annotated[
-        list[str] | None, typer.Option(help="Any other option, as name=value; repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="Any other option, or a setting of Inductor for every method, as name=value;"
+            " repeatable."
+        ),
     ] = None,
     fewer_steps: Annotated[
         list[int] | None,
@@ -260,7 +265,10 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, help="Runs behind each median.")] = 3,
     option: Annotated[
         list[str] | None,
-        typer.Option(help="Any option of specdiff as name=value; repeatable."),
+        typer.Option(
+            help="Any option of specdiff but the ratio, or a setting of Inductor for every method,"
+            " as name=value; repeatable."
+        ),
     ] = None,
     mode: Annotated[str | None, typer.Option(help="Of torch.compile, for every method.")] = None,
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.")] = "cpu",

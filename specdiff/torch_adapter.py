@@ -205,6 +205,13 @@ def mode_settings(mode: str | None) -> dict[str, Any]:
     return {} if mode is None else dict(known[mode])
 
 
+def inductor_settings(given: Mapping[str, Any], mode: str | None = None) -> dict[str, Any]:
+    """What is given, on top of the settings of a mode, which it may name itself."""
+    settings = {**mode_settings(given.get("mode", mode)), **given}
+    settings.pop("mode", None)
+    return settings
+
+
 def inductor_keys() -> frozenset[str]:
     """Names of all Inductor settings."""
     return frozenset(torch._inductor.list_options())

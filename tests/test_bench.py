@@ -9,6 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from specdiff.bench import geometries
+from specdiff.bench import measure as bench_measure
 from specdiff.bench.geometries import GEOMETRIES, Geometry, build
 from specdiff.bench.measure import TimedPrograms, measure
 from specdiff.bench.record import markdown, record
@@ -100,6 +101,21 @@ def test_command_names_the_geometries():
     result = CliRunner().invoke(app, ["bench", "flux-pro"])
     assert isinstance(result.exception, SpecdiffError)
     assert "flux-dev, sd3-medium" in str(result.exception)
+
+
+def test_settings_of_inductor_are_for_every_method(monkeypatch):
+    seen = []
+
+    def compiled(sampler, backend, options):
+        seen.append(dict(options))
+        return really(sampler, backend, options if backend == "specdiff" else {})
+
+    really = bench_measure.compiled
+    monkeypatch.setattr(bench_measure, "compiled", compiled)
+    given = {**EAGER, "epilogue-fusion": False, "mode": "reduce-overhead"}
+    measure(toy("flux-toy"), RATES, [0.75], 1, given, backend="eager")
+    settings = {"epilogue_fusion": False, "triton.cudagraphs": True}
+    assert seen[0] == settings and settings.items() <= seen[1].items()
 
 
 def test_command_names_the_modes():

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,14 @@ from specdiff.comparison import Comparison, Method, Request, compare, count_imag
 from specdiff.demo import load_pipeline
 from specdiff.errors import OptionError
 from specdiff.inspect import target
-from specdiff.methods import Setting, compiled_pipeline, demo_requests, embed, picture_maker
+from specdiff.methods import (
+    Setting,
+    compiled_pipeline,
+    demo_methods,
+    demo_requests,
+    embed,
+    picture_maker,
+)
 from specdiff.options import Options
 
 SIDE = 32
@@ -181,6 +189,19 @@ def test_options_are_read_as_literals_or_text() -> None:
 def test_wrong_options_are_refused(pair: str) -> None:
     with pytest.raises(OptionError, match=r"cache_ratio|mode='nosuch': must be one of 'default'"):
         cli.parse_options([pair])
+
+
+def test_settings_of_inductor_are_options_of_every_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = cli.parse_options(["epilogue_fusion=False", "cache_ratio=0.5"])
+    seen: list[Mapping[str, object]] = []
+
+    def compiled(setting: Setting, backend: str, options: Mapping[str, object]) -> SimpleNamespace:
+        seen.append(options)
+        return SimpleNamespace(transformer=None)
+
+    monkeypatch.setattr("specdiff.methods.compiled_pipeline", compiled)
+    demo_methods(Setting(torch.device("cpu"), 4, options, {}))
+    assert seen == [{"epilogue_fusion": False}, options, {**options, "method": "paper"}]
 
 
 def test_readme_explains_every_option() -> None:
