@@ -24,6 +24,7 @@ SMALL = {
 }
 RATES = MachineRates(flops_per_second=1e12, bytes_per_second=1e9)
 EAGER = {"inner_backend": "eager", "method": "paper"}
+PLAN = {"specdiff_plan": 1, "evaluations": ["dense", "skip"]}
 
 
 @pytest.fixture(autouse=True)
@@ -116,6 +117,13 @@ def test_settings_of_inductor_are_for_every_method(monkeypatch):
     measure(toy("flux-toy"), RATES, [0.75], 1, given, backend="eager")
     settings = {"epilogue_fusion": False, "triton.cudagraphs": True}
     assert seen[0] == settings and settings.items() <= seen[1].items()
+
+
+@pytest.mark.parametrize("given", ["cache_ratio=0.5", f"plan={PLAN}", "quality=fast"])
+def test_command_refuses_what_the_ratios_take_the_place_of(given):
+    result = CliRunner().invoke(app, ["bench", "flux-pro", "--option", given])
+    assert isinstance(result.exception, OptionError)
+    assert str(result.exception).endswith("the ratios take its place, give --ratio")
 
 
 def test_command_names_the_modes():
