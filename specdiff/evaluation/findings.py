@@ -83,17 +83,22 @@ class Findings:
         """Continue from the file if there is one.
 
         Raises:
-            SpecdiffError: The file holds the findings of another plan.
+            SpecdiffError: The file holds the findings of another plan, or none.
         """
         if not file.exists():
             return cls(plan, environment)
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        if stored.get("schema") != SCHEMA or stored["plan"] != asdict(plan):
+        try:
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            if stored["schema"] != SCHEMA or stored["plan"] != asdict(plan):
+                raise SpecdiffError(
+                    f"{file} holds another plan ({stored['plan']}): choose another --out"
+                )
+            methods = {name: Finding(**finding) for name, finding in stored["methods"].items()}
+            return cls(plan, environment, methods, stored["environments"])
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise SpecdiffError(
-                f"{file} holds another plan ({stored.get('plan')}): choose another --out"
-            )
-        methods = {name: Finding(**finding) for name, finding in stored["methods"].items()}
-        return cls(plan, environment, methods, stored["environments"])
+                f"{file} holds no results ({error!r}): remove it or choose another --out"
+            ) from error
 
     def begin(self, phase: str) -> None:
         """Note where a phase is measured.

@@ -153,6 +153,15 @@ def test_results_of_another_plan_are_refused(finished: Path) -> None:
         campaign(finished, plan=Plan("toy", 28, 3, 1, 0, 0, "wall"))
 
 
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"schema": 2, "plan": 1}', '{"schema": 1, "plan": 1}']
+)
+def test_a_file_that_holds_no_results_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / RESULTS).write_text(text)
+    with pytest.raises(SpecdiffError, match=r"results.json holds .*choose another --out"):
+        campaign(tmp_path)
+
+
 def test_phases_may_be_measured_one_by_one(finished: Path, tmp_path: Path) -> None:
     methods = [DENSE, rival("dimmed", dimmed), rival("broken", broken)]
     for phase in reversed(PHASES):  # comparing draws what is not drawn
