@@ -75,6 +75,10 @@ def make_folders(files: Sequence[Path]) -> None:
             raise SpecdiffError(f"{file} is a folder, expected a file name")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
+            is_new = not file.exists()
+            file.open("ab").close()  # permissions alone do not tell, root has them all
+            if is_new:
+                file.unlink()
         except OSError as error:
             raise SpecdiffError(f"cannot write {file}: {error}") from error
 
@@ -176,15 +180,14 @@ def demo(
 def _write_page(file: Path, setting: Setting, comparison: Comparison, hints: Sequence[str]) -> None:
     """The comparison, recorded runs and what the compiler found, as one page."""
     from specdiff.inspect.runs import comparison_page
-    from specdiff.inspect.target import demo_call
+    from specdiff.inspect.target import demo_call, explain_call
     from specdiff.machine import measure_rates
     from specdiff.methods import record_methods
-    from specdiff.report import explain as explain_model
 
     methods = [trials.method for trials in comparison.trials]
     runs = record_methods(methods, comparison.requests)
     call = demo_call(setting.device)
-    found = explain_model(call.model, options=setting.options, **call.inputs)
+    found = explain_call(call, setting.options)
     rates = measure_rates(setting.device)
     file.write_text(comparison_page(comparison, found, runs, rates, hints), encoding="utf-8")
     console.print(f"page: {file}", highlight=False)
@@ -217,14 +220,13 @@ def explain(
     make_folders([file for file in (html, json_file) if file is not None])
     from specdiff.inspect.page import report_page
     from specdiff.inspect.plain import to_json
-    from specdiff.inspect.target import load_target
+    from specdiff.inspect.target import explain_call, load_target
     from specdiff.inspect.terminal import render
     from specdiff.methods import quiet_libraries, usable_device
-    from specdiff.report import explain as explain_model
 
     quiet_libraries()
     call = load_target(target, usable_device(device))
-    found = explain_model(call.model, options=options, **call.inputs)
+    found = explain_call(call, options)
     rates = _rates_of(found)
     console.print(render(found, rates, steps))
     if html is not None:

@@ -234,6 +234,17 @@ def test_a_file_that_cannot_be_written_stops_before_any_work(
     assert "cannot write" in capsys.readouterr().err
     assert run_cli(monkeypatch, "demo", "--json", str(tmp_path)) == 2
     assert "is a folder" in capsys.readouterr().err
+    if Path("/proc").is_dir():  # where even root makes no file
+        assert run_cli(monkeypatch, "explain", "demo", "--html", "/proc/page.html") == 2
+        assert "cannot write /proc/page.html" in capsys.readouterr().err
+
+
+def test_files_that_can_be_written_are_left_as_they_are(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "folder" / "new"
+    old.write_text("kept")
+    cli.make_folders([old, new])
+    assert old.read_text() == "kept"
+    assert new.parent.is_dir() and not new.exists()
 
 
 def test_demo_writes_picture_and_figures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -255,6 +266,14 @@ def build():
 
 def wrong():
     return flux
+
+def unfit():
+    model, inputs = build()
+    return model, {"hidden_states": inputs["hidden_states"]}
+
+def misshapen():
+    model, inputs = build()
+    return model, {**inputs, "hidden_states": inputs["hidden_states"][..., :3]}
 """
 
 
@@ -290,6 +309,9 @@ def test_explain_writes_page_and_figures(
         ("no_such_file.py:build", "cannot import no_such_file.py"),
         ("FILE:absent", "has no function absent"),
         ("FILE:wrong", "must return a model and a dict of its inputs"),
+        ("json:dumps", "must be a function that needs no arguments"),
+        ("FILE:unfit", "FluxTransformer2DModel does not run on its inputs: "),
+        ("FILE:misshapen", "FluxTransformer2DModel does not run on its inputs: RuntimeError: mat1"),
     ],
 )
 def test_explain_names_what_is_wrong_with_a_target(
