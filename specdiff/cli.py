@@ -20,6 +20,7 @@ except ModuleNotFoundError as missing:
         f'{missing.name} is missing: the command line needs pip install "specdiff[demo]"'
     ) from None
 
+import specdiff
 from specdiff.errors import OptionError, SpecdiffError
 from specdiff.evaluation.cli import evaluate_methods, tune_plan
 
@@ -34,8 +35,19 @@ console = Console()
 errors = Console(stderr=True)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        console.print(specdiff.__version__, highlight=False)
+        raise typer.Exit
+
+
 @app.callback()
-def _commands() -> None:
+def _commands(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
+    ] = False,
+) -> None:
     """Run diffusion transformers on the tokens that matter."""
 
 

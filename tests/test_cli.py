@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import specdiff
 from specdiff import cli, picture, summary
 from specdiff.comparison import Comparison, Method, Request, compare, count_images, psnr, ssim
 from specdiff.demo import load_pipeline
@@ -216,6 +218,13 @@ def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     with pytest.raises(SystemExit) as stop:
         cli.main()
     return int(stop.value.code or 0)
+
+
+def test_the_version_is_that_of_the_package(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out.strip() == specdiff.__version__ == version("specdiff")
 
 
 def test_a_wrong_option_stops_before_any_work(
