@@ -48,7 +48,7 @@ def evaluate_methods(
     ] = "wall",
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.")] = "cpu",
 ) -> None:
-    """Measure specdiff against fewer steps and every published cache, on equal terms.
+    """Measure specdiff, fewer steps and the caches of diffusers and cache-dit, on equal terms.
 
     Writes results.json, table.md and frontier.png; run again, it goes on where it stopped.
     """
