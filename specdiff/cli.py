@@ -165,28 +165,38 @@ def demo(
         quiet_libraries,
         usable_device,
     )
-    from specdiff.picture import draw_comparison
-    from specdiff.summary import load_per_core, record, table, warnings
+    from specdiff.summary import load_per_core, record, warnings
 
     quiet_libraries()
     place = usable_device(device)
     requests = demo_requests(prompts or [], seed)
     setting = Setting(place, steps, options, embed(requests, place))
     load = load_per_core()
-    methods = demo_methods(setting, fewer_steps or [])
-    comparison = _measure(methods, requests, repeats)
+    comparison = _measure(demo_methods(setting, fewer_steps or []), requests, repeats)
+    hints = warnings(comparison, load)
+    _show(comparison, hints, out)
+    if json_file is not None:
+        _write_figures(json_file, record(comparison, place, repeats, load))
+    if report is not None:
+        _write_page(report, setting, comparison, hints)
+
+
+def _show(comparison: Comparison, hints: Sequence[str], out: Path) -> None:
+    """The picture, and on the terminal the table and what to know of it."""
+    from specdiff.picture import draw_comparison
+    from specdiff.summary import table
+
     draw_comparison(comparison, out)
     console.print(table(comparison))
-    hints = warnings(comparison, load)
     for hint in hints:
         errors.print(hint, style="yellow", markup=False, highlight=False)
     console.print(f"picture: {out}", highlight=False)
-    if json_file is not None:
-        figures = record(comparison, place, repeats, load)
-        json_file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-        console.print(f"figures: {json_file}", highlight=False)
-    if report is not None:
-        _write_page(report, setting, comparison, hints)
+
+
+def _write_figures(file: Path, figures: object) -> None:
+    text = json.dumps(figures, indent=2, allow_nan=False)
+    file.write_text(text + "\n", encoding="utf-8")
+    console.print(f"figures: {file}", highlight=False)
 
 
 def _write_page(file: Path, setting: Setting, comparison: Comparison, hints: Sequence[str]) -> None:
@@ -245,9 +255,7 @@ def explain(
         html.write_text(report_page(found, rates, steps, call.name), encoding="utf-8")
         console.print(f"page: {html}", highlight=False)
     if json_file is not None:
-        figures = json.dumps(to_json(found, rates, steps), indent=2, allow_nan=False)
-        json_file.write_text(figures + "\n", encoding="utf-8")
-        console.print(f"figures: {json_file}", highlight=False)
+        _write_figures(json_file, to_json(found, rates, steps))
 
 
 def _rates_of(found: Report) -> MachineRates | None:
