@@ -50,7 +50,8 @@ def evaluate_methods(
 ) -> None:
     """Measure specdiff, fewer steps and the caches of diffusers and cache-dit, on equal terms.
 
-    Writes results.json, table.md and frontier.png; run again, it goes on where it stopped.
+    Writes results.json, table.md and frontier.png; run again, it goes on where it stopped and tries
+    again what refused to run.
     """
     from specdiff.cli import console, make_folders, require_compiler
 
