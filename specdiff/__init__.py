@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from specdiff.tuning import Tuned, tune
     from specdiff.verification import Verification, verify
 
+    __version__: str
+
 _HOMES = {
     "attach": "specdiff.runtime.api",
     "backend": "specdiff.compiler",
@@ -77,6 +79,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("specdiff")
     if name not in _HOMES:
         raise AttributeError(f"module 'specdiff' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -20,6 +20,7 @@ except ModuleNotFoundError as missing:
         f'{missing.name} is missing: the command line needs pip install "specdiff[demo]"'
     ) from None
 
+import specdiff
 from specdiff.errors import OptionError, SpecdiffError
 from specdiff.evaluation.cli import evaluate_methods, tune_plan
 
@@ -34,8 +35,19 @@ console = Console()
 errors = Console(stderr=True)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        console.print(specdiff.__version__, highlight=False)
+        raise typer.Exit
+
+
 @app.callback()
-def _commands() -> None:
+def _commands(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
+    ] = False,
+) -> None:
     """Run diffusion transformers on the tokens that matter."""
 
 
@@ -43,9 +55,10 @@ def parse_options(pairs: Sequence[str]) -> dict[str, object]:
     """Read `name=value` pairs; values are Python literals where they can be, else text.
 
     Raises:
-        OptionError: A pair has no `=`, or the runtime does not take it.
+        OptionError: A pair has no `=`, or neither specdiff nor Inductor takes it.
     """
     from specdiff.options import Options
+    from specdiff.torch_adapter import inductor_keys
 
     options: dict[str, object] = {}
     for pair in pairs:
@@ -56,7 +69,7 @@ def parse_options(pairs: Sequence[str]) -> dict[str, object]:
             options[name] = ast.literal_eval(text)
         except (SyntaxError, ValueError):
             options[name] = text
-    Options.parse(options, ())
+    Options.parse(options, inductor_keys())
     return options
 
 
@@ -74,6 +87,10 @@ def make_folders(files: Sequence[Path]) -> None:
             raise SpecdiffError(f"{file} is a folder, expected a file name")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
+            is_new = not file.exists()
+            file.open("ab").close()  # permissions alone do not tell, root has them all
+            if is_new:
+                file.unlink()
         except OSError as error:
             raise SpecdiffError(f"cannot write {file}: {error}") from error
 
@@ -117,7 +134,11 @@ def demo(
         float | None, typer.Option(help="Share of tokens not computed at a selective step.")
     ] = None,
     option: Annotated[
-        list[str] | None, typer.Option(help="Any other option, as name=value; repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="Any other option, or a setting of Inductor for every method, as name=value;"
+            " repeatable."
+        ),
     ] = None,
     fewer_steps: Annotated[
         list[int] | None,
@@ -144,42 +165,51 @@ def demo(
         quiet_libraries,
         usable_device,
     )
-    from specdiff.picture import draw_comparison
-    from specdiff.summary import load_per_core, record, table, warnings
+    from specdiff.summary import load_per_core, record, warnings
 
     quiet_libraries()
     place = usable_device(device)
     requests = demo_requests(prompts or [], seed)
     setting = Setting(place, steps, options, embed(requests, place))
     load = load_per_core()
-    methods = demo_methods(setting, fewer_steps or [])
-    comparison = _measure(methods, requests, repeats)
+    comparison = _measure(demo_methods(setting, fewer_steps or []), requests, repeats)
+    hints = warnings(comparison, load)
+    _show(comparison, hints, out)
+    if json_file is not None:
+        _write_figures(json_file, record(comparison, place, repeats, load))
+    if report is not None:
+        _write_page(report, setting, comparison, hints)
+
+
+def _show(comparison: Comparison, hints: Sequence[str], out: Path) -> None:
+    """The picture, and on the terminal the table and what to know of it."""
+    from specdiff.picture import draw_comparison
+    from specdiff.summary import table
+
     draw_comparison(comparison, out)
     console.print(table(comparison))
-    hints = warnings(comparison, load)
     for hint in hints:
         errors.print(hint, style="yellow", markup=False, highlight=False)
     console.print(f"picture: {out}", highlight=False)
-    if json_file is not None:
-        figures = record(comparison, place, repeats, load)
-        json_file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-        console.print(f"figures: {json_file}", highlight=False)
-    if report is not None:
-        _write_page(report, setting, comparison, hints)
+
+
+def _write_figures(file: Path, figures: object) -> None:
+    text = json.dumps(figures, indent=2, allow_nan=False)
+    file.write_text(text + "\n", encoding="utf-8")
+    console.print(f"figures: {file}", highlight=False)
 
 
 def _write_page(file: Path, setting: Setting, comparison: Comparison, hints: Sequence[str]) -> None:
     """The comparison, recorded runs and what the compiler found, as one page."""
     from specdiff.inspect.runs import comparison_page
-    from specdiff.inspect.target import demo_call
+    from specdiff.inspect.target import demo_call, explain_call
     from specdiff.machine import measure_rates
     from specdiff.methods import record_methods
-    from specdiff.report import explain as explain_model
 
     methods = [trials.method for trials in comparison.trials]
     runs = record_methods(methods, comparison.requests)
     call = demo_call(setting.device)
-    found = explain_model(call.model, options=setting.options, **call.inputs)
+    found = explain_call(call, setting.options)
     rates = measure_rates(setting.device)
     file.write_text(comparison_page(comparison, found, runs, rates, hints), encoding="utf-8")
     console.print(f"page: {file}", highlight=False)
@@ -212,23 +242,20 @@ def explain(
     make_folders([file for file in (html, json_file) if file is not None])
     from specdiff.inspect.page import report_page
     from specdiff.inspect.plain import to_json
-    from specdiff.inspect.target import load_target
+    from specdiff.inspect.target import explain_call, load_target
     from specdiff.inspect.terminal import render
     from specdiff.methods import quiet_libraries, usable_device
-    from specdiff.report import explain as explain_model
 
     quiet_libraries()
     call = load_target(target, usable_device(device))
-    found = explain_model(call.model, options=options, **call.inputs)
+    found = explain_call(call, options)
     rates = _rates_of(found)
     console.print(render(found, rates, steps))
     if html is not None:
         html.write_text(report_page(found, rates, steps, call.name), encoding="utf-8")
         console.print(f"page: {html}", highlight=False)
     if json_file is not None:
-        figures = json.dumps(to_json(found, rates, steps), indent=2, allow_nan=False)
-        json_file.write_text(figures + "\n", encoding="utf-8")
-        console.print(f"figures: {json_file}", highlight=False)
+        _write_figures(json_file, to_json(found, rates, steps))
 
 
 def _rates_of(found: Report) -> MachineRates | None:
@@ -260,7 +287,10 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, help="Runs behind each median.")] = 3,
     option: Annotated[
         list[str] | None,
-        typer.Option(help="Any option of specdiff as name=value; repeatable."),
+        typer.Option(
+            help="Any option of specdiff but the ratio, or a setting of Inductor for every method,"
+            " as name=value; repeatable."
+        ),
     ] = None,
     mode: Annotated[str | None, typer.Option(help="Of torch.compile, for every method.")] = None,
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.")] = "cpu",
@@ -274,6 +304,9 @@ def bench(
     The method is "paper", whose every later step is selective, unless an option says otherwise.
     """
     options = {"method": "paper", **parse_options(option or [])}
+    for name in ("cache_ratio", "plan", "quality"):
+        if name in options:
+            raise OptionError(f"{name}: the ratios take its place, give --ratio")
     require_compiler()
     from specdiff.bench.geometries import build, require_known
     from specdiff.bench.measure import measure, type_of
@@ -281,7 +314,9 @@ def bench(
     from specdiff.machine import measure_rates
     from specdiff.methods import quiet_libraries, usable_device
     from specdiff.summary import load_per_core
+    from specdiff.torch_adapter import mode_settings
 
+    mode_settings(mode)
     require_known(geometries)
     place = usable_device(device)
     kind = type_of(dtype, place)

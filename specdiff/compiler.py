@@ -56,7 +56,7 @@ def specdiff_backend(
     Raises OptionError for an unknown or invalid option (Dynamo wraps it in BackendCompilerFailed).
     """
     known, settings = Options.parse(dict(options or {}), torch_adapter.inductor_keys())
-    settings = {**torch_adapter.mode_settings(settings.pop("mode", mode)), **settings}
+    settings = torch_adapter.inductor_settings(settings, mode)
     states = module_states(module, inputs)
     symbolic, floats = torch_adapter.symbolic_inputs(inputs), floats_of(module)
     reason = refusal(inputs)

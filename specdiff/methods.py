@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import specdiff
+from specdiff import torch_adapter
 from specdiff.comparison import Method, Request
 from specdiff.demo import (
     PIPELINE_SIDE,
@@ -19,6 +20,7 @@ from specdiff.demo import (
     to_pixels,
 )
 from specdiff.errors import SpecdiffError
+from specdiff.options import Options
 from specdiff.runtime.recording import StepRecord
 
 BUILT_IN = 4
@@ -32,7 +34,7 @@ class Setting:
     Attributes:
         device: Where the pipelines run.
         steps: Denoising steps of one picture.
-        options: Runtime options on top of the defaults.
+        options: On top of the defaults; settings of Inductor among them are for all.
         embeddings: Token states and pooled state of each prompt, made before any clock runs.
     """
 
@@ -115,7 +117,9 @@ def compiled_pipeline(setting: Setting, **compile_arguments: Any) -> Any:
 
 def dense_methods(setting: Setting, fewer_steps: Sequence[int]) -> tuple[Method, list[Method]]:
     """The reference, and the same compiled model run for fewer steps."""
-    pipeline = compiled_pipeline(setting, backend="inductor")
+    _, given = Options.parse(setting.options, torch_adapter.inductor_keys())
+    settings = torch_adapter.inductor_settings(given)
+    pipeline = compiled_pipeline(setting, backend="inductor", options=settings)
     reference = Method("dense", setting.steps, picture_maker(pipeline, setting, setting.steps))
     shorter = [
         Method(

@@ -222,20 +222,27 @@ class Options:
 
         Args:
             mapping: option names and values; may also hold `mode`.
-            inductor_keys: names of all Inductor settings, with underscores, dots where nested.
+            inductor_keys: names of all Inductor settings, with underscores, dots where nested;
+                `mapping` may have them with dashes, as `torch.compile` does.
 
         Returns:
             The options, and the settings (`mode` included) to hand to Inductor.
 
         Raises:
-            OptionError: a name that is neither, or a value out of range.
+            OptionError: a name that is neither, a mode that torch has not, or a value out of range.
         """
         ours = {name: value for name, value in mapping.items() if name in _FIELDS}
-        inductor = {name: value for name, value in mapping.items() if name not in _FIELDS}
+        inductor = {
+            name.replace("-", "_"): value for name, value in mapping.items() if name not in _FIELDS
+        }
         known = {"mode", *inductor_keys}
         for name in inductor:
-            if name.replace("-", "_") not in known:
+            if name not in known:
                 raise OptionError(_unknown(name, list(_FIELDS), sorted(known)))
+        if "mode" in inductor:
+            from specdiff.torch_adapter import mode_settings
+
+            mode_settings(inductor["mode"])
         return cls(**ours), inductor
 
     @property

@@ -81,11 +81,15 @@ class Plan:
             raise OptionError(f"{source}: not JSON: {error}") from error
 
     def save(self, file: str | os.PathLike[str]) -> None:
-        """Write it as `load` reads it."""
+        """Write it as `load` reads it.
+
+        Raises:
+            OptionError: A setting or note is nothing that JSON has, such as an infinite number.
+        """
         evaluations = ", ".join(json.dumps(_word(ratio)) for ratio in self.ratios)
         lines = [f'  "{KEY}": {FORMAT}', f'  "evaluations": [{evaluations}]']
         lines += [
-            f'  "{name}": {json.dumps(dict(values), sort_keys=True)}'
+            f'  "{name}": {_json(values, name)}'
             for name, values in (("settings", self.settings), ("notes", self.notes))
             if values
         ]
@@ -124,6 +128,13 @@ class Plan:
         if index + 1.5 > total:  # the last one, or what follows it is hardly a step
             return count - 1
         return min(math.ceil((index + 0.5) * count / total) - 1, count - 1)
+
+
+def _json(values: Mapping[str, Any], name: str) -> str:
+    try:
+        return json.dumps(dict(values), sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"plan: {name}={values!r}: must be JSON: {error}") from error
 
 
 def _word(ratio: float) -> str | float:

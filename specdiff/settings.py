@@ -10,9 +10,10 @@ from specdiff.plan import Plan
 
 METHODS = ("history", "paper")
 
-# Used where an option is left None. The schedule of "history" was measured on the demo model alone
-# (README, results); "paper" has the paper's values, and where it is silent those of paper.md; but
-# importance, which it measures in every step, is 0.4 to 1.1 dB better left to dense ones.
+# Used where an option is left None. Those of "history" were measured on two models (README,
+# results; examples/eval says what decided each). "paper" has the paper's values, and where it is
+# silent those of paper.md; but importance, which it measures in every step, is 0.4 to 1.1 dB better
+# left to dense ones.
 METHOD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "history": {
         "cache_ratio": 1.0,

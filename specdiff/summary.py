@@ -38,8 +38,8 @@ def plain(options: Mapping[str, object]) -> dict[str, Json]:
     }
 
 
-def _method_record(comparison: Comparison, trials: Trials) -> dict[str, Json]:
-    pictures: list[Json] = [
+def _pictures(comparison: Comparison, trials: Trials) -> list[Json]:
+    return [
         {
             "prompt": request.prompt,
             "seed": request.seed,
@@ -51,6 +51,9 @@ def _method_record(comparison: Comparison, trials: Trials) -> dict[str, Json]:
             comparison.requests, trials.seconds, trials.qualities, strict=True
         )
     ]
+
+
+def _method_record(comparison: Comparison, trials: Trials) -> dict[str, Json]:
     return {
         "name": trials.method.name,
         "options": plain(trials.method.options),
@@ -64,7 +67,7 @@ def _method_record(comparison: Comparison, trials: Trials) -> dict[str, Json]:
         "compile_seconds": _finite(trials.compile_seconds),
         "program_seconds": {name: _finite(s) for name, s in trials.program_seconds.items()},
         "fallbacks": dict(trials.fallbacks),
-        "pictures": pictures,
+        "pictures": _pictures(comparison, trials),
     }
 
 

@@ -30,7 +30,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from specdiff.errors import Unsupported
+from specdiff.errors import OptionError, Unsupported
 
 InductorSettings = Mapping[str, Any]
 
@@ -200,10 +200,18 @@ def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def mode_settings(mode: str | None) -> dict[str, Any]:
-    """Inductor settings of a `torch.compile` mode. Raises RuntimeError for an unknown mode."""
-    if mode is None or mode == "default":
-        return {}
-    return dict(torch._inductor.list_mode_options(mode))
+    """Inductor settings of a `torch.compile` mode. Raises OptionError for an unknown mode."""
+    known = torch._inductor.list_mode_options()
+    if mode not in [None, *known]:
+        raise OptionError(f"mode={mode!r}: must be one of {', '.join(map(repr, known))}")
+    return {} if mode is None else dict(known[mode])
+
+
+def inductor_settings(given: Mapping[str, Any], mode: str | None = None) -> dict[str, Any]:
+    """What is given, on top of the settings of a mode, which it may name itself."""
+    settings = {**mode_settings(given.get("mode", mode)), **given}
+    settings.pop("mode", None)
+    return settings
 
 
 def inductor_keys() -> frozenset[str]:

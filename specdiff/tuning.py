@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from specdiff.comparison import psnr
-from specdiff.errors import SpecdiffError
+from specdiff.errors import OptionError, SpecdiffError
 from specdiff.options import check_overrides
 from specdiff.plan import Plan
 from specdiff.runtime.api import record, session
@@ -141,9 +141,10 @@ class Tuned:
 
     plan: Plan
     score: float
-    """Mean likeness over the prompts tuned on; infinite if every evaluation is dense."""
+    """Mean likeness over the prompts tuned on; infinite if every evaluation is dense, as where
+    nothing else reached the target within the budget."""
     checked: float | None
-    """The same over the prompts held back; None if there were none."""
+    """The same over the prompts held back; None if there were none, or nothing to check."""
     speedup: float
     """Predicted: time of a dense generation over the plan's, from the steps' times."""
     spent: int
@@ -181,6 +182,20 @@ class _Trials:
         self._measure(recording, prompt)
         self.tell(self.spent, f"dense picture {prompt + 1}")
         return picture
+
+    def references(self, prompts: Sequence[int]) -> list[Tensor]:
+        """Dense pictures to tune on.
+
+        Raises:
+            SpecdiffError: The budget is less than they cost.
+        """
+        pictures = [self.dense(prompts[0])]
+        least = len(prompts) * self.spent
+        if least > self.budget:
+            raise SpecdiffError(
+                f"budget={self.budget}: must be at least {least}, for {len(prompts)} dense pictures"
+            )
+        return [*pictures, *(self.dense(prompt) for prompt in prompts[1:])]
 
     def beside(self, prompts: Sequence[int]) -> list[Tensor]:
         """Dense pictures to check the result by, beside the budget.
@@ -279,7 +294,7 @@ def tune(
     Args:
         compiled: the compiled model, with whatever options its pipeline needs (`guidance_scale`).
         draw: draws prompt number i from a seed of its own: a picture, in 0..1 for PSNR.
-        target: mean likeness to keep, in dB by default.
+        target: mean likeness to keep, in dB by default; finite.
         prompts: how many to tune on, numbers from 0.
         held_back: how many more to check the result on; they count beside the budget.
         likeness: of a picture to the dense one; higher is closer.
@@ -289,14 +304,16 @@ def tune(
         settings: options that a plan may hold, such as `forecast`, tuned with and kept in the plan.
 
     Raises:
-        OptionError: A setting that a plan cannot hold.
-        SpecdiffError: The model's evaluations cannot be skipped, or the pictures take different
-            numbers of them; says why.
+        OptionError: A setting that a plan cannot hold, or a target that is no number.
+        SpecdiffError: The model's evaluations cannot be skipped, the pictures take different
+            numbers of them, or more than the budget; says why.
     """
+    if not math.isfinite(target):
+        raise OptionError(f"target={target!r}: must be a finite number")
     check_overrides({"plan": Plan((0.0, 1.0), settings)})
     trials = _Trials(compiled, draw, likeness, budget, settings, tell)
     numbers, others = range(prompts), range(prompts, prompts + held_back)
-    references = [trials.dense(prompt) for prompt in numbers]
+    references = trials.references(numbers)
     held = trials.beside(others)
 
     def score(places: Places) -> float:
@@ -306,25 +323,33 @@ def tune(
 
     search = Search(trials.evaluations, score, target)
     search.run()
-    checked = _checked(trials, search.best, others, held)
+    return _tuned(trials, search, _checked(trials, search.best, others, held), prompts)
+
+
+def _tuned(trials: _Trials, search: Search, checked: float | None, prompts: int) -> Tuned:
     speedup = trials.speedup(search.best)
-    notes = {
-        "score": search.best_score if math.isfinite(search.best_score) else None,
-        "score_held_back": checked,
-        "target": target,
-        "prompts": prompts,
-        "predicted_speedup": round(speedup, 2),
-        "evaluations_spent": trials.spent,
-    }
-    plan = trials.plan(search.best, **notes)
+    plan = trials.plan(
+        search.best,
+        score=_finite(search.best_score),
+        score_held_back=_finite(checked),
+        target=search.target,
+        prompts=prompts,
+        predicted_speedup=round(speedup, 2),
+        evaluations_spent=trials.spent,
+    )
     return Tuned(plan, search.best_score, checked, speedup, trials.spent)
+
+
+def _finite(score: float | None) -> float | None:
+    """JSON knows no infinity, the PSNR of equal pictures."""
+    return score if score is not None and math.isfinite(score) else None
 
 
 def _checked(
     trials: _Trials, places: Places, prompts: Sequence[int], references: Sequence[Tensor]
 ) -> float | None:
     """The score on other prompts, whatever the budget."""
-    if not prompts:
+    if not prompts or len(places) == trials.evaluations:
         return None
     trials.budget = math.inf
     return trials.score(places, prompts, references)

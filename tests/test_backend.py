@@ -180,6 +180,13 @@ def test_configured_backend(small):
     assert counts(selective) == (3, 7, 0, 1)
 
 
+@pytest.mark.parametrize("mode", ["nosuch", 3])
+def test_a_mode_that_torch_has_not_is_refused_at_once(mode):
+    valid = "must be one of 'default', "
+    with pytest.raises(specdiff.OptionError, match=f"mode={mode!r}: {valid}"):
+        specdiff.backend(mode=mode)
+
+
 @pytest.mark.parametrize("options", [{"cache_ration": 0.9}, {"cache_ratio": 2}])
 def test_wrong_option(small, options):
     model, inputs = small

@@ -9,11 +9,12 @@ import torch
 from typer.testing import CliRunner
 
 from specdiff.bench import geometries
+from specdiff.bench import measure as bench_measure
 from specdiff.bench.geometries import GEOMETRIES, Geometry, build
 from specdiff.bench.measure import TimedPrograms, measure
 from specdiff.bench.record import markdown, record
 from specdiff.cli import app
-from specdiff.errors import SpecdiffError
+from specdiff.errors import OptionError, SpecdiffError
 from specdiff.machine import MachineRates
 from specdiff.memory import peak, reset_peak
 
@@ -23,6 +24,7 @@ SMALL = {
 }
 RATES = MachineRates(flops_per_second=1e12, bytes_per_second=1e9)
 EAGER = {"inner_backend": "eager", "method": "paper"}
+PLAN = {"specdiff_plan": 1, "evaluations": ["dense", "skip"]}
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +102,34 @@ def test_command_names_the_geometries():
     result = CliRunner().invoke(app, ["bench", "flux-pro"])
     assert isinstance(result.exception, SpecdiffError)
     assert "flux-dev, sd3-medium" in str(result.exception)
+
+
+def test_settings_of_inductor_are_for_every_method(monkeypatch):
+    seen = []
+
+    def compiled(sampler, backend, options):
+        seen.append(dict(options))
+        return really(sampler, backend, options if backend == "specdiff" else {})
+
+    really = bench_measure.compiled
+    monkeypatch.setattr(bench_measure, "compiled", compiled)
+    given = {**EAGER, "epilogue-fusion": False, "mode": "reduce-overhead"}
+    measure(toy("flux-toy"), RATES, [0.75], 1, given, backend="eager")
+    settings = {"epilogue_fusion": False, "triton.cudagraphs": True}
+    assert seen[0] == settings and settings.items() <= seen[1].items()
+
+
+@pytest.mark.parametrize("given", ["cache_ratio=0.5", f"plan={PLAN}", "quality=fast"])
+def test_command_refuses_what_the_ratios_take_the_place_of(given):
+    result = CliRunner().invoke(app, ["bench", "flux-pro", "--option", given])
+    assert isinstance(result.exception, OptionError)
+    assert str(result.exception).endswith("the ratios take its place, give --ratio")
+
+
+def test_command_names_the_modes():
+    result = CliRunner().invoke(app, ["bench", "flux-toy", "--mode", "foo"])
+    assert isinstance(result.exception, OptionError)
+    assert "mode='foo': must be one of 'default'" in str(result.exception)
 
 
 @pytest.mark.slow

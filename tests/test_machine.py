@@ -1,18 +1,31 @@
-"""The rates of a machine: of the right size, measured once, and a bound by the slower of two."""
+"""The rates of a machine: work over time, measured once, and a bound by the slower of two."""
 
 from __future__ import annotations
 
+import itertools
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from specdiff import machine
 from specdiff.machine import MachineRates, measure_rates
 
 
-def test_rates_are_those_of_a_computer_and_measured_once():
-    rates = measure_rates("cpu", torch.float32)
-    assert 1e8 < rates.flops_per_second < 1e15
-    assert 1e8 < rates.bytes_per_second < 1e13
-    assert measure_rates("cpu", torch.float32) is rates
+def test_rates_are_work_over_the_best_time_but_the_first(monkeypatch):
+    products, copies = [0.1, 4.0, 2.0, 3.0, 3.0, 3.0], [0.1, 5.0, 5.0, 4.0, 5.0, 5.0]
+    steps = itertools.chain(*((1.0, seconds) for seconds in products + copies))
+    ticks = itertools.accumulate(steps)
+    monkeypatch.setattr(machine, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    with FlopCounterMode(display=False) as counter:
+        rates = measure_rates.__wrapped__("cpu", torch.float32)
+    assert rates.flops_per_second == pytest.approx(counter.get_total_flops() / len(products) / 2)
+    assert rates.bytes_per_second == pytest.approx(2 * 2**28 / 4)  # read and written
+
+
+def test_rates_are_measured_once():
+    assert measure_rates("cpu", torch.float32) is measure_rates("cpu", torch.float32)
 
 
 def test_the_slower_of_work_and_traffic_bounds_a_program():

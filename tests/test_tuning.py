@@ -203,6 +203,37 @@ def test_what_cannot_be_tuned_says_why():
         tune(model, drawn(model), target=40, prompts=1, cache_ratio=0.5)
 
 
+def test_what_nothing_reaches_is_said_in_strict_json(tmp_path):
+    model = toy()
+    tuned = tune(model, drawn(model), target=999, prompts=1, held_back=1, budget=100)
+    assert len(tuned.plan.dense) == 12 and tuned.score == math.inf and tuned.checked is None
+    assert tuned.plan.notes["score"] is None
+    tuned.plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json").notes["score_held_back"] is None
+
+
+@pytest.mark.parametrize("value", [math.inf, {1}])
+def test_what_json_does_not_have_is_not_saved(value, tmp_path):
+    plan = Plan((0.0, 1.0), notes={"score": value})
+    with pytest.raises(OptionError, match=r"plan: notes=.*: must be JSON"):
+        plan.save(tmp_path / "plan.json")
+    assert not (tmp_path / "plan.json").exists()
+
+
+@pytest.mark.parametrize("target", [math.nan, math.inf])
+def test_a_target_is_a_number(target):
+    model = toy()
+    with pytest.raises(OptionError, match=r"target=.*: must be a finite number"):
+        tune(model, drawn(model), target=target)
+
+
+def test_a_budget_below_the_dense_pictures_is_refused():
+    model = toy()
+    with pytest.raises(SpecdiffError, match="budget=30: must be at least 36, for 3 dense pictures"):
+        tune(model, drawn(model), target=40, budget=30)
+    assert len(model.runtime.programs.calls) == 12  # after the first
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_pictures_to_tune_on_are_not_measured_on(model, tmp_path):
     weights = tmp_path / "never loaded"

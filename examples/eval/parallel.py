@@ -88,7 +88,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("eval"),
     processes: Annotated[int, typer.Option(min=1, help="At a time.")] = 12,
     pictures: Annotated[int, typer.Option(min=1, help="Compared per method.")] = 32,
-    pairs: Annotated[int, typer.Option(min=1, help="To be timed, later.")] = 8,
+    pairs: Annotated[int | None, typer.Option(min=1, help="To be timed, later.")] = None,
     large_set: Annotated[int, typer.Option(min=0, help="For the distance between sets.")] = 256,
     minutes: Annotated[float, typer.Option(help="No method begins to draw after it.")] = 60.0,
     probe: Annotated[Path | None, typer.Option(help="Classifier of train_probe.py.")] = None,
@@ -98,8 +98,9 @@ def main(
         raise typer.BadParameter(
             f"{out / RESULTS} exists: choose another folder", param_hint="--out"
         )
-    sizes = ["--pictures", str(pictures), "--pairs", str(pairs), "--large-set", str(large_set)]
-    wanted = Wanted(model, device, out, [*sizes, *(["--probe", str(probe)] if probe else [])])
+    sizes = {"pictures": pictures, "pairs": pairs, "large-set": large_set, "probe": probe}
+    given = [(f"--{name}", str(size)) for name, size in sizes.items() if size is not None]
+    wanted = Wanted(model, device, out, [part for pair in given for part in pair])
     candidates = all_candidates(find_subject(model, WEIGHTS, torch.device(device)))
     shares = parts(candidates, processes)
     folders = [out / "parts" / str(number) for number in range(len(shares))]

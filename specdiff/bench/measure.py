@@ -24,6 +24,7 @@ from specdiff.bench.geometries import Sampler
 from specdiff.errors import SpecdiffError, Unsupported
 from specdiff.machine import MachineRates, wait
 from specdiff.memory import peak, reset_peak
+from specdiff.options import Options
 from specdiff.passes.cost import Sizes
 from specdiff.passes.lower import TIMETABLE, TIMETABLE_ROW, named_for
 from specdiff.passes.regions import dense_work, selective_work
@@ -163,15 +164,16 @@ def measure(
         rates: of its device and dtype.
         ratios: of specdiff; the dense model comes first by itself.
         repeats: runs behind each median.
-        options: of specdiff, on top of each ratio.
+        options: of specdiff, on top of each ratio; settings of Inductor among them are for all.
         mode: of `torch.compile`, for all methods.
         on_run: called before each run with a line for a progress bar.
         backend: of the dense model.
     """
-    inductor = torch_adapter.mode_settings(mode)
+    _, inductor = Options.parse(options, torch_adapter.inductor_keys())
+    inductor = torch_adapter.inductor_settings(inductor, mode)
     torch.compiler.reset()
     trials = [Trial(0.0, compiled(sampler, backend, inductor))]
-    rewritten = compiled(sampler, "specdiff", {**inductor, **options})
+    rewritten = compiled(sampler, "specdiff", {**options, **inductor})
     trials += [Trial(ratio, rewritten) for ratio in ratios]
     for group in (trials[:1], trials[1:]):
         with torch_adapter.cold_caches():

@@ -63,39 +63,44 @@ def _program(program: Program) -> dict[str, Json]:
 
 def markdown(found: Mapping[str, Any]) -> str:
     """A record as a page: where it ran, a table of runs and one of programs."""
-    machine, geometry, rates = found["environment"], found["geometry"], found["rates"]
+    methods = found["methods"]
+    runs = ("method", "run", "speedup", "first run", "peak memory", "caches")
+    programs = ("program", "ratio", "time", "floor", "time / floor", "compiled in")
+    lines = [
+        *_heading(found),
+        "",
+        *_rows(runs, [_method_row(method) for method in methods]),
+        "",
+        *_rows(programs, _program_rows(methods)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _heading(found: Mapping[str, Any]) -> list[str]:
+    """What was measured, and where."""
+    machine, rates = found["environment"], found["rates"]
     matrix, copy = rates["flops_per_second"] / 1e9, rates["bytes_per_second"] / 1e9
     where = machine["device"] if machine["device"] != "cpu" else f"{machine['threads']} CPU threads"
     options = ", ".join(f"{name}={value}" for name, value in found["options"].items())
-    lines = [
-        f"## {geometry['name']}",
+    return [
+        f"## {found['geometry']['name']}",
         "",
         f"{where}, {found['dtype']}, torch {machine['torch']}, diffusers {machine['diffusers']},"
         f" {machine['date'][:10]}; {found['steps']} steps, medians of"
         f" {len(found['methods'][0]['seconds'])} runs taking turns; {options}.",
         f"Matrix products {matrix:.0f} GFLOP/s, copies {copy:.1f} GB/s.",
-        "",
-        *_rows(
-            ("method", "run", "speedup", "first run", "peak memory", "caches"),
-            [
-                (
-                    method["name"],
-                    f"{method['seconds_median']:.2f} s",
-                    f"{method['speedup']:.2f}x",
-                    f"{method['first_seconds']:.0f} s",
-                    _mebibytes(method["peak_bytes"]),
-                    _mebibytes(method["cache_bytes"]),
-                )
-                for method in found["methods"]
-            ],
-        ),
-        "",
-        *_rows(
-            ("program", "ratio", "time", "floor", "time / floor", "compiled in"),
-            _program_rows(found["methods"]),
-        ),
     ]
-    return "\n".join(lines) + "\n"
+
+
+def _method_row(method: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        method["name"],
+        f"{method['seconds_median']:.2f} s",
+        f"{method['speedup']:.2f}x",
+        f"{method['first_seconds']:.0f} s",
+        _mebibytes(method["peak_bytes"]),
+        _mebibytes(method["cache_bytes"]),
+    )
 
 
 def _program_rows(methods: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:

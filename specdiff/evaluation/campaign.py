@@ -6,7 +6,7 @@ import gc
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from specdiff.errors import SpecdiffError
-from specdiff.evaluation.candidates import DENSE, Candidate
+from specdiff.evaluation.candidates import DENSE, Candidate, Refused
 from specdiff.evaluation.findings import Finding, Findings
 from specdiff.evaluation.measuring import (
     Bench,
@@ -27,8 +27,6 @@ from specdiff.evaluation.measuring import (
 PHASES = ("draw", "compare", "time", "flops")
 """Any of them may be left for later, or for another machine."""
 RESULTS, LATENTS = "results.json", "latents"
-WORDS_OF_A_REASON = 300
-"""Letters of an error of a peer that the table keeps."""
 
 
 @dataclass
@@ -46,6 +44,8 @@ class Campaign:
     findings: Findings
     folder: Path
     deadline: float | None = None
+    refused: set[str] = field(default_factory=set)
+    """Methods that have failed in this run; those of earlier runs are tried again."""
 
     def run(
         self, candidates: Sequence[Candidate], phases: Sequence[str] = PHASES
@@ -67,8 +67,11 @@ class Campaign:
             (candidate, phase)
             for candidate in candidates
             for phase in PHASES
-            if phase in phases and not self._finding(candidate).has(phase)
+            if phase in phases and not self._settled(candidate, phase)
         ]
+
+    def _settled(self, candidate: Candidate, phase: str) -> bool:
+        return candidate.name in self.refused or self._finding(candidate).has(phase)
 
     def _finding(self, candidate: Candidate) -> Finding:
         fresh = Finding(candidate.family, candidate.steps, dict(candidate.settings))
@@ -78,19 +81,18 @@ class Campaign:
         if phase == "compare":
             self._measure(DENSE, "draw")
             self._measure(candidate, "draw")
-        finding = self._finding(candidate)
-        if finding.has(phase):  # a phase that failed took the others with it
+        if self._settled(candidate, phase):  # a phase that failed took the others with it
             return
         self.findings.begin(phase)
+        finding = self._finding(candidate)
         try:
-            values = self._values(candidate, phase)
-        except Exception as error:
-            if phase == "compare" or not candidate.is_peer:
+            finding.add(phase, self._values(candidate, phase))
+            finding.reason = ""
+        except Refused as error:
+            if not candidate.is_peer:
                 raise
-            finding.reason = _reason(error)
-            values = {}
-        if not finding.reason:
-            finding.add(phase, values)
+            finding.reason = str(error)
+            self.refused.add(candidate.name)
         self.findings.methods[candidate.name] = finding
 
     def _values(self, candidate: Candidate, phase: str) -> dict[str, Any]:
@@ -121,9 +123,3 @@ class Campaign:
             raise SpecdiffError(f"{file} is gone: remove {self.folder / RESULTS} or restore it")
         latents: list[Tensor] = torch.load(file, weights_only=True)
         return latents
-
-
-def _reason(error: Exception) -> str:
-    """One line of an error that a reader of the table understands."""
-    text = " ".join(str(error).split())[:WORDS_OF_A_REASON]
-    return text if isinstance(error, SpecdiffError) else f"{type(error).__name__}: {text}"

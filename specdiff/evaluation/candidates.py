@@ -42,6 +42,10 @@ PRESETS = ("dense", *(f"{OURS}, {quality}" for quality in QUALITIES))
 """Methods that also draw the large set for the distance between sets and the probe."""
 
 
+class Refused(SpecdiffError):
+    """The method cannot be measured on this pipeline; the message says why."""
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A pipeline ready to draw.

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from specdiff.errors import SpecdiffError
+
 WEIGHTS = Path("examples/textures/textures.safetensors")
 
 
@@ -19,7 +21,8 @@ def evaluate_methods(
     ] = False,
     pictures: Annotated[int | None, typer.Option(min=1, help="Compared per method (32).")] = None,
     pairs: Annotated[
-        int | None, typer.Option(min=1, help="Of them timed, in turn with dense (8).")
+        int | None,
+        typer.Option(min=1, help="Of them timed, in turn with dense (8, or as many as there are)."),
     ] = None,
     large_set: Annotated[
         int | None, typer.Option(min=0, help="For the distance between sets (256); 0: not.")
@@ -45,9 +48,10 @@ def evaluate_methods(
     ] = "wall",
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.")] = "cpu",
 ) -> None:
-    """Measure specdiff against fewer steps and every published cache, on equal terms.
+    """Measure specdiff, fewer steps and the caches of diffusers and cache-dit, on equal terms.
 
-    Writes results.json, table.md and frontier.png; run again, it goes on where it stopped.
+    Writes results.json, table.md and frontier.png; run again, it goes on where it stopped and tries
+    again what refused to run.
     """
     from specdiff.cli import console, make_folders, require_compiler
 
@@ -58,9 +62,10 @@ def evaluate_methods(
 
     quiet_libraries()
     usual = SIZES["quick" if quick else "full"]
+    compared = pictures or usual.pictures
     sizes = Sizes(
-        pictures or usual.pictures,
-        pairs or usual.pairs,
+        compared,
+        pairs or min(usual.pairs, compared),
         usual.large_set if large_set is None else large_set,
     )
     wanted = Wanted(
@@ -109,8 +114,13 @@ def tune_plan(
         model, weights, device, measure, target, prompts, held_back, budget, steps, options
     )
     tuned = tune_subject(wanted, console)
-    tuned.plan.save(out)
     skips = len(tuned.plan.ratios) - len(tuned.plan.dense)
+    if not skips:
+        raise SpecdiffError(
+            f"target not reached within the budget, {tuned.spent} evaluations spent: no plan saved;"
+            " ask for less, or give a larger --budget"
+        )
+    tuned.plan.save(out)
     console.print(f"dense: {tuned.plan.dense}, {skips} skipped", highlight=False)
     for name, value in tuned.plan.notes.items():
         console.print(f"{name}: {value}", highlight=False)

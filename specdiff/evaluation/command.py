@@ -40,6 +40,12 @@ class Sizes:
     pairs: int
     large_set: int
 
+    def __post_init__(self) -> None:
+        if self.pairs > self.pictures:
+            raise SpecdiffError(
+                f"pairs={self.pairs}: must be at most the pictures, pictures={self.pictures}"
+            )
+
 
 SIZES: Mapping[str, Sizes] = {"full": Sizes(32, 8, 256), "quick": Sizes(4, 2, 0)}
 

@@ -48,12 +48,12 @@ class Finding:
     settings: Mapping[str, Any]
     compiled: str = ""
     reason: str = ""
-    """Why it could not be measured; empty if it could."""
+    """Why it could not be measured when last tried; empty if it could."""
     values: dict[str, Any] = field(default_factory=dict)
 
     def has(self, phase: str) -> bool:
-        """Whether a phase is done or known to be impossible."""
-        return bool(self.reason) or phase in self.values.get("phases", ())
+        """Whether a phase is done."""
+        return phase in self.values.get("phases", ())
 
     def add(self, phase: str, values: Mapping[str, Any]) -> None:
         """Keep what a phase measured."""
@@ -83,17 +83,22 @@ class Findings:
         """Continue from the file if there is one.
 
         Raises:
-            SpecdiffError: The file holds the findings of another plan.
+            SpecdiffError: The file holds the findings of another plan, or none.
         """
         if not file.exists():
             return cls(plan, environment)
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        if stored.get("schema") != SCHEMA or stored["plan"] != asdict(plan):
+        try:
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            if stored["schema"] != SCHEMA or stored["plan"] != asdict(plan):
+                raise SpecdiffError(
+                    f"{file} holds another plan ({stored['plan']}): choose another --out"
+                )
+            methods = {name: Finding(**finding) for name, finding in stored["methods"].items()}
+            return cls(plan, environment, methods, stored["environments"])
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise SpecdiffError(
-                f"{file} holds another plan ({stored.get('plan')}): choose another --out"
-            )
-        methods = {name: Finding(**finding) for name, finding in stored["methods"].items()}
-        return cls(plan, environment, methods, stored["environments"])
+                f"{file} holds no results ({error!r}): remove it or choose another --out"
+            ) from error
 
     def begin(self, phase: str) -> None:
         """Note where a phase is measured.

@@ -6,7 +6,7 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import specdiff
 from specdiff import torch_adapter
 from specdiff.comparison import Request
 from specdiff.errors import SpecdiffError
-from specdiff.evaluation.candidates import DENSE, Candidate, Prepared
+from specdiff.evaluation.candidates import DENSE, Candidate, Prepared, Refused
 from specdiff.evaluation.features import Probe, features, kernel_distance
 from specdiff.evaluation.findings import FEATURES, FLOPS, PSNR, SPEEDUP
 from specdiff.evaluation.measures import (
@@ -33,6 +33,8 @@ Values = dict[str, Any]
 Tell = Callable[[str], None]
 FEATURE_BATCH = 16
 """Pictures that pass through the feature network at once."""
+LETTERS_OF_A_REASON = 300
+"""Of an error of a peer, that the table keeps."""
 
 
 @dataclass
@@ -60,12 +62,31 @@ class Bench:
     tell: Tell = lambda line: None
 
 
+@contextlib.contextmanager
+def _theirs(candidate: Candidate) -> Iterator[None]:
+    """In here a peer is at work: what fails is its refusal. All else that fails is ours."""
+    try:
+        yield
+    except Exception as error:
+        if not candidate.is_peer:
+            raise
+        raise Refused(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    """One line of an error that a reader of the table understands."""
+    text = " ".join(str(error).split())[:LETTERS_OF_A_REASON]
+    return text if isinstance(error, SpecdiffError) else f"{type(error).__name__}: {text}"
+
+
 def _start(bench: Bench, candidate: Candidate, steps: int) -> tuple[Prepared, float]:
     """Compile a fresh pipeline by drawing one picture; returns it and how long that took."""
     bench.tell(f"{candidate.name}: compiling")
-    prepared = candidate.prepare(bench.subject.load())
-    started = time.perf_counter()
-    bench.subject.draw(prepared.pipeline, bench.requests[0], steps)
+    pipeline, request = bench.subject.load(), bench.requests[0]
+    with _theirs(candidate):
+        prepared = candidate.prepare(pipeline)
+        started = time.perf_counter()
+        bench.subject.draw(prepared.pipeline, request, steps)
     return prepared, time.perf_counter() - started
 
 
@@ -73,13 +94,13 @@ def _require_graphs(candidate: Candidate, prepared: Prepared, graphs: int) -> No
     """Past a few variants torch runs eagerly in silence, so nothing may compile while measured.
 
     Raises:
-        SpecdiffError: Something did, or one graph was promised and there are more.
+        Refused: Something did, or one graph was promised and there are more.
     """
     now = torch_adapter.graphs_compiled()
     if prepared.compiled == "graph" and graphs != 1:
-        raise SpecdiffError(f"{candidate.name}: {graphs} graphs instead of one")
+        raise Refused(f"{candidate.name}: {graphs} graphs instead of one")
     if now != graphs:
-        raise SpecdiffError(f"{candidate.name}: {now - graphs} graphs compiled while measured")
+        raise Refused(f"{candidate.name}: {now - graphs} graphs compiled while measured")
 
 
 def draw_pictures(bench: Bench, candidate: Candidate) -> tuple[Values, list[Tensor]]:
@@ -89,7 +110,7 @@ def draw_pictures(bench: Bench, candidate: Candidate) -> tuple[Values, list[Tens
         What was counted on the way, and the latents.
 
     Raises:
-        SpecdiffError: Something compiled on the way, or in more graphs than promised.
+        Refused: A peer fails, something compiled on the way, or in more graphs than promised.
     """
     torch_adapter.forget_compiled()
     memory = PeakMemory(bench.device)
@@ -124,7 +145,7 @@ def time_pictures(bench: Bench, candidate: Candidate) -> Values:
     """Draw pictures in turn with the dense model, compiled in the same process, and time them.
 
     Raises:
-        SpecdiffError: Something compiled on the way, or in more graphs than promised.
+        Refused: A peer fails, something compiled on the way, or in more graphs than promised.
     """
     torch_adapter.forget_compiled()
     prepared = _start(bench, candidate, candidate.steps)[0]
@@ -134,7 +155,7 @@ def time_pictures(bench: Bench, candidate: Candidate) -> Values:
     graphs = torch_adapter.graphs_compiled()
     times = [_pair(bench, candidate, prepared, dense, index) for index in range(bench.pairs)]
     if torch_adapter.graphs_compiled() != graphs:
-        raise SpecdiffError(f"{candidate.name}: a graph compiled while measured")
+        raise Refused(f"{candidate.name}: a graph compiled while measured")
     dense_seconds, seconds = zip(*times, strict=True)
     return {
         SPEEDUP: round(time_ratio(dense_seconds, seconds), 4),
@@ -162,7 +183,8 @@ def _draw(bench: Bench, candidate: Candidate, prepared: Prepared, indices: range
     for index in indices:
         bench.tell(f"{candidate.name}: picture {index + 1} of {indices.stop}")
         request = bench.requests[index]
-        latents.append(bench.subject.draw(prepared.pipeline, request, candidate.steps))
+        with _theirs(candidate):
+            latents.append(bench.subject.draw(prepared.pipeline, request, candidate.steps))
     return latents
 
 
@@ -221,8 +243,8 @@ def measure_flops(bench: Bench, candidate: Candidate) -> Values:
     """FLOPs of one picture over a dense one's; nothing is compiled by Inductor."""
     bench.tell(f"{candidate.name}: counting FLOPs")
     if candidate.eager is not None:
-        spent = _flops(bench, candidate.eager, candidate.steps)
-        return {FLOPS: round(spent / (STEPS * _flops(bench, lambda p: p, 1)), 4)}
+        spent = _flops(bench, candidate, candidate.steps)
+        return {FLOPS: round(spent / (STEPS * _flops(bench, DENSE, 1)), 4)}
     torch_adapter.forget_compiled()
     options = {**candidate.settings, "inner_backend": "eager"}
     pipeline = bench.subject.load()
@@ -233,10 +255,13 @@ def measure_flops(bench: Bench, candidate: Candidate) -> Values:
     return {FLOPS: round(flops_share(report.step_flops, specdiff.stats(compiled), STEPS), 4)}
 
 
-def _flops(bench: Bench, change: Callable[[Any], Any], steps: int) -> int:
-    pipeline = change(bench.subject.load())
-    with flop_counter() as counter:
-        bench.subject.draw(pipeline, bench.requests[0], steps)
+def _flops(bench: Bench, candidate: Candidate, steps: int) -> int:
+    assert candidate.eager is not None
+    pipeline, request = bench.subject.load(), bench.requests[0]
+    with _theirs(candidate):
+        pipeline = candidate.eager(pipeline)
+        with flop_counter() as counter:
+            bench.subject.draw(pipeline, request, steps)
     return int(counter.get_total_flops())
 
 

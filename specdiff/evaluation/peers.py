@@ -1,4 +1,4 @@
-"""The caches that others publish, at their recommended settings, compiled as far as they allow.
+"""The caches of diffusers and cache-dit, at recommended settings, compiled as far as they allow.
 
 A cache that works on blocks gets blocks that were compiled before its hooks went around them, one
 that works inside them gets compiled attention and MLP modules; the hooks themselves are made to run
@@ -20,17 +20,12 @@ import torch
 from torch import Tensor
 
 from specdiff.comparison import Request
-from specdiff.errors import SpecdiffError
-from specdiff.evaluation.candidates import Candidate, Prepared
+from specdiff.evaluation.candidates import Candidate, Prepared, Refused
 from specdiff.evaluation.subject import STEPS, Subject
 
 CALIBRATION_SEED = 9_000
 """Far from the seeds of the measured pictures."""
 Enable = Callable[[Any], None]
-
-
-class Refused(SpecdiffError):
-    """The method cannot run on this pipeline; the message says why."""
 
 
 def compile_blocks(transformer: Any) -> None:
@@ -246,7 +241,7 @@ def cache_dit(order: int) -> Iterator[Candidate]:
 
 
 def peers(subject: Subject) -> list[Candidate]:
-    """Every published cache at three or more settings."""
+    """Each of these caches at three or more settings."""
     return [
         *first_block_cache(),
         *taylorseer(),

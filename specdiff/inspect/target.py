@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from specdiff.errors import SpecdiffError
+from specdiff.report import Report, explain
 
 DEMO = "demo"
 
@@ -39,7 +41,10 @@ def load_target(target: str, device: torch.device) -> Call:
     """
     if target == DEMO:
         return demo_call(device)
-    found = _function(target)()
+    function = _function(target)
+    if not _takes_nothing(function):
+        raise SpecdiffError(f"{target}: must be a function that needs no arguments")
+    found = function()
     if not (isinstance(found, tuple) and len(found) == 2):
         raise SpecdiffError(f"{target}: must return a model and a dict of its inputs")
     model, inputs = found
@@ -66,6 +71,14 @@ def _function(target: str) -> Callable[[], Any]:
     return found
 
 
+def _takes_nothing(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind()
+    except (TypeError, ValueError):  # the latter of built-in functions that do not say
+        return False
+    return True
+
+
 def _by_name(name: str) -> Any:
     if "" not in sys.path:  # a console script does not look where it was called
         sys.path.insert(0, "")
@@ -79,6 +92,31 @@ def _from_file(file: Path) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def explain_call(call: Call, options: Mapping[str, Any]) -> Report:
+    """What `specdiff.explain` says of it.
+
+    Raises:
+        OptionError: An unknown option or a value out of range.
+        SpecdiffError: The model does not run on these inputs.
+    """
+    try:
+        return explain(call.model, options=options, **call.inputs)
+    except SpecdiffError:
+        raise
+    except Exception:
+        _require_running(call)
+        raise
+
+
+@torch.no_grad()
+def _require_running(call: Call) -> None:
+    try:
+        call.model(**call.inputs)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise SpecdiffError(f"{call.name} does not run on its inputs: {reason}") from error
 
 
 def demo_call(device: torch.device) -> Call:

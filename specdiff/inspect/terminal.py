@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
@@ -34,28 +35,26 @@ def _parts(report: Report, rates: MachineRates | None, steps: int) -> Iterator[R
         ("input", "tokens", "may be left out"),
         [(s.name, s.length, "yes" if s.prunable else "no") for s in report.segments],
     )
-    yield _table(
-        "regions",
-        ("kind", "regions", "ops", "FLOPs", "share", "left at 25 %", "cache"),
-        [
-            (
-                row["kind"],
-                row["regions"],
-                row["ops"],
-                short_count(row["flops"], ""),
-                f"{row['share']:.0%}",
-                f"{row['left']:.0%}" if row["flops"] else "",
-                short_count(row["cache"], "B") if row["cache"] else "",
-            )
-            for row in found["kinds"]
-        ],
-    )
+    heads = ("kind", "regions", "ops", "FLOPs", "share", "left at 25 %", "cache")
+    yield _table("regions", heads, [_region(row) for row in found["kinds"]])
     whole: list[Row] = [(op.op, op.count, op.why, op.where or "-") for op in report.whole]
-    heads = ("op", "times", "why", "first in")
-    yield _table("left whole", heads, whole or [("nothing", "", "", "")])
+    whole = whole or [("nothing", "", "", "")]
+    yield _table("left whole", ("op", "times", "why", "first in"), whole)
     yield _costs(found["costs"], rates)
     yield from _formulas(report)
     yield from _schedule(report, rates, steps)
+
+
+def _region(row: Mapping[str, Any]) -> Row:
+    return (
+        row["kind"],
+        row["regions"],
+        row["ops"],
+        short_count(row["flops"], ""),
+        f"{row['share']:.0%}",
+        f"{row['left']:.0%}" if row["flops"] else "",
+        short_count(row["cache"], "B") if row["cache"] else "",
+    )
 
 
 def _costs(rows: list[dict[str, float]], rates: MachineRates | None) -> Table:

@@ -118,9 +118,28 @@ def test_a_failure_of_our_own_is_not_hidden(tmp_path: Path) -> None:
 def test_what_is_known_is_not_measured_again(finished: Path) -> None:
     before = (finished / RESULTS).read_text()
     again = campaign(finished)
-    assert run(again, [DENSE, rival("dimmed", broken), rival("broken", dimmed)]) == 0
+    assert run(again, [DENSE, rival("dimmed", broken)]) == 0
     assert (finished / RESULTS).read_text() == before
     assert run(again, [DENSE, rival("new", dimmed)], "draw") == 1
+
+
+def test_a_refusal_is_tried_again_in_the_next_run(tmp_path: Path) -> None:
+    first = campaign(tmp_path)
+    run(first, [rival("moody", broken)], "draw", "flops")
+    assert not first.left([rival("moody", broken)])  # until then it is settled
+    again = campaign(tmp_path)
+    assert again.findings.methods["moody"].reason
+    run(again, [rival("moody", dimmed)], "draw", "flops")
+    found = campaign(tmp_path).findings.methods["moody"]
+    assert not found.reason and found.has("draw") and found.has("flops")
+
+
+@pytest.mark.parametrize("phase", ["draw", "time", "flops"])
+def test_our_own_failure_is_no_refusal_of_a_peer(tmp_path: Path, phase: str) -> None:
+    one = campaign(tmp_path)
+    one.bench.requests = []
+    with pytest.raises(IndexError):
+        run(one, [rival("dimmed", dimmed)], phase)
 
 
 def test_past_the_deadline_nothing_begins(tmp_path: Path) -> None:
@@ -134,11 +153,20 @@ def test_results_of_another_plan_are_refused(finished: Path) -> None:
         campaign(finished, plan=Plan("toy", 28, 3, 1, 0, 0, "wall"))
 
 
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"schema": 2, "plan": 1}', '{"schema": 1, "plan": 1}']
+)
+def test_a_file_that_holds_no_results_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / RESULTS).write_text(text)
+    with pytest.raises(SpecdiffError, match=r"results.json holds .*choose another --out"):
+        campaign(tmp_path)
+
+
 def test_phases_may_be_measured_one_by_one(finished: Path, tmp_path: Path) -> None:
     methods = [DENSE, rival("dimmed", dimmed), rival("broken", broken)]
     for phase in reversed(PHASES):  # comparing draws what is not drawn
         run(campaign(tmp_path), methods, phase)
-    assert not campaign(tmp_path).left(methods)
+    assert not campaign(tmp_path).left(methods[:2])
     piecewise, whole = (campaign(folder).findings.methods for folder in (tmp_path, finished))
     assert piecewise["dimmed"].values[PSNR] == whole["dimmed"].values[PSNR]
     assert piecewise["dimmed"].values.keys() == whole["dimmed"].values.keys()

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
 from specdiff.evaluation.candidates import Candidate
 from specdiff.evaluation.peers import Refused, peers
-from specdiff.evaluation.subject import STEPS, Subject
+from specdiff.evaluation.subject import STEPS
 from specdiff.textures import class_codes, wrap_pipeline
-from tests.models import flux, sd3
+from tests.evaluation.toy import flux_subject
+from tests.models import sd3
 
 FAMILIES = {
     "FirstBlockCache",
@@ -25,31 +24,6 @@ FAMILIES = {
     "cache-dit DBCache",
     "cache-dit DBCache + TaylorSeer 1",
 }
-
-
-def flux_pipeline() -> Any:
-    pipeline = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=None,
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        transformer=flux(layers=1, single_layers=2)[0],
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def flux_subject() -> Subject:
-    generator = torch.Generator().manual_seed(0)
-    arguments = {
-        "prompt_embeds": torch.randn(1, 4, 24, generator=generator),
-        "pooled_prompt_embeds": torch.randn(1, 20, generator=generator),
-        "height": 64,
-        "width": 64,
-    }
-    return Subject("flux", flux_pipeline, ("a",), lambda prompt: arguments, lambda latents: latents)
 
 
 def loosest() -> dict[str, Candidate]:

@@ -1,4 +1,4 @@
-"""A pipeline of one linear layer, and methods on it, to evaluate in a second."""
+"""A pipeline of one linear layer, and methods on it, to evaluate in a second; and a small FLUX."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from torch import Tensor, nn
 
 from specdiff.evaluation.candidates import Candidate, Prepared
 from specdiff.evaluation.subject import STEPS, Subject
+from tests.models import flux
 
 
 class ToyPipeline:
@@ -64,3 +66,30 @@ def dimmed(pipeline: Any) -> None:
         return 0.99 * result
 
     pipeline.transformer = forward
+
+
+def flux_pipeline() -> Any:
+    pipeline = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=flux(layers=1, single_layers=2)[0],
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def flux_subject() -> Subject:
+    generator = torch.Generator().manual_seed(0)
+    arguments = {
+        "prompt_embeds": torch.randn(1, 4, 24, generator=generator),
+        "pooled_prompt_embeds": torch.randn(1, 20, generator=generator),
+        "height": 64,
+        "width": 64,
+    }
+    return Subject(
+        "flux", flux_pipeline, ("a",), lambda prompt: arguments, lambda latents: latents[:, None]
+    )

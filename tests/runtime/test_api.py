@@ -301,6 +301,7 @@ def test_parse_separates_inductor_settings():
     options, inductor = Options.parse(given, keys)
     assert options == Options(cache_ratio=0.5)
     assert inductor == {"mode": "max-autotune", "triton.cudagraphs": True}
+    assert Options.parse({"max-autotune": True}, keys)[1] == {"max_autotune": True}
     with pytest.raises(OptionError, match=r"cache_ration: no such option.*'cache_ratio'.*method"):
         Options.parse({"cache_ration": 0.5}, keys)
     with pytest.raises(OptionError, match="did you mean 'max_autotune'"):
