@@ -15,6 +15,7 @@ import sympy
 import torch
 from torch import fx
 
+from specdiff.passes.fuse import PRODUCTS
 from specdiff.passes.kept import SCALE
 from specdiff.passes.rules.attention import ATTENTION, Attention
 from specdiff.passes.rules.registry import is_tensor, operand_at, rank_of, shape_of
@@ -29,7 +30,6 @@ ACTIVE = sympy.Symbol("K", integer=True, nonnegative=True)
 TEXT = sympy.Symbol("T", integer=True, nonnegative=True)
 ZERO = sympy.Integer(0)
 
-PRODUCTS = (aten.matmul.default, aten.bmm.default)
 
 
 @dataclass(frozen=True)
