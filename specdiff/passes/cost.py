@@ -31,7 +31,6 @@ TEXT = sympy.Symbol("T", integer=True, nonnegative=True)
 ZERO = sympy.Integer(0)
 
 
-
 @dataclass(frozen=True)
 class Sizes:
     """What the symbols stand for in the graph that was traced."""

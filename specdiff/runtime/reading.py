@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from specdiff.runtime.noise import Process
-from specdiff.runtime.prediction import Displacement
+from specdiff.runtime.prediction import POOR_FIT, Displacement
 
 if TYPE_CHECKING:
     from specdiff.runtime.joint import Joint
@@ -27,6 +27,8 @@ class Reading:
     """Whether all batch rows have this time."""
     finite: bool
     """Whether the latent has no NaN and no infinity."""
+    precision: float = 0.0
+    """Relative rounding of the latent."""
     moved: Displacement | None = None
     """How the sampler came here, if there is a previous evaluation; on the host."""
     joint: Joint | None = None
@@ -37,10 +39,13 @@ class Reading:
         """Relative change of the latent since the previous evaluation; 0.0 if there is none."""
         return self.moved.change.item() if self.moved is not None else 0.0
 
-    def residual(self, candidates: Sequence[Process], start: float) -> float:
-        """Of the candidate that explains best how the sampler came here since `start`."""
+    def is_strange(self, candidates: Sequence[Process], start: float) -> bool:
+        """Whether no candidate, nor rounding, explains how the latent came here since `start`."""
         seen = self.joint.moved if self.joint is not None else self.moved
-        return 0.0 if seen is None else seen.residual(candidates, start, self.time)
+        if seen is None or not self.change:
+            return False
+        allowed = POOR_FIT + 2 * self.precision / self.change
+        return seen.residual(candidates, start, self.time) > allowed
 
 
 def read(
@@ -58,4 +63,5 @@ def read(
     low, high, norm, *products = values[:own]
     fetched = moved.fetched(products) if moved is not None else None
     both = joint.fetched(values[own:]) if joint is not None else None
-    return Reading(low, low == high, math.isfinite(norm), fetched, both)
+    precision = torch.finfo(latent.dtype).eps
+    return Reading(low, low == high, math.isfinite(norm), precision, fetched, both)

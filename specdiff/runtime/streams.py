@@ -14,7 +14,7 @@ from specdiff.runtime.correction import Correction
 from specdiff.runtime.history import History
 from specdiff.runtime.keys import StreamKey
 from specdiff.runtime.noise import Process
-from specdiff.runtime.prediction import POOR_FIT, Prediction, Ways
+from specdiff.runtime.prediction import Prediction, Ways
 from specdiff.runtime.reading import Reading
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class Stream:
         change, first = reading.change, reading.time == self.times[-1] and not self.direction
         if first and not 0 < change <= LARGE_CHANGE:
             return "restarts"
-        strange = change > 0 and reading.residual(candidates, self.times[-1]) > POOR_FIT
+        strange = reading.is_strange(candidates, self.times[-1])
         if first and strange:
             return "restarts"
         if strange and (change > LARGE_CHANGE or self.doubtful):
