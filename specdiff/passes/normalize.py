@@ -110,7 +110,7 @@ def require_functions_of_values(graph: fx.Graph) -> None:
         raise Unsupported(f"{node.name} reads memory by strides, whatever tokens lie there")
     for node in graph.nodes:
         if node.op == "get_attr" and "val" not in node.meta:
-            raise Unsupported(f"{node.name} is no tensor but a graph of its own, as of torch.cond")
+            raise Unsupported(f"{node.name} is a graph of its own (flex attention, torch.cond)")
         if torch.Tag.nondeterministic_seeded in _tags(node) and not _draws_nothing(node):
             raise Unsupported(f"{node.name} draws random numbers: is the model in eval mode?")
 
