@@ -30,7 +30,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from specdiff.errors import OptionError, Unsupported
+from specdiff.errors import OptionError, Unsupported, described
 
 InductorSettings = Mapping[str, Any]
 
@@ -72,14 +72,16 @@ def vectorized(module: fx.GraphModule, inputs: Sequence[Tensor], index: int) -> 
     Its outputs have that axis, too. Raises Unsupported if vmap cannot take an op.
     """
     over = tuple(0 if i == index else None for i in range(len(inputs)))
-    mode = inputs[index].fake_mode  # type: ignore[attr-defined]
     try:
-        with mode, torch.no_grad():  # in which the graph makes tensors of its own, too
+        with (
+            fake_mode_of(inputs[index]),
+            torch.no_grad(),
+        ):  # in which the graph makes tensors of its own, too
             return make_fx(torch.func.vmap(module, in_dims=over))(*inputs)
     except Exception as error:
         if is_restart(error):
             raise
-        raise Unsupported(f"{type(error).__name__}: {error}") from error
+        raise Unsupported(described(error)) from error
 
 
 def require_plain_tensors(inputs: Sequence[Any]) -> None:

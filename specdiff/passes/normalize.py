@@ -23,7 +23,7 @@ from specdiff.passes.fuse import drops_nothing, fuse_attention
 from specdiff.passes.listing import kinds_of_ops
 from specdiff.passes.rewrite import call, replace
 from specdiff.passes.rules.attention import ATTENTION
-from specdiff.passes.rules.registry import argument, operand_at, operands_at
+from specdiff.passes.rules.registry import argument, operand_at, operands_at, start_of
 
 aten = torch.ops.aten
 SPLITS = (
@@ -153,14 +153,13 @@ def _single_output(source: fx.Node, position: int) -> tuple[Any, tuple[Any, ...]
 def replace_likeness(graph: fx.Graph) -> None:
     """Say what an op takes from another value: dtype and device, or shape, never its entries."""
     for node in list(graph.nodes):
-        if node.target is not aten.type_as.default and node.target not in LIKENESS:
-            continue
-        wanted, operand = node.meta["val"], operand_at(node, 0)
+        wanted = node.meta.get("val")
         if node.target is aten.type_as.default:
             like = {"dtype": wanted.dtype, "device": wanted.device}
-            replace(node, call(node, aten._to_copy.default, operand, **like))
-        else:
-            replace(node, call(node, LIKENESS[node.target], operand, list(wanted.shape)))
+            replace(node, call(node, aten._to_copy.default, operand_at(node, 0), **like))
+        elif node.target in LIKENESS:
+            shape = list(wanted.shape)
+            replace(node, call(node, LIKENESS[node.target], operand_at(node, 0), shape))
 
 
 def replace_permutations(graph: fx.Graph) -> None:
@@ -214,7 +213,7 @@ def _joined(node: fx.Node) -> fx.Node:
     """The destination in front of the written slice, the source, the destination behind it."""
     destination, source = operand_at(node, 0), _converted(node, operand_at(node, 1))
     dim, size = argument(node, 2, "dim", 0), node.meta["val"].shape
-    start = slice(argument(node, 3, "start"), None).indices(size[dim])[0]
+    start = start_of(node, 3, size[dim])
     stop = start + source.meta["val"].shape[dim]
     pieces = [
         *_kept(node, destination, dim, 0, start),

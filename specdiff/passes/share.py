@@ -23,7 +23,7 @@ from specdiff.passes.repeats import (
     find_repeats,
     starts_anywhere,
 )
-from specdiff.passes.rules.registry import argument, operands
+from specdiff.passes.rules.registry import argument, operand_at, operands, shape_of, start_of
 
 aten = torch.ops.aten
 
@@ -130,7 +130,7 @@ def lift_starts(module: fx.GraphModule, name: str, copies: Sequence[Copy]) -> li
     """Where a copy takes every so many rows, let the first one come from a table of all copies."""
     positions = [i for i, node in enumerate(copies[0]) if starts_anywhere(node)]
     for index in reversed(positions):
-        starts = [start_of(copy[index]) for copy in copies]
+        starts = [start_of(copy[index], 2, sliced_size(copy[index])) for copy in copies]
         if len(set(starts)) > 1:
             device = copies[0][index].meta["val"].device
             told = start_nodes(module, f"{name}_starts_{index}", starts, device)
@@ -138,11 +138,10 @@ def lift_starts(module: fx.GraphModule, name: str, copies: Sequence[Copy]) -> li
     return [*copies]
 
 
-def start_of(node: fx.Node) -> int:
-    """The first row that a slice takes, counted from the front."""
-    value, axis = node.args[0], argument(node, 1, "dim", 0)
-    size = value.meta["val"].shape[axis]  # type: ignore[union-attr]
-    return slice(argument(node, 2, "start"), None).indices(size)[0]
+def sliced_size(node: fx.Node) -> int:
+    """Rows that a slice takes its own from."""
+    dim: int = argument(node, 1, "dim", 0)
+    return shape_of(operand_at(node, 0))[dim]
 
 
 def start_nodes(

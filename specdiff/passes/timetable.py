@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from specdiff.errors import Unsupported
 from specdiff.passes.base import Pass, PassError
 from specdiff.passes.invariant import Arithmetic, VaryingInputs, moving
-from specdiff.passes.rules.registry import is_tensor, shape_of
+from specdiff.passes.rules.registry import is_tensor, operands, shape_of
 from specdiff.passes.selective import SelectivePlan, ancestors, propagate
 from specdiff.program import TIMES_AT_ONCE
 
@@ -164,7 +164,7 @@ def tabulate(values: Sequence[fx.Node], time: fx.Node, vectorize: Vectorize) -> 
     module = vectorize(fx.GraphModule({}, graph), inputs, leaves.index(time))
     if any(node.op == "get_attr" for node in module.graph.nodes):
         raise Unsupported("a value is made of constants")  # which programs would have to take over
-    for value, many in zip(values, module.graph.output_node().all_input_nodes, strict=True):
+    for value, many in zip(values, operands(module.graph.output_node()), strict=True):
         expected, found = _many(value), many.meta["val"]
         if (found.shape, found.dtype) != (expected.shape, expected.dtype):
             raise Unsupported(f"{value.name} has another form for many times")

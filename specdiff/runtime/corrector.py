@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from specdiff.runtime.call import Call
@@ -52,8 +51,8 @@ def _is_first_order(call: Call, seen: Displacement) -> bool:
 
 def _allowed(call: Call, seen: Displacement) -> float:
     """What a first-order step may miss, relative to its length."""
-    rounding = torch.finfo(call.latent.dtype).eps / max(seen.change.item(), 1e-6)
-    return FIRST_ORDER_FIT + 2 * rounding
+    assert call.reading is not None  # or nothing would have been seen
+    return FIRST_ORDER_FIT + call.reading.rounding(seen)
 
 
 def corrected(

@@ -27,14 +27,14 @@ class StreamKey:
 
     def is_same(self, conditions: Sequence[object]) -> bool:
         """Whether these are the same objects, unmodified since."""
-        return len(conditions) == len(self._marks) and all(
+        return all(
             _is_marked(condition, *mark)
             for mark, condition in zip(self._marks, conditions, strict=True)
         )
 
     def is_equal(self, conditions: Sequence[object]) -> bool:
         """Whether the kept values are equal to these; reads the device where they are tensors."""
-        if self._kept is None or len(conditions) != len(self._kept) or not self.is_same(self._kept):
+        if self._kept is None or not self.is_same(self._kept):
             return False
         return all(
             _equal(kept, condition) for kept, condition in zip(self._kept, conditions, strict=True)

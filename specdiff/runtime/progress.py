@@ -26,8 +26,8 @@ class Progress:
         self._generation = 0
         self._done = 0
         """Evaluations that the furthest stream has made in this generation."""
-        self._first = self._latest = StreamKey((), keep_values=True)
-        """Time input of this generation's first evaluation, and of the latest."""
+        self._first = self._latest = _key(None)
+        """Time input of this generation's first evaluation, and of the latest; None before it."""
 
     def start(self, stream: Stream | None, time: object) -> int | None:
         """The evaluation with which a call's stream begins anew; None if the stream goes on.

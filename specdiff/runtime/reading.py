@@ -39,13 +39,16 @@ class Reading:
         """Relative change of the latent since the previous evaluation; 0.0 if there is none."""
         return self.moved.change.item() if self.moved is not None else 0.0
 
+    def rounding(self, seen: Displacement) -> float:
+        """What rounding of the latent may add to a step, relative to the step's length."""
+        return 2 * self.precision / max(seen.change.item(), 1e-6)
+
     def is_strange(self, candidates: Sequence[Process], start: float) -> bool:
         """Whether no candidate, nor rounding, explains how the latent came here since `start`."""
         seen = self.joint.moved if self.joint is not None else self.moved
         if seen is None or not self.change:
             return False
-        allowed = POOR_FIT + 2 * self.precision / self.change
-        return seen.residual(candidates, start, self.time) > allowed
+        return seen.residual(candidates, start, self.time) > POOR_FIT + self.rounding(seen)
 
 
 def read(

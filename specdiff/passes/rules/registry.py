@@ -99,6 +99,11 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
     return node.kwargs.get(name, default)
 
 
+def start_of(node: fx.Node, position: int, size: int) -> int:
+    """Where a slice of an axis of this size begins, counted from the front; `start` is given so."""
+    return slice(argument(node, position, "start"), None).indices(size)[0]
+
+
 def operand_at(node: fx.Node, position: int) -> fx.Node:
     """The operand at `position`, which the op's schema says is one tensor."""
     value = node.args[position]

@@ -19,6 +19,7 @@ from specdiff.passes.rules.registry import (
     rank_of,
     same_axes,
     shape_of,
+    start_of,
     transfer,
 )
 
@@ -135,9 +136,7 @@ def slice_(node: fx.Node) -> Facts:
     facts = same_axes(node, operand, skip=(dim,))
     if argument(node, 4, "step", 1) != 1:
         return facts
-    start = argument(node, 2, "start") or 0
-    size = shape_of(operand)[dim]
-    offset = max(start + size, 0) if start < 0 else min(start, size)
+    offset = start_of(node, 2, shape_of(operand)[dim])
     return Facts(facts.links, (Part((operand, dim), (node, dim), offset),))
 
 
