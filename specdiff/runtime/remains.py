@@ -92,7 +92,8 @@ def remains(
     length = step.square().mean(1).sqrt()
     rounding = ROUNDED * _precision(latents) * before.square().mean(1).sqrt()
     unexplained = (_least(left) - rounding) / length.clamp_min(torch.finfo(length.dtype).tiny)
-    return unexplained.clamp_min(0).max()
+    worst: Tensor = unexplained.clamp_min(0).max()
+    return worst
 
 
 def _span(trail: Sequence[Seen], others: Sequence[Seen], batch: int) -> list[Tensor]:
