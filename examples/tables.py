@@ -22,7 +22,6 @@ from rich.console import Console
 from torch import Tensor
 
 from specdiff import torch_adapter
-from specdiff.analysis import Analysis
 from specdiff.bench.geometries import build
 from specdiff.bench.measure import (
     TimedPrograms,
@@ -38,8 +37,9 @@ from specdiff.compiler import programs_of
 from specdiff.methods import quiet_libraries, usable_device
 from specdiff.options import Options
 from specdiff.oracles import random_active
-from specdiff.passes.selective import propagate
-from specdiff.passes.signature import cache_slots
+from specdiff.passes.plan.selective import propagate
+from specdiff.passes.plan.signature import cache_slots
+from specdiff.pipeline import Analysis
 from specdiff.program import Evaluation
 from specdiff.summary import environment
 

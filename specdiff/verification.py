@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from specdiff import torch_adapter
-from specdiff.analysis import Analysis, attempt, guarded, module_states, trace
 from specdiff.compiler import ALL_QUERIES, program_compiler, programs_of
 from specdiff.options import Options
 from specdiff.oracles import (
@@ -30,9 +29,10 @@ from specdiff.oracles import (
     of_block,
     random_active,
 )
-from specdiff.passes.block import plan_block
-from specdiff.passes.lower import BlockPrograms
-from specdiff.passes.quantize import quantized
+from specdiff.passes.emit.lower import BlockPrograms
+from specdiff.passes.plan.block import plan_block
+from specdiff.passes.plan.quantize import quantized
+from specdiff.pipeline import Analysis, attempt, guarded, module_states, trace
 from specdiff.report import Report, report_of
 
 TOLERANCES: Mapping[torch.dtype, float] = {

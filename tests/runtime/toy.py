@@ -205,7 +205,7 @@ class Euler:
 
 def streams_of(model: Toy) -> list:
     """The streams of the model outside sessions."""
-    from specdiff.runtime.registry import state_of
+    from specdiff.runtime.streams.registry import state_of
 
     state = state_of(model.parameters())
     return state.table(model.runtime)._streams
