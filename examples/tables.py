@@ -37,7 +37,6 @@ from specdiff.compiler import programs_of
 from specdiff.methods import quiet_libraries, usable_device
 from specdiff.options import Options
 from specdiff.oracles import random_active
-from specdiff.passes.plan.selective import propagate
 from specdiff.passes.plan.signature import cache_slots
 from specdiff.pipeline import Analysis
 from specdiff.program import Evaluation
@@ -58,8 +57,7 @@ class Inputs(TimedPrograms):
 
 def computed(found: Analysis) -> Analysis:
     """The same with nothing looked up by timestep: a selective step computes it."""
-    plan = replace(found.plan, rows=set(found.plan.slots), whole=set(), cached=[], timetable=None)
-    propagate(plan)
+    plan = replace(found.plan, timetable=None).replan()
     signature = replace(found.signature, caches=cache_slots(plan), tabulated_from=None)
     return replace(found, plan=plan, signature=signature)
 

@@ -29,7 +29,8 @@ from specdiff.passes.plan.axes import AxesPass, AxisFacts
 from specdiff.passes.plan.invariant import InvariantPass
 from specdiff.passes.plan.quantize import QuantizePass
 from specdiff.passes.plan.regions import Region, RegionsPass
-from specdiff.passes.plan.selective import SelectivePass, SelectivePlan
+from specdiff.passes.plan.selective import SelectivePass
+from specdiff.passes.plan.selective_plan import SelectivePlan
 from specdiff.passes.plan.signature import build_signature, varying_inputs
 from specdiff.passes.plan.timetable import TimetablePass
 from specdiff.program import Signature

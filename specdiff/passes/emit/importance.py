@@ -18,7 +18,7 @@ from torch import fx
 
 from specdiff.passes.graph.writer import GraphWriter
 from specdiff.passes.plan.axes import ClassId, Piece
-from specdiff.passes.plan.selective import SelectivePlan
+from specdiff.passes.plan.selective_plan import SelectivePlan
 from specdiff.passes.rules.attention import ATTENTION, Attention
 from specdiff.passes.rules.registry import rank_of, shape_of
 

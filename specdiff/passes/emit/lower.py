@@ -27,7 +27,7 @@ from specdiff.passes.emit.whole import (
 )
 from specdiff.passes.emit.without_text import emit_frozen, joins_text
 from specdiff.passes.graph.listing import kinds_of_ops
-from specdiff.passes.plan.selective import SelectivePlan
+from specdiff.passes.plan.selective_plan import SelectivePlan
 from specdiff.passes.plan.signature import cache_slots
 from specdiff.program import TIMES_AT_ONCE, CacheSlot, Evaluation, Signature
 

@@ -15,7 +15,7 @@ from torch import fx
 from specdiff.passes.emit.whole import WholeEmitter, inverse, to_tokens
 from specdiff.passes.plan.axes import ClassId, Layout, Piece
 from specdiff.passes.plan.cache_layout import decode, encode
-from specdiff.passes.plan.selective import SelectivePlan, cache_order
+from specdiff.passes.plan.selective_plan import SelectivePlan
 from specdiff.passes.rules.attention import ATTENTION, Attention
 from specdiff.passes.rules.registry import operand_at, rank_of, shape_of
 from specdiff.passes.rules.shape import VIEWS
@@ -168,7 +168,7 @@ class RowsEmitter(WholeEmitter):
         return self.gather(self.whole[node], axis, batch, self.plan.layout(node))
 
     def _densify(self, node: fx.Node, caches: Sequence[fx.Node]) -> fx.Node:
-        order = cache_order(self.plan, node)
+        order = self.plan.cache_order(node)
         fresh = self.permute(self.rows[node], order)
         where = [self.batch_rows, self.positions(self.plan.layout(node))]
         kept = encode(self, fresh, self.plan.codes.get(node))

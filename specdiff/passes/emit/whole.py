@@ -17,9 +17,10 @@ import torch
 from torch import fx
 
 from specdiff.passes.emit.importance import ImportanceSum
+from specdiff.passes.graph.dependence import ancestors
 from specdiff.passes.graph.writer import GraphWriter
 from specdiff.passes.plan.cache_layout import encode, kept_tensors
-from specdiff.passes.plan.selective import SelectivePlan, ancestors, cache_order, cache_shape
+from specdiff.passes.plan.selective_plan import SelectivePlan
 from specdiff.passes.rules.attention import ATTENTION, Attention
 from specdiff.passes.rules.registry import shape_of
 from specdiff.program import TIMES_AT_ONCE
@@ -127,7 +128,7 @@ def _emit_whole(emitter: WholeEmitter, fill: bool, targets: tuple[fx.Node, ...])
         if node in caches and node not in plan.tabulated:
             value = emitter.whole[node]
             if node not in plan.fixed:
-                value = emitter.permute(value, cache_order(plan, node))
+                value = emitter.permute(value, plan.cache_order(node))
             kept = encode(emitter, value, plan.codes.get(node))
             for cache, part in zip(caches[node], kept, strict=True):
                 emitter.call(aten.copy_.default, cache, part)
@@ -186,7 +187,7 @@ def to_tokens(
     """The slots' values as one [B, tokens, C], one after another, channels padded to the widest."""
     parts = []
     for slot in plan.slots:
-        part = writer.permute(values[slot], cache_order(plan, slot))
+        part = writer.permute(values[slot], plan.cache_order(slot))
         shape = shape_of(part)
         channels = prod(shape[2:])
         if len(shape) != 3:
@@ -207,7 +208,7 @@ def from_tokens(
         return {plan.slots[0]: _unfolded(writer, plan, plan.slots[0], tokens)}
     values, start = {}, 0
     for slot in plan.slots:
-        _, length, *rest = cache_shape(plan, slot)
+        _, length, *rest = plan.cache_shape(slot)
         part = writer.call(aten.slice.Tensor, tokens, 1, start, start + length)
         part = writer.call(aten.slice.Tensor, part, 2, 0, prod(rest))
         values[slot] = _unfolded(writer, plan, slot, part)
@@ -216,10 +217,10 @@ def from_tokens(
 
 
 def _unfolded(writer: GraphWriter, plan: SelectivePlan, slot: fx.Node, part: fx.Node) -> fx.Node:
-    shape = cache_shape(plan, slot)
+    shape = plan.cache_shape(slot)
     if len(shape) != 3:
         part = writer.call(aten.reshape.default, part, list(shape))
-    return writer.permute(part, inverse(cache_order(plan, slot)))
+    return writer.permute(part, inverse(plan.cache_order(slot)))
 
 
 def inverse(order: list[int]) -> list[int]:

@@ -16,7 +16,7 @@ from specdiff.errors import Unsupported
 from specdiff.passes.emit.rows import RowsEmitter
 from specdiff.passes.emit.whole import to_tokens
 from specdiff.passes.plan.axes import Piece
-from specdiff.passes.plan.selective import SelectivePlan
+from specdiff.passes.plan.selective_plan import SelectivePlan
 from specdiff.passes.rules.registry import operands_at
 
 aten = torch.ops.aten

@@ -15,7 +15,7 @@ from torch import fx
 
 from specdiff.errors import Unsupported
 from specdiff.passes.plan.axes import AxisFacts
-from specdiff.passes.plan.selective import SelectivePlan, propagate
+from specdiff.passes.plan.selective_plan import SelectivePlan
 from specdiff.passes.rules.registry import is_tensor
 from specdiff.passes.rules.shape import VIEWS
 
@@ -50,9 +50,7 @@ def plan_block(axes: AxisFacts, tokens: int, states: Sequence[bool]) -> Selectiv
         for node, state in inputs
         if not state and is_tensor(node) and _is_stream(axes, node, found[0])
     ]
-    plan = SelectivePlan(axes, (), (found[0],), (), stale=frozenset(streams))
-    plan.whole.update(axes.outputs())
-    propagate(plan)
+    plan = SelectivePlan(axes=axes, prunable=(found[0],), stale=frozenset(streams)).replan()
     mixed = [node.name for node in streams if node in plan.whole]
     if mixed:
         raise Unsupported(f"a block mixes the tokens of its input {', '.join(mixed)}")

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from specdiff.passes.graph.writer import GraphWriter
-from specdiff.passes.plan.selective import SelectivePlan, cache_shape
+from specdiff.passes.plan.selective_plan import SelectivePlan
 from specdiff.passes.rules.registry import shape_of
 from specdiff.program import TIMES_AT_ONCE
 
@@ -45,7 +45,7 @@ def kept_tensors(plan: SelectivePlan) -> dict[fx.Node, tuple[KeptTensor, ...]]:
 
 
 def _cache(plan: SelectivePlan, node: fx.Node) -> tuple[KeptTensor, ...]:
-    shape, code = cache_shape(plan, node), plan.codes.get(node)
+    shape, code = plan.cache_shape(node), plan.codes.get(node)
     if code is None:
         return (KeptTensor("", shape, node.meta["val"].dtype),)
     return KeptTensor("", shape, code), KeptTensor("_scale", (*shape[:-1], 1), SCALE)

@@ -15,9 +15,10 @@ import sympy
 import torch
 from torch import fx
 
+from specdiff.passes.graph.dependence import ancestors
 from specdiff.passes.normalize.fuse_attention import PRODUCTS
 from specdiff.passes.plan.cache_layout import SCALE
-from specdiff.passes.plan.selective import SelectivePlan
+from specdiff.passes.plan.selective_plan import SelectivePlan
 from specdiff.passes.rules.attention import ATTENTION, Attention
 from specdiff.passes.rules.registry import is_tensor, operand_at, rank_of, shape_of
 from specdiff.passes.rules.spatial import CONVOLUTIONS
@@ -29,6 +30,16 @@ TOKENS = sympy.Symbol("N", integer=True, positive=True)
 ACTIVE = sympy.Symbol("K", integer=True, nonnegative=True)
 TEXT = sympy.Symbol("T", integer=True, nonnegative=True)
 ZERO = sympy.Integer(0)
+FUNCTIONS = (
+    aten.cos.default,
+    aten.sin.default,
+    aten.exp.default,
+    aten.pow.Scalar,
+    aten.pow.Tensor_Scalar,
+    aten.polar.default,
+)
+FUNCTION_FLOPS = 16
+"""What an element of one of these costs, about."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +178,27 @@ class CostModel:
         if node.target in CONVOLUTIONS:
             return 2 * self._elements(node, rows) * prod(shape_of(operand_at(node, 1))[1:])
         return ZERO
+
+
+class Arithmetic:
+    """What it takes to compute values of one plan from the graph's inputs."""
+
+    def __init__(self, plan: SelectivePlan) -> None:
+        self._cost = CostModel(plan)
+        self._known: dict[fx.Node, float] = {}
+
+    def behind(self, node: fx.Node, known: Collection[fx.Node]) -> float:
+        """FLOPs of a value and of all that it depends on and that is not known."""
+        return sum(map(self.of, ancestors(node, known=set(known))))
+
+    def of(self, node: fx.Node) -> float:
+        """FLOPs of one node."""
+        if node not in self._known:
+            if node.target in FUNCTIONS:
+                self._known[node] = FUNCTION_FLOPS * float(node.meta["val"].numel())
+            else:
+                self._known[node] = self._cost.sizes.evaluate(self._cost.flops(node))
+        return self._known[node]
 
 
 def _inputs(nodes: Collection[fx.Node]) -> list[fx.Node]:

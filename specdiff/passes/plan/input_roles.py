@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import fx
 
 from specdiff.errors import Unsupported
-from specdiff.passes.plan.selective import SelectivePlan
+from specdiff.passes.plan.selective_plan import SelectivePlan
 from specdiff.passes.rules.registry import is_tensor, shape_of
 from specdiff.program import Denoised, time_names
+
+
+@dataclass(frozen=True)
+class VaryingInputs:
+    """Inputs of a graph that may change from step to step."""
+
+    time: fx.Node | None
+    scalars: tuple[fx.Node, ...]
+    """Each a number a sample, such as the strength of guidance; most change from run to run."""
+    latents: tuple[fx.Node, ...]
+
+    @property
+    def all(self) -> tuple[fx.Node, ...]:
+        """Every one of them."""
+        return (*((self.time,) if self.time is not None else ()), *self.scalars, *self.latents)
 
 
 def find_denoised(

@@ -8,15 +8,16 @@ reading it costs.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import fx
 
 from specdiff.passes.base import Pass, PassError
-from specdiff.passes.plan.cost import CostModel
-from specdiff.passes.plan.selective import SelectivePlan, ancestors, propagate
+from specdiff.passes.graph.dependence import descendants
+from specdiff.passes.plan.cost import Arithmetic
+from specdiff.passes.plan.input_roles import VaryingInputs
+from specdiff.passes.plan.selective_plan import SelectivePlan
 from specdiff.passes.rules.registry import is_tensor, operand_at
 from specdiff.passes.rules.shape import VIEWS
 
@@ -32,35 +33,10 @@ FREE = (
     aten.slice.Tensor,
 )
 """Another look at a tensor: what they look at is kept instead."""
-FUNCTIONS = (
-    aten.cos.default,
-    aten.sin.default,
-    aten.exp.default,
-    aten.pow.Scalar,
-    aten.pow.Tensor_Scalar,
-    aten.polar.default,
-)
-FUNCTION_FLOPS = 16
-"""What an element of one of these costs, about."""
 WORTH = 2.0
 """FLOPs saved by a byte kept, at least: machines do many more while they read one."""
 LEAST = 1e5
 """FLOPs saved by a value kept, at least: it is one more input of every program."""
-
-
-@dataclasses.dataclass(frozen=True)
-class VaryingInputs:
-    """Inputs of a graph that may change from step to step."""
-
-    time: fx.Node | None
-    scalars: tuple[fx.Node, ...]
-    """Each a number a sample, such as the strength of guidance; most change from run to run."""
-    latents: tuple[fx.Node, ...]
-
-    @property
-    def all(self) -> tuple[fx.Node, ...]:
-        """Every one of them."""
-        return (*((self.time,) if self.time is not None else ()), *self.scalars, *self.latents)
 
 
 class InvariantPass(Pass[SelectivePlan, SelectivePlan]):
@@ -76,17 +52,13 @@ class InvariantPass(Pass[SelectivePlan, SelectivePlan]):
         self._varying = varying
 
     def apply(self, value: SelectivePlan) -> SelectivePlan:
-        """The same plan, its needs told anew from what is no longer computed."""
-        fixed = find_fixed(value, moving(value, self._varying(value).all))
-        plan = dataclasses.replace(
-            value, rows=set(value.slots), whole=set(), cached=[], fixed=fixed
-        )
-        propagate(plan)
-        return dataclasses.replace(plan, fixed=tuple(n for n in fixed if n in plan.whole))
+        """The plan with fixed values: what only they needed is not computed."""
+        fixed = find_fixed(value, descendants(value.axes.graph, self._varying(value).all))
+        return value.replan(fixed=fixed)
 
     def verify(self, value: SelectivePlan, result: SelectivePlan) -> None:
         """No fixed value depends on what varies, and what lived in caches still does."""
-        changing = moving(value, self._varying(value).all)
+        changing = descendants(value.axes.graph, self._varying(value).all)
         for node in result.fixed:
             if node in changing:
                 raise PassError(f"{node.name} is kept, but changes from step to step")
@@ -101,15 +73,6 @@ class InvariantPass(Pass[SelectivePlan, SelectivePlan]):
     def notes(self, result: SelectivePlan) -> Mapping[fx.Node, str]:
         """Which values are kept."""
         return dict.fromkeys(result.fixed, "kept through a generation")
-
-
-def moving(plan: SelectivePlan, varying: Collection[fx.Node]) -> set[fx.Node]:
-    """Everything that depends on an input that varies."""
-    found = set(varying)
-    for node in plan.axes.graph.nodes:
-        if not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
-    return found
 
 
 def find_fixed(plan: SelectivePlan, changing: set[fx.Node]) -> tuple[fx.Node, ...]:
@@ -136,24 +99,3 @@ def _is_worth(node: fx.Node, saved: float) -> bool:
         return False
     value: torch.Tensor = node.meta["val"]
     return saved >= max(LEAST, WORTH * value.numel() * value.dtype.itemsize)
-
-
-class Arithmetic:
-    """What it takes to compute values of one plan from the graph's inputs."""
-
-    def __init__(self, plan: SelectivePlan) -> None:
-        self._cost = CostModel(plan)
-        self._known: dict[fx.Node, float] = {}
-
-    def behind(self, node: fx.Node, known: Collection[fx.Node]) -> float:
-        """FLOPs of a value and of all that it depends on and that is not known."""
-        return sum(map(self.of, ancestors(node, known=set(known))))
-
-    def of(self, node: fx.Node) -> float:
-        """FLOPs of one node."""
-        if node not in self._known:
-            if node.target in FUNCTIONS:
-                self._known[node] = FUNCTION_FLOPS * float(node.meta["val"].numel())
-            else:
-                self._known[node] = self._cost.sizes.evaluate(self._cost.flops(node))
-        return self._known[node]

@@ -15,7 +15,7 @@ from torch import fx
 
 from specdiff.passes.base import Pass, PassError
 from specdiff.passes.plan.cache_layout import SCALE, kept_tensors
-from specdiff.passes.plan.selective import SelectivePlan, cache_order
+from specdiff.passes.plan.selective_plan import SelectivePlan
 from specdiff.passes.rules.attention import reads
 from specdiff.passes.rules.registry import rank_of, shape_of
 
@@ -75,7 +75,7 @@ def why_uncoded(plan: SelectivePlan, node: fx.Node, code: torch.dtype) -> str | 
         return "it is not the key or value of attentions alone"
     if not value.dtype.is_floating_point:
         return f"it holds {value.dtype}"
-    if cache_order(plan, node)[-1] != rank_of(node) - 1 or rank_of(node) < 3:
+    if plan.cache_order(node)[-1] != rank_of(node) - 1 or rank_of(node) < 3:
         return "its last axis is not the width of a head"
     width = shape_of(node)[-1]
     if width * code.itemsize + SCALE.itemsize >= width * value.dtype.itemsize:

@@ -21,7 +21,7 @@ from torch import fx
 from specdiff.passes.base import Pass, PassError
 from specdiff.passes.plan.cost import NOTHING, CostModel, Work
 from specdiff.passes.plan.residuals import PROJECTIONS, residual_additions
-from specdiff.passes.plan.selective import SelectivePlan
+from specdiff.passes.plan.selective_plan import SelectivePlan
 from specdiff.passes.plan.signature import module_path
 from specdiff.passes.rules.attention import ATTENTION
 from specdiff.passes.rules.registry import is_tensor

@@ -11,9 +11,14 @@ from torch import fx
 
 from specdiff.passes.plan.axes import ClassId
 from specdiff.passes.plan.cache_layout import kept_tensors
-from specdiff.passes.plan.input_roles import find_denoised, find_time, is_scalar, short_name
-from specdiff.passes.plan.invariant import VaryingInputs
-from specdiff.passes.plan.selective import SelectivePlan, cache_shape
+from specdiff.passes.plan.input_roles import (
+    VaryingInputs,
+    find_denoised,
+    find_time,
+    is_scalar,
+    short_name,
+)
+from specdiff.passes.plan.selective_plan import SelectivePlan
 from specdiff.passes.rules.attention import ATTENTION, Attention
 from specdiff.passes.rules.registry import is_tensor
 from specdiff.passes.rules.shape import VIEWS
@@ -184,5 +189,5 @@ def cache_name(node: fx.Node) -> str:
 
 def _tokens(plan: SelectivePlan) -> CacheSlot:
     value: torch.Tensor = plan.slots[0].meta["val"]
-    batch = cache_shape(plan, plan.slots[0])[0]
+    batch = plan.cache_shape(plan.slots[0])[0]
     return CacheSlot("tokens", (batch, plan.tokens, plan.channels), value.dtype, value.device)

@@ -16,8 +16,10 @@ from torch import Tensor, fx
 
 from specdiff.errors import Unsupported
 from specdiff.passes.base import Pass, PassError
-from specdiff.passes.plan.invariant import Arithmetic, VaryingInputs, moving
-from specdiff.passes.plan.selective import SelectivePlan, ancestors, propagate
+from specdiff.passes.graph.dependence import ancestors, descendants
+from specdiff.passes.plan.cost import Arithmetic
+from specdiff.passes.plan.input_roles import VaryingInputs
+from specdiff.passes.plan.selective_plan import SelectivePlan, Timetable
 from specdiff.passes.rules.registry import is_tensor, operands, shape_of
 from specdiff.program import TIMES_AT_ONCE
 
@@ -31,19 +33,6 @@ Vectorize = Callable[[fx.GraphModule, Sequence[Tensor], int], fx.GraphModule]
 
 Raises Unsupported if an op has no form over it.
 """
-
-
-@dataclasses.dataclass(frozen=True)
-class Timetable:
-    """How values are computed for many times."""
-
-    values: tuple[fx.Node, ...]
-    """Of the traced graph: what is tabulated."""
-    time: fx.Node
-    leaves: tuple[fx.Node, ...]
-    """Inputs and constants of the traced graph that the values are made of, time among them."""
-    module: fx.GraphModule
-    """From the leaves, TIMES_AT_ONCE times in place of one, to the values, as many of each."""
 
 
 class TimetablePass(Pass[SelectivePlan, SelectivePlan]):
@@ -62,7 +51,7 @@ class TimetablePass(Pass[SelectivePlan, SelectivePlan]):
         self._varying, self._vectorize = varying, vectorize
 
     def apply(self, value: SelectivePlan) -> SelectivePlan:
-        """The same plan, its needs told anew from what is no longer computed."""
+        """The plan with a timetable: what only the tabulated values needed is not computed."""
         inputs = self._varying(value)
         values = worth_a_table(value, region_of_time(value, inputs))
         if not values or inputs.time is None:
@@ -71,16 +60,12 @@ class TimetablePass(Pass[SelectivePlan, SelectivePlan]):
             timetable = tabulate(values, inputs.time, self._vectorize)
         except Unsupported as reason:
             return dataclasses.replace(value, untabulated=str(reason))
-        plan = dataclasses.replace(
-            value, rows=set(value.slots), whole=set(), cached=[], timetable=timetable
-        )
-        propagate(plan)
-        return plan
+        return value.replan(timetable=timetable)
 
     def verify(self, value: SelectivePlan, result: SelectivePlan) -> None:
         """No table depends on anything else that varies, and what lived in caches still does."""
         inputs = self._varying(value)
-        changing = moving(value, (*inputs.latents, *baked_in(inputs)))
+        changing = descendants(value.axes.graph, (*inputs.latents, *baked_in(inputs)))
         for node in result.tabulated:
             if node in changing:
                 raise PassError(f"{node.name} is tabulated, but more than time moves it")

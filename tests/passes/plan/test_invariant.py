@@ -10,8 +10,10 @@ import specdiff
 from specdiff.passes.base import PassError
 from specdiff.passes.emit.rows import emit_selective
 from specdiff.passes.emit.whole import emit_dense
+from specdiff.passes.graph.dependence import descendants
 from specdiff.passes.plan.cost import CostModel
-from specdiff.passes.plan.invariant import InvariantPass, VaryingInputs, moving
+from specdiff.passes.plan.input_roles import VaryingInputs
+from specdiff.passes.plan.invariant import InvariantPass
 from specdiff.passes.plan.signature import varying_inputs
 from tests.models import changed, flux, randomize, sd3
 from tests.oracles import small_tables, trace
@@ -69,7 +71,7 @@ def test_what_depends_on_time_is_never_kept():
         assert any("timestep" in name for name in names)
         assert any("hidden_states" in name for name in names)
         assert not any("encoder" in name or "pooled" in name for name in names)
-        changing = moving(analysis.plan, varying.all)
+        changing = descendants(analysis.plan.axes.graph, varying.all)
         assert analysis.plan.fixed
         assert changing.isdisjoint(analysis.plan.fixed)
 
