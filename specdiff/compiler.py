@@ -1,6 +1,6 @@
 """The entry point: what `torch.compile(model, backend="specdiff")` calls for each graph.
 
-analysis -> lower -> runtime. A graph that has no token-selective form runs as it came, through the
+pipeline -> lower -> runtime. A graph that has no token-selective form runs as it came, through the
 same inner compiler, and the reason is kept and logged.
 """
 
@@ -15,6 +15,7 @@ from torch import fx
 
 from specdiff import torch_adapter
 from specdiff.errors import Unsupported
+from specdiff.inspect.publish import publish
 from specdiff.options import Options
 from specdiff.passes.base import PassRecord
 from specdiff.passes.emit.lower import TIMETABLE, BlockPrograms, LoweredPrograms
@@ -101,6 +102,7 @@ def answer(
     parameters = parameters_among(states)
     dense = when_needed(module, options, settings)
     found = concluded(traced, states, options)
+    publish(found, traced.dump, options)
     alone: Callable[..., Any]
     if isinstance(found, Analysis):
         alone = Runtime(programs_of(found, options, settings), options, dense)

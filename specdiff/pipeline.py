@@ -1,8 +1,7 @@
-"""Analysis: what the passes find in one graph, before anything is compiled.
+"""The pipeline: the order of the passes, from a Dynamo graph to what is known of it.
 
-normalize -> axes -> selective -> timetable -> invariant -> (quantize) -> regions. Whoever watches
-(a dump, tlparse, the log) is told after each pass, and of the outcome. What has no token-selective
-form is a reason.
+normalize -> axes -> selective -> timetable -> invariant -> (quantize) -> regions. Observers (a
+dump, tlparse) are told after each pass. A graph without a token-selective form is a reason.
 """
 
 from __future__ import annotations
@@ -52,6 +51,10 @@ class Analysis:
     dump: Dump | None = None
 
 
+Publish = Callable[[Analysis | str, Dump | None, Options], None]
+"""(the analysis or why there is none, where the graph is dumped, options) -> nothing."""
+
+
 @dataclass(frozen=True)
 class Traced:
     """A graph whose tokens were found, before anything is decided about them."""
@@ -65,30 +68,38 @@ class Traced:
 def trace(
     module: fx.GraphModule, inputs: Sequence[Any], options: Options, verify: bool = False
 ) -> Traced:
-    """Normalize and find tokens. Raises Unsupported if there are none."""
+    """The first passes: what does not depend on how the graph will be used.
+
+    Raises Unsupported if the graph has no tokens.
+    """
     dump = dump_of(options)
     runner = PassRunner(module, observers(dump), verify)
-    normalized = runner.run(
-        NormalizePass(torch_adapter.export_functional), DynamoGraph(module, inputs)
-    )
-    return Traced(normalized, runner.run(AxesPass(), normalized), runner, dump)
+    run = runner.run
+
+    normalized = run(NormalizePass(torch_adapter.export_functional), DynamoGraph(module, inputs))
+    axes = run(AxesPass(), normalized)
+
+    return Traced(normalized, axes, runner, dump)
 
 
 def analyse(traced: Traced, states: Sequence[bool], options: Options) -> Analysis:
-    """The remaining passes. Raises Unsupported with the reason if there is no plan.
+    """The other passes: what a selective step of this graph computes.
 
-    `states[i]` says whether input i is a parameter or buffer of the model.
+    `states[i]` says whether input i is a parameter or buffer of the model. Raises Unsupported with
+    the reason if there is no plan.
     """
-    runner = traced.runner
-    selected = runner.run(SelectivePass(), traced.axes)
     varying = partial(varying_inputs, states=states, timestep_arg=options.timestep_arg)
-    tabulated = runner.run(TimetablePass(varying, torch_adapter.vectorized), selected)
-    plan = runner.run(InvariantPass(varying), tabulated)
+    run = traced.runner.run
+
+    plan = run(SelectivePass(), traced.axes)
+    plan = run(TimetablePass(varying, torch_adapter.vectorized), plan)
+    plan = run(InvariantPass(varying), plan)
     if options.kv_cache_code is not None:
-        plan = runner.run(QuantizePass(options.kv_cache_code), plan)
-    regions = runner.run(RegionsPass(), plan)
+        plan = run(QuantizePass(options.kv_cache_code), plan)
+    regions = run(RegionsPass(), plan)
+
     signature = build_signature(plan, states, options.timestep_arg)
-    records = tuple(runner.records)
+    records = tuple(traced.runner.records)
     for record in records:
         log.debug("%s", record)
     return Analysis(traced.module, plan, regions, signature, records, traced.dump)
@@ -132,39 +143,40 @@ def refusal(inputs: Sequence[Any]) -> str | None:
 
 
 def attempt(
-    module: fx.GraphModule, inputs: Sequence[Any], options: Options, verify: bool = False
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    options: Options,
+    *,
+    verify: bool = False,
+    publish: Publish | None = None,
 ) -> Analysis | str:
-    """The analysis of one Dynamo graph of static shapes, or the reason why it runs dense."""
+    """The analysis of one Dynamo graph of static shapes, or the reason why it runs dense.
+
+    Args:
+        module: as Dynamo hands it over.
+        inputs: of the graph.
+        options: that it is compiled with.
+        verify: whether each pass checks its invariants.
+        publish: is told the outcome, unless the graph is refused before the first pass or has no
+            tokens.
+    """
     reason = refusal(inputs)
     if reason is not None:
         return reason
     found = guarded(lambda: trace(module, inputs, options, verify))
     if isinstance(found, str):
         return found
-    return concluded(found, module_states(module, inputs), options)
+    outcome = concluded(found, module_states(module, inputs), options)
+    if publish is not None:
+        publish(outcome, found.dump, options)
+    return outcome
 
 
 def concluded(traced: Traced, states: Sequence[bool], options: Options) -> Analysis | str:
-    """The analysis of a graph with tokens, or why it has none, told to whoever watches."""
+    """The analysis of a graph with tokens, or the reason why it runs dense."""
     found = guarded(lambda: analyse(traced, states, options))
     log.debug("%s", f"runs dense: {found}" if isinstance(found, str) else "has a selective form")
-    publish(found, traced.dump, options)
     return found
-
-
-def publish(found: Analysis | str, dump: Dump | None, options: Options) -> None:
-    """Drawings and report of a graph, for the dump and for tlparse; nothing it does can fail."""
-    if dump is None and not torch_adapter.traces_artifacts():
-        return
-    from specdiff.inspect import export
-
-    def work() -> None:
-        for name, text in export.texts(found, options):
-            torch_adapter.trace_artifact(f"specdiff_{name}", text)
-            if dump is not None:
-                (dump.folder / name).write_text(text, encoding="utf-8")
-
-    unfailing(work)
 
 
 def guarded(work: Callable[[], Found]) -> Found | str:

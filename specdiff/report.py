@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from specdiff import torch_adapter
+from specdiff.inspect.publish import publish
 from specdiff.machine import MachineRates
 from specdiff.options import Options
 from specdiff.passes.base import PassRecord
@@ -201,7 +202,7 @@ def explain(
     reports: list[Report] = []
 
     def collect(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        reports.append(report_of(attempt(module, inputs, known), known))
+        reports.append(report_of(attempt(module, inputs, known, publish=publish), known))
         return module.forward
 
     with torch.no_grad():

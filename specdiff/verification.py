@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from specdiff import torch_adapter
 from specdiff.compiler import ALL_QUERIES, program_compiler, programs_of
+from specdiff.inspect.publish import publish
 from specdiff.options import Options
 from specdiff.oracles import (
     BlockPlan,
@@ -125,7 +126,7 @@ def verify(
     verdicts: list[GraphVerdict] = []
 
     def backend(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        found = attempt(module, inputs, options, verify=True)
+        found = attempt(module, inputs, options, verify=True, publish=publish)
         alone = isinstance(found, Analysis) and found.signature.time is not None
         blocks = [] if alone else _blocks(module, inputs, options)
 

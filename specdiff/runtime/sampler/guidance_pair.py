@@ -10,12 +10,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from specdiff.runtime.sampler.sampler_fit import TINY, Displacement
-from specdiff.runtime.streams.streams import Stream
+from specdiff.runtime.sampler.sampler_fit import TINY, Displacement, Ways
+
+
+class Half(Protocol):
+    """What is read of a stream that may be one half of guidance."""
+
+    @property
+    def times(self) -> Sequence[float]:
+        """Of all evaluations so far."""
+
+    @property
+    def latents(self) -> tuple[Tensor, ...]:
+        """Of the latest evaluation."""
+
+    @property
+    def predictions(self) -> Ways:
+        """Of the latest evaluation, a way."""
+
+    @property
+    def outputs(self) -> Sequence[Tensor]:
+        """Merged outputs [B, N, C] of the last evaluations, newest first."""
+
+    @property
+    def joint(self) -> Joint | None:
+        """How the sampler came to the latest evaluation, by both halves."""
 
 
 @dataclass(frozen=True)
@@ -30,15 +54,15 @@ class Joint:
     """Scalar: how far latents are apart that should be the same."""
 
     @classmethod
-    def of(cls, stream: Stream, other: Stream | None, latents: Sequence[Tensor]) -> Joint | None:
+    def of(cls, stream: Half, other: Half | None, latents: Sequence[Tensor]) -> Joint | None:
         """Of a stream, whose latents these are now, and the one that may be its other half."""
         if other is None or len(stream.predictions) != 1 or len(other.predictions) != 1:
             return None
         if len(other.times) > len(stream.times):  # called first, it knows of this step already
             known = other.joint
             return known and replace(known, apart=_distance(latents, other.latents))
-        steps = stream.history.steps[:2]
-        newest, older = steps[0].tokens.float(), steps[-1].tokens.float()
+        outputs = stream.outputs[:2]
+        newest, older = outputs[0].float(), outputs[-1].float()
         return cls(
             Displacement.of(latents, stream.latents, (_mixed(latents, stream, other),)),
             torch.dist(newest, older) / torch.linalg.vector_norm(newest),
@@ -59,7 +83,7 @@ class Joint:
         return Joint(moved, torch.tensor(news, device="cpu"), torch.tensor(apart, device="cpu"))
 
 
-def _mixed(latents: Sequence[Tensor], stream: Stream, other: Stream) -> tuple[Tensor, ...]:
+def _mixed(latents: Sequence[Tensor], stream: Half, other: Half) -> tuple[Tensor, ...]:
     """The own plus a share of the difference: what fits the step best, length aside."""
     (own,), (others,) = stream.predictions, other.predictions
     pairs = zip(latents, stream.latents, strict=True)

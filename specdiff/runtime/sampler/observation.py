@@ -6,16 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from specdiff.runtime.sampler.guidance_pair import Joint
 from specdiff.runtime.sampler.noise import Process
 from specdiff.runtime.sampler.sampler_fit import POOR_FIT, Displacement
-
-if TYPE_CHECKING:
-    from specdiff.runtime.sampler.guidance_pair import Joint
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from torch import Tensor
 
+from specdiff.runtime.sampler.guidance_pair import Joint
 from specdiff.runtime.sampler.noise import Process
 from specdiff.runtime.sampler.observation import Reading
 from specdiff.runtime.sampler.sampler_fit import Prediction, Ways
@@ -16,9 +17,6 @@ from specdiff.runtime.streams.caches import Lease
 from specdiff.runtime.streams.keys import StreamKey
 from specdiff.runtime.tokens.correction import Correction
 from specdiff.runtime.tokens.history import History
-
-if TYPE_CHECKING:
-    from specdiff.runtime.sampler.guidance_pair import Joint
 
 MAX_STREAMS = 8
 MAX_REMEMBERED = 32
@@ -83,6 +81,11 @@ class Stream:
     def index(self) -> int:
         """Of its next evaluation in its session's generation."""
         return self.first + len(self.times)
+
+    @property
+    def outputs(self) -> tuple[Tensor, ...]:
+        """Merged outputs [B, N, C] of the last evaluations, newest first."""
+        return tuple(step.tokens for step in self.history.steps)
 
     def relation(
         self, reading: Reading, candidates: Sequence[Process]
