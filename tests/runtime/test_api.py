@@ -6,7 +6,7 @@ import inspect
 import pytest
 import torch
 
-import specdiff.runtime as sd
+import specdiff as sd
 from specdiff.errors import NotCompiledError, OptionError
 from specdiff.options import FORECASTS, RUNTIME_OPTIONS, Options
 from specdiff.runtime.tokens.forecast import FORECASTERS

@@ -13,7 +13,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-import specdiff.runtime as sd
+import specdiff as sd
 from specdiff.errors import OptionError
 from specdiff.options import Options
 from specdiff.runtime.sampler.noise import BETAS, Diffusion, Flow, processes, usual_tables

@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 
-import specdiff.runtime as sd
+import specdiff as sd
 from specdiff.options import Options
+from specdiff.runtime.step.dispatch import Runtime
 from specdiff.runtime.tokens.forecast import REACH, forecast
 from specdiff.runtime.tokens.history import History
 from specdiff.runtime.tokens.importance import log_scores
@@ -443,7 +444,7 @@ def test_models_are_not_kept_alive():
     import gc
     import weakref
 
-    model = Toy(sd.Runtime(ToyPrograms(), Options()))
+    model = Toy(Runtime(ToyPrograms(), Options()))
     Euler(model).run(4)
     runtime, dead = model.runtime, weakref.ref(model.embed)
     del model

@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 
-import specdiff.runtime as sd
+import specdiff as sd
 from specdiff.runtime.streams.streams import MAX_STREAMS
 from tests.runtime.toy import (
     CHANNELS,

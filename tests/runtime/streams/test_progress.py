@@ -6,7 +6,8 @@ import itertools
 import pytest
 import torch
 
-import specdiff.runtime as sd
+import specdiff as sd
+from specdiff.runtime.step.dispatch import Runtime
 from tests.runtime.toy import Euler, ToyPrograms, dense_velocity, noise, prompt, sigmas, toy
 
 PLAN = {"cache_ratio": 0.75, "warmup_steps": 3, "refresh_interval": 4, "tapered": False}
@@ -55,7 +56,7 @@ def test_guidance_that_begins_late_has_the_times_of_its_steps():
 def test_another_graph_takes_over_in_mid_generation():
     """As an adapter does that is switched on; the first graph begins anew with the next one."""
     model, text = toy(**PLAN), prompt()
-    graphs = [model.runtime, sd.Runtime(ToyPrograms(), model.runtime.options)]
+    graphs = [model.runtime, Runtime(ToyPrograms(), model.runtime.options)]
     times = sigmas(10)
     with sd.session(model, timesteps=times[:-1]) as session:
         for seed in range(3):

@@ -6,8 +6,9 @@ import itertools
 import pytest
 import torch
 
-import specdiff.runtime as sd
+import specdiff as sd
 from specdiff.options import Options
+from specdiff.runtime.step.dispatch import DenseOnly, Runtime
 from specdiff.runtime.streams.caches import CachePool
 from tests.runtime.toy import (
     Euler,
@@ -88,7 +89,7 @@ def test_seeds_one_after_the_other_on_one_prompt_tensor():
 @pytest.mark.parametrize("tied", [False, True])
 def test_two_models_take_turns_on_one_prompt_tensor(tied):
     """One callable serves both, as Dynamo does for two models of a class."""
-    runtime = sd.Runtime(ToyPrograms(), Options(**PLAN))
+    runtime = Runtime(ToyPrograms(), Options(**PLAN))
     models = [Toy(runtime, seed) for seed in range(2)]
     if tied:
         models[0].text = models[1].text
@@ -295,9 +296,9 @@ def test_budget_for_one_of_two_streams():
 
 
 def test_graph_without_parameters():
-    refused = sd.DenseOnly(lambda x: [x], "nothing to select", ())
+    refused = DenseOnly(lambda x: [x], "nothing to select", ())
     assert refused(noise())[0].equal(noise())
-    runtime = sd.Runtime(ToyPrograms(), Options(**PLAN))
+    runtime = Runtime(ToyPrograms(), Options(**PLAN))
     model = Toy(runtime)
     plain = [parameter.detach() for parameter in model.parameters()]
     run = Euler(model)
@@ -309,7 +310,7 @@ def test_graph_without_parameters():
 
 def test_refused_graph_runs_dense_with_its_reason(caplog):
     model = Toy(lambda *_: [], 0)
-    model.runtime = sd.DenseOnly(lambda *inputs: [inputs[0] * 2], "mixing op: fft", range(5))
+    model.runtime = DenseOnly(lambda *inputs: [inputs[0] * 2], "mixing op: fft", range(5))
     for _ in range(3):
         output = model(noise(), torch.ones(1), prompt())
     assert output.requires_grad
@@ -323,7 +324,7 @@ def test_recompiles_are_graphs_over_the_same_parameters():
     model = toy(**PLAN)
     Euler(model).run(4)
     first = model.runtime
-    model.runtime = sd.Runtime(ToyPrograms(), Options(**PLAN))
+    model.runtime = Runtime(ToyPrograms(), Options(**PLAN))
     Euler(model).run(4)
     stats = sd.stats(model)
     assert (stats.graphs, stats.recompiles) == (2, 1)

@@ -10,11 +10,11 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-import specdiff.runtime as sd
+import specdiff as sd
 from specdiff.options import Options
 from specdiff.program import Evaluation
-from specdiff.runtime import Runtime
 from specdiff.runtime.sampler.timeline import next_time
+from specdiff.runtime.step.dispatch import Runtime
 from specdiff.runtime.tokens.correction import Correction, on_top
 from specdiff.runtime.tokens.history import ComputedOutput
 from specdiff.runtime.tokens.schedule import Place, Schedule

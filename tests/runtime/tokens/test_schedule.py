@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-import specdiff.runtime as sd
+import specdiff as sd
 from specdiff.errors import OptionError
 from specdiff.options import Options, check_overrides
 from specdiff.plan import Plan
