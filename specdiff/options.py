@@ -135,7 +135,7 @@ class Options:
 
     correction: bool | None = _switch()
     """Whether what forecasts have cost the latent is made good when tokens are next computed: the
-    output then is the model's own and what the latent is short of (`runtime.correction`)."""
+    output then is the model's own and what the latent is short of (`runtime.tokens.correction`)."""
 
     method: str | None = _choice(None, METHODS)
     """How tokens are scored: "history" (None) by attention times squared staleness, "paper" by

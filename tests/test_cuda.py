@@ -13,7 +13,7 @@ from torch._inductor.cudagraph_trees import get_manager
 
 import specdiff
 from specdiff.bench.geometries import Geometry, Sampler, build
-from specdiff.passes.share import share_repeats
+from specdiff.passes.share.outline import share_repeats
 from tests.models import flux, sd3
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -19,7 +19,7 @@ from specdiff.options import KV_CACHE_DTYPES
 from specdiff.program import CacheSlot
 from tests.models import Inputs, flux, sd3
 from tests.oracles import trace
-from tests.test_lowering import allocations, executed, inductor_code
+from tests.passes.emit.test_lower import allocations, executed, inductor_code
 
 PLAN = {"method": "paper", "cache_ratio": 0.5, "warmup_steps": 2, "speculative_steps": 0}
 EAGER = {"inner_backend": "eager"}

@@ -6,15 +6,24 @@ import traceback
 
 import pytest
 import torch
-from toy import Euler, ToyPrograms, dense_velocity, noise, prompt, sigmas, streams_of, toy
 
-import specdiff.runtime as sd
+import specdiff as sd
 from specdiff.errors import NotCompiledError, OptionError
 from specdiff.options import FORECASTS, RUNTIME_OPTIONS, Options
-from specdiff.runtime.forecast import FORECASTERS
-from specdiff.runtime.importance import SCORERS
-from specdiff.runtime.remains import Awaited
+from specdiff.runtime.sampler.remains import Awaited
+from specdiff.runtime.tokens.forecast import FORECASTERS
+from specdiff.runtime.tokens.importance import SCORERS
 from specdiff.settings import METHOD_DEFAULTS, METHODS, Settings
+from tests.runtime.toy import (
+    Euler,
+    ToyPrograms,
+    dense_velocity,
+    noise,
+    prompt,
+    sigmas,
+    streams_of,
+    toy,
+)
 
 PLAN = {"cache_ratio": 0.75, "warmup_steps": 3, "refresh_interval": 4, "tapered": False}
 
