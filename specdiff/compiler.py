@@ -37,6 +37,7 @@ from specdiff.passes.specialise import floats_of, specialise
 from specdiff.runtime.dispatch import DenseOnly, Runtime
 from specdiff.runtime.regional import Block
 from specdiff.runtime.shapes import PerShape
+from specdiff.settings import IMPORTANCE_QUERIES
 
 log = logging.getLogger(__name__)
 
@@ -196,8 +197,9 @@ def compile_shared(
 
 
 def sample_of(options: Options) -> int:
-    """Attention rows that measure importance."""
-    return options.importance_queries or ALL_QUERIES
+    """Attention rows that measure importance; an experiment may have others, None for all."""
+    ablation = options.ablation or {}
+    return ablation.get("importance_queries", IMPORTANCE_QUERIES) or ALL_QUERIES
 
 
 def backend(**options: Any) -> Callable[..., Any]:

@@ -13,18 +13,19 @@ import torch
 from torch import Tensor, nn
 
 import specdiff
+from specdiff.plan import Plan
 from specdiff.runtime.patches import Patches, possible
 from tests.models import ZOO, Inputs, flux, sd3
 
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
 EAGER = {"inner_backend": "eager"}
-SAMPLED = {**EAGER, "importance_queries": 8}
+SAMPLED = {**EAGER, "ablation": {"importance_queries": 8}}
 """Of 47 attention rows, so that it matters which."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "history": {"cache_ratio": 0.7},
     "paper": {"cache_ratio": 0.7, "method": "paper"},
     "whole steps": {"cache_ratio": 1.0},
-    "mixed": {"cache_ratio": 0.5, "refresh_interval": 3, "stride": 2},
+    "mixed": {"plan": Plan((0, 1, 0, 0.5, 1, 0, 1, 0.5))},
     "budget": {"cache_ratio": 0.7, "max_cache_bytes": 10},
 }
 MODELS = {
@@ -186,7 +187,7 @@ def test_an_attached_model_is_not_kept_alive():
 def test_blocks_left_out_are_noticed():
     """A selective step must not read caches that the dense step before it did not write."""
     model, inputs = MODELS["sd3"]()
-    specdiff.attach(compile_blocks(model, dynamic=False), cache_ratio=0.7, refresh_interval=0)
+    specdiff.attach(compile_blocks(model, dynamic=False), plan=Plan.warmup(1), cache_ratio=0.7)
     generation(model, inputs, 3)
     whole, model.transformer_blocks = model.transformer_blocks, model.transformer_blocks[1:]
     found = generation(model, inputs, 3)
@@ -210,7 +211,7 @@ def test_compile_time_options_cannot_be_given():
         specdiff.attach(flux()[0], inner_backend="eager")
 
 
-FROM_THE_FOURTH = {"warmup_steps": 3, "refresh_interval": 3, "tapered": False}
+FROM_THE_FOURTH = Plan.every(3, warmup=3, lookahead=0)
 """The fourth evaluation is the first that selects tokens."""
 
 
@@ -229,7 +230,7 @@ def test_times_that_are_numbers():
     inputs = sd3(layers=2)[1]
     model, latent = Numbered(), inputs.pop("hidden_states")
     del inputs["timestep"]
-    specdiff.attach(model, **FROM_THE_FOURTH, cache_ratio=0.5, speculative_steps=0)
+    specdiff.attach(model, plan=FROM_THE_FOURTH, cache_ratio=0.5)
     with torch.no_grad():
         for time in (1000, 900, 800, 700, 600):
             latent = latent - 0.1 * model(latent, time, **inputs)[0]
@@ -256,9 +257,7 @@ def test_a_model_that_breaks_into_graphs(name):
     with torch.no_grad():
         case.model(**case.inputs)
         compiled = torch.compile(case.model, backend="specdiff", dynamic=False, options=EAGER)
-        attachment = specdiff.attach(
-            compiled, **FROM_THE_FOURTH, cache_ratio=0.1, speculative_steps=0
-        )
+        attachment = specdiff.attach(compiled, plan=FROM_THE_FOURTH, cache_ratio=0.1)
         inputs, errors = case.inputs, []
         for step in range(5):
             exact = case.model(**inputs)[0]

@@ -18,6 +18,7 @@ from toy import ToyPrograms, noise, prompt, streams_of, toy
 import specdiff.runtime as sd
 from specdiff.errors import OptionError
 from specdiff.options import Options
+from specdiff.plan import Plan
 from specdiff.runtime.noise import BETAS, Diffusion, Flow, processes, usual_tables
 from specdiff.runtime.prediction import Displacement, Prediction, guided
 
@@ -28,7 +29,7 @@ SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "euler": (EulerDiscreteScheduler, {"timestep_spacing": "leading"}),
     "ddpm": (DDPMScheduler, {"clip_sample": False}),
 }
-PLAN = {"cache_ratio": 0.75, "warmup_steps": 3, "refresh_interval": 4, "tapered": False}
+PLAN = {"plan": Plan.every(4, warmup=3), "cache_ratio": 0.75}
 
 
 def scheduler(name: str, kind: str, schedule: int, steps: int = 20) -> Any:

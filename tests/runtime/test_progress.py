@@ -8,8 +8,9 @@ import torch
 from toy import Euler, ToyPrograms, dense_velocity, noise, prompt, sigmas, toy
 
 import specdiff.runtime as sd
+from specdiff.plan import Plan
 
-PLAN = {"cache_ratio": 0.75, "warmup_steps": 3, "refresh_interval": 4, "tapered": False}
+PLAN = {"plan": Plan.every(4, warmup=3), "cache_ratio": 0.75}
 
 
 def guided(model, seed, until, steps=12):
