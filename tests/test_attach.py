@@ -97,6 +97,18 @@ def test_compile_repeated_blocks_of_diffusers():
     assert attachment.reasons() == ()
 
 
+def test_switched_off_it_is_the_model():
+    model, inputs = MODELS["sd3"]()
+    exact = generation(model, inputs)
+    specdiff.attach(compile_blocks(model), cache_ratio=0.5)
+    with specdiff.session(model, quality="dense"):
+        found = generation(model, inputs)
+    assert torch.equal(torch.stack(found), torch.stack(exact))
+    assert evaluations(model) == (8, 0, 0, 0)
+    generation(model, inputs)
+    assert evaluations(model)[1] > 0
+
+
 def test_detached_it_is_dense():
     model, inputs = MODELS["sd3"]()
     exact = generation(model, inputs)

@@ -217,6 +217,25 @@ def test_wrong_option_of_a_configured_backend_is_raised_at_once():
         configured(bogus=1)
 
 
+@pytest.mark.parametrize("how", ["compiled with it", "session", "environment"])
+def test_switched_off_the_outputs_are_the_models_own(small, monkeypatch, how):
+    """To the bit, as the graph runs as it came; and nothing recompiles."""
+    model, inputs = small
+    exact = loop(model, inputs)
+    selective = compiled(model, quality="dense") if how.startswith("compiled") else compiled(model)
+    if how == "environment":
+        monkeypatch.setenv("SPECDIFF", "off")
+    with specdiff.session(selective, **({"quality": "dense"} if how == "session" else {})):
+        assert torch.equal(torch.stack(loop(selective, inputs)), torch.stack(exact))
+    assert counts(selective) == (STEPS, 0, 0, 0)
+    assert specdiff.stats(selective).compile_seconds == {}  # no program of ours
+    monkeypatch.delenv("SPECDIFF", raising=False)
+    specdiff.configure(selective, quality=None)
+    loop(selective, inputs)
+    assert counts(selective) == (STEPS + 3, 7, 0, 1)
+    assert specdiff.stats(selective).recompiles == 0
+
+
 # Refusals ---------------------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from toy import (
     toy,
 )
 
+import specdiff
 import specdiff.runtime as sd
 from specdiff.errors import NotCompiledError, OptionError
 from specdiff.options import FORECASTS, NO_LONGER, OPTIONS, RUNTIME_OPTIONS, Options
@@ -401,9 +402,9 @@ def switched_off(monkeypatch, how, model):
 def test_switched_off_the_model_is_dense_and_says_so_once(monkeypatch, caplog, how):
     model = toy(**PLAN, quality=None)
     plain = Euler(toy(cache_ratio=0.0)).run()
-    with caplog.at_level(logging.INFO, "specdiff"), switched_off(monkeypatch, how, model):
-        with sd.record(model) as recording:
-            run = Euler(model).run()
+    caplog.set_level(logging.INFO, "specdiff")
+    with switched_off(monkeypatch, how, model), specdiff.record(model) as recording:
+        run = Euler(model).run()
     assert all(torch.equal(a, b) for a, b in zip(run.velocities, plain.velocities, strict=True))
     stats = sd.stats(model)
     assert counts(model) == (10, 0, 0) and stats.fallbacks == {}
@@ -418,12 +419,12 @@ def test_switched_off_the_model_is_dense_and_says_so_once(monkeypatch, caplog, h
 
 
 @pytest.mark.parametrize("given", [True, False])
-@pytest.mark.parametrize("off", [range(4, 6), range(2), range(8, 10), range(9)])
+@pytest.mark.parametrize("off", [range(4, 6), range(2), range(8, 10), range(7)])
 def test_acceleration_switched_off_and_on_within_a_generation(monkeypatch, given, off):
     """What goes on afterwards begins with dense steps and agrees with a dense run throughout."""
     model, other = toy(**PLAN), toy(cache_ratio=0.0)
     run, exact = Euler(model), Euler(other).run()
-    with sd.session(model, timesteps=run.sigmas[:-1] if given else None) as session:
+    with sd.session(model, timesteps=run.sigmas[:-1] if given else None):
         for index in range(10):
             monkeypatch.setenv("SPECDIFF", "off" if index in off else "on")
             run.step()
