@@ -21,12 +21,14 @@ EXACT = {"rtol": 1e-5, "atol": 1e-5}
 EAGER = {"inner_backend": "eager"}
 SAMPLED = {**EAGER, "ablation": {"importance_queries": 8}}
 """Of 47 attention rows, so that it matters which."""
+TAPERED = Plan.tapered(4)
+SELECTING = {"plan": TAPERED, "cache_ratio": 0.7}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "history": {"cache_ratio": 0.7},
-    "paper": {"cache_ratio": 0.7, "method": "paper"},
-    "whole steps": {"cache_ratio": 1.0},
+    "history": SELECTING,
+    "paper": {"method": "paper", "cache_ratio": 0.7},
+    "whole steps": {"plan": TAPERED},
     "mixed": {"plan": Plan((0, 1, 0, 0.5, 1, 0, 1, 0.5))},
-    "budget": {"cache_ratio": 0.7, "max_cache_bytes": 10},
+    "budget": {**SELECTING, "max_cache_bytes": 10},
 }
 MODELS = {
     "flux": lambda: flux(layers=2, single_layers=2),
@@ -88,7 +90,7 @@ def test_compile_repeated_blocks_of_diffusers():
     model, inputs = MODELS["flux"]()
     exact = generation(model, inputs)
     model.compile_repeated_blocks(backend="specdiff", fullgraph=True, options=EAGER)
-    attachment = specdiff.attach(model, cache_ratio=0.0)
+    attachment = specdiff.attach(model, plan=TAPERED, cache_ratio=0.0)
     torch.testing.assert_close(generation(model, inputs), exact, **EXACT)
     specdiff.reset(model)
     specdiff.configure(model, cache_ratio=0.5)
@@ -100,7 +102,7 @@ def test_compile_repeated_blocks_of_diffusers():
 def test_switched_off_it_is_the_model():
     model, inputs = MODELS["sd3"]()
     exact = generation(model, inputs)
-    specdiff.attach(compile_blocks(model), cache_ratio=0.5)
+    specdiff.attach(compile_blocks(model), **SELECTING)
     with specdiff.session(model, quality="dense"):
         found = generation(model, inputs)
     assert torch.equal(torch.stack(found), torch.stack(exact))
@@ -112,7 +114,7 @@ def test_switched_off_it_is_the_model():
 def test_detached_it_is_dense():
     model, inputs = MODELS["sd3"]()
     exact = generation(model, inputs)
-    attachment = specdiff.attach(compile_blocks(model), cache_ratio=0.7)
+    attachment = specdiff.attach(compile_blocks(model), **SELECTING)
     generation(model, inputs)
     assert evaluations(model)[1] > 0
     attachment.detach()
@@ -122,7 +124,7 @@ def test_detached_it_is_dense():
 
 def test_blocks_of_a_class_share_a_graph_but_no_caches():
     model, inputs = flux(layers=4, single_layers=4)
-    specdiff.attach(compile_blocks(model, dynamic=False), cache_ratio=0.7)
+    specdiff.attach(compile_blocks(model, dynamic=False), **SELECTING)
     torch._dynamo.utils.counters.clear()
     generation(model, inputs)
     # by class, and by the strides of what the block before returns
@@ -140,13 +142,13 @@ def test_two_resolutions_and_two_prompts_in_turns():
 
 
 def attached(model: nn.Module) -> nn.Module:
-    specdiff.attach(compile_blocks(model), cache_ratio=0.7)
+    specdiff.attach(compile_blocks(model), **SELECTING)
     return model
 
 
 def test_session_gives_the_times():
     model, inputs = MODELS["flux"]()
-    specdiff.attach(compile_blocks(model), cache_ratio=0.7)
+    specdiff.attach(compile_blocks(model), **SELECTING)
     expected = generation(model, inputs)
     with specdiff.session(model, timesteps=torch.linspace(1, 0, 9)[:-1]):
         found = generation(model, inputs)
@@ -165,7 +167,7 @@ def test_an_output_that_is_no_list_of_tokens_is_dense():
 
     inputs = flux()[1]
     model = Pooled()
-    attachment = specdiff.attach(model, cache_ratio=0.7)
+    attachment = specdiff.attach(model, **SELECTING)
     with torch.no_grad():
         expected = model.inner(**inputs)[0].mean((1, 2))
         torch.testing.assert_close(model(**inputs)[0], expected, **EXACT)
@@ -176,8 +178,8 @@ def test_attaching_twice_and_then_detaching_leaves_nothing_open():
     model, inputs = MODELS["sd3"]()
     exact = generation(model, inputs)
     compile_blocks(model)
-    specdiff.attach(model, cache_ratio=0.7)
-    again = specdiff.attach(model, cache_ratio=0.7)
+    specdiff.attach(model, **SELECTING)
+    again = specdiff.attach(model, **SELECTING)
     generation(model, inputs)
     assert sum(evaluations(model)[:3]) == 8
     again.detach()
@@ -186,7 +188,7 @@ def test_attaching_twice_and_then_detaching_leaves_nothing_open():
 
 def test_an_attached_model_is_not_kept_alive():
     model, inputs = MODELS["sd3"]()
-    attachment = specdiff.attach(compile_blocks(model), cache_ratio=0.7)
+    attachment = specdiff.attach(compile_blocks(model), **SELECTING)
     generation(model, inputs)
     attachment.detach()
     dead = weakref.ref(model)
@@ -212,7 +214,7 @@ def test_blocks_left_out_are_noticed():
 def test_gradients_of_a_frozen_model():
     model, inputs = MODELS["sd3"]()
     model.requires_grad_(False)
-    specdiff.attach(compile_blocks(model), cache_ratio=0.7)
+    specdiff.attach(compile_blocks(model), **SELECTING)
     latent = inputs["hidden_states"].requires_grad_()
     (gradient,) = torch.autograd.grad(model(**inputs)[0].sum(), latent)
     assert gradient.abs().max() > 0
@@ -251,7 +253,7 @@ def test_times_that_are_numbers():
 
 def test_an_error_in_the_model_leaves_nothing_open():
     model, inputs = MODELS["flux"]()
-    specdiff.attach(compile_blocks(model), cache_ratio=0.7)
+    specdiff.attach(compile_blocks(model), **SELECTING)
     expected = generation(model, inputs)
     specdiff.reset(model)
     with pytest.raises(RuntimeError), torch.no_grad():

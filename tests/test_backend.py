@@ -75,7 +75,11 @@ def configured(**options: Any) -> Any:
             {"dense", "selective_2", "tail"},
             1,
         ),
-        ({"cache_ratio": 0.5, "text_steps": "dense"}, {"dense", "frozen_10_measured", "tail"}, 1),
+        (
+            {"plan": Plan.tapered(4), "cache_ratio": 0.5, "text_steps": "dense"},
+            {"dense", "frozen_10_measured", "tail"},
+            1,
+        ),
     ],
     ids=["default", "paper", "no look-ahead", "importance of dense steps", "text left out"],
 )
