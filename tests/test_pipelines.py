@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -520,7 +520,7 @@ def test_pipeline_at_a_second_resolution(model):
 class CutGuidance(PipelineCallback):
     """Guidance ends after some steps: the batch becomes one, as diffusers' own callback has it."""
 
-    tensor_inputs = ["prompt_embeds", "pooled_prompt_embeds"]
+    tensor_inputs: ClassVar = ["prompt_embeds", "pooled_prompt_embeds"]
 
     def __init__(self, after: int) -> None:
         super().__init__()

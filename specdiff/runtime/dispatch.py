@@ -33,9 +33,10 @@ from specdiff.runtime.registry import (
     effective,
     state_of_call,
 )
+from specdiff.runtime.remains import remains
 from specdiff.runtime.schedule import Schedule
 from specdiff.runtime.step import answer
-from specdiff.runtime.streams import Stream, StreamTable
+from specdiff.runtime.streams import CHECK_LAG, Stream, StreamTable
 from specdiff.runtime.times import KnownTimes
 from specdiff.settings import Settings, why_off
 
@@ -97,6 +98,8 @@ class Runtime:
         table = owner.table(self)
         conditions = [inputs[index] for index in self._conditions]
         known, reading = table.find(conditions), None
+        if known is not None and schedule.forecasts:
+            self._check(inputs, owner, known, waits=progress is None)
         candidates = processes(settings.prediction, settings.alphas_cumprod)
         if progress is None:
             reading = self._read(inputs, table, known)
@@ -195,6 +198,21 @@ class Runtime:
             moved = Displacement.of(parts, stream.latents, stream.predictions)
             joint = Joint.of(stream, table.partner(stream), parts)
         return read(inputs[time], latent, moved, joint)
+
+    def _check(
+        self,
+        inputs: Sequence[object],
+        owner: ModelState | Session,
+        stream: Stream,
+        *,
+        waits: bool,
+    ) -> None:
+        """Look whether what the stream saw explains the step to the present evaluation."""
+        if stream.trail:
+            signature = self.programs.signature
+            parts, others = signature.moving_parts(inputs), owner.seen_beside(stream)
+            left = remains(parts, stream.trail, others, signature.batch)
+            stream.check(left, 0 if waits else CHECK_LAG)
 
     def _history(self) -> History:
         tokens = self.programs.signature.tokens

@@ -74,6 +74,10 @@ class History:
         self.age = self.age + 1
         self._record_step(time, forecast)
 
+    def break_off(self) -> None:
+        """Forget what was computed: it leads nowhere from here."""
+        self.computed = ()
+
     @property
     def cached(self) -> Tensor:
         """int32 [B, N]: how often each token was served from cache (the paper's cf)."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from specdiff.runtime.call import Call
 from specdiff.runtime.clock import time_unit
 from specdiff.runtime.prediction import Displacement, Prediction, Ways, guided
+from specdiff.runtime.remains import DEPTH, Seen
 from specdiff.runtime.speculation import landings, model_time, speculate
 
 logger = logging.getLogger(__name__)
@@ -28,18 +29,16 @@ def look_ahead(call: Call, outputs: Sequence[Tensor]) -> None:
     stream, times = call.stream, call.stream.times
     pending = call.wants_future or (call.corrects and stream.sampler is None)
     before = stream.latents, stream.predictions, stream.model_time
-    if pending or call.reading is not None:
+    if pending or call.schedule.forecasts or call.reading is not None:
         signature = call.programs.signature
-        stream.latents = tuple(p.clone() for p in signature.moving_parts(call.inputs))
+        latents = tuple(p.clone() for p in signature.moving_parts(call.inputs))
         predicted = (pair.part(outputs[pair.velocity]) for pair in signature.denoised)
         scale = call.settings.guidance_scale
-        stream.predictions = tuple(zip(*(guided(p, scale) for p in predicted), strict=True))
-        stream.model_time = _model_time(call)
+        predictions = tuple(zip(*(guided(p, scale) for p in predicted), strict=True))
+        stream.trail = (Seen(call.time, latents, predictions), *stream.trail)[:DEPTH]
+        stream.model_time = _model_time(call) if pending else None
     if pending and len(times) > 1 and times[-1] != times[-2]:
         _infer(call, *before)
-    if stream.sampler is not None and not call.wants_future and call.reading is None:
-        stream.latents = stream.predictions = ()
-        stream.model_time = None
 
 
 def _model_time(call: Call) -> Tensor:

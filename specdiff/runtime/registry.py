@@ -20,12 +20,15 @@ from specdiff.errors import NotCompiledError
 from specdiff.options import Options, check_overrides
 from specdiff.runtime.progress import Progress
 from specdiff.runtime.recording import Recording
+from specdiff.runtime.remains import Seen
 from specdiff.runtime.stats import Counters
-from specdiff.runtime.streams import StreamTable
+from specdiff.runtime.streams import Stream, StreamTable
 from specdiff.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+MOST_BESIDE = 12
+"""Evaluations of other streams by which a step may be explained: of three that guide, four each."""
 ELSEWHERE = (
     "a session is left in another context than it was entered in, so calls in between may have run"
     " without it: enter it in the thread, task or generator step that calls the model"
@@ -47,6 +50,21 @@ class StreamOwner:
         if graph not in self._tables:
             self._tables[graph] = StreamTable(keep_values=self._keep_values)
         return self._tables[graph]
+
+    def seen_beside(self, stream: Stream) -> list[Seen]:
+        """What other streams saw when this one did: they may guide the same latent."""
+        times = [seen.time for seen in stream.trail]
+        shapes = [latent.shape for latent in stream.latents]
+        seen = [
+            seen
+            for table in self._tables.values()
+            for other in table
+            if other is not stream
+            for seen in other.trail
+            if seen.time in times and [latent.shape for latent in seen.latents] == shapes
+        ]
+        newest_first = sorted(seen, key=lambda each: times.index(each.time))
+        return newest_first[:MOST_BESIDE]
 
     def forget_streams(self) -> None:
         """Drop all streams; their caches go back to their pools."""

@@ -19,6 +19,12 @@ from specdiff.runtime.schedule import Place
 logger = logging.getLogger(__name__)
 
 BUDGET = "cache budget exceeded"
+STRAYED = "unexplained step"
+STRAYED_HINT = (
+    "unexplained step: the latent moved where neither earlier latents nor predictions lead, as if"
+    " the sampler drew noise or a callback changed the latent; an evaluation after such a step runs"
+    " dense (a sampler that draws no noise is accelerated)"
+)
 
 
 def answer(call: Call) -> list[Tensor]:
@@ -57,6 +63,10 @@ def _decide(call: Call) -> int:
     count, reason = call.schedule.decide(place)
     if 0 < count < tokens and not call.stream.lease:
         count, reason = tokens, "no caches yet"
+    if count < tokens and call.stream.strays:
+        count, reason = tokens, STRAYED
+        call.state.counters.fallbacks[STRAYED] += 1
+        call.state.say(logger, STRAYED_HINT)
     call.keep(
         batch=call.programs.signature.batch,
         tokens=tokens,
@@ -87,6 +97,9 @@ def _dense(call: Call) -> Tensor:
         tokens = call.programs.probe(call.inputs)
         stream.lease = None  # what it holds is older than this step
     tokens = tokens.clone()  # the program's next run may overwrite them
+    if stream.strays:
+        stream.history.break_off()
+        stream.correction = None
     stream.history.record_dense(call.time, tokens)
     return tokens
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
@@ -16,6 +16,7 @@ from specdiff.runtime.keys import StreamKey
 from specdiff.runtime.noise import Process
 from specdiff.runtime.prediction import Prediction, Ways
 from specdiff.runtime.reading import Reading
+from specdiff.runtime.remains import UNEXPLAINED, Awaited, Seen
 
 if TYPE_CHECKING:
     from specdiff.runtime.joint import Joint
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 MAX_STREAMS = 8
 MAX_REMEMBERED = 32
 """Streams that had to make room for others, of which it is known that they were there."""
+CHECK_LAG = 2
+"""Evaluations from one to the reading of what it showed, where nothing may wait for a device."""
 LARGE_CHANGE = 0.5
 """Relative change of the latent in one evaluation that only a very long step explains."""
 
@@ -52,10 +55,12 @@ class Stream:
         self.speculative: list[tuple[float, Tensor]] = []
         """Times looked ahead to, soonest first, with their importance, float32 [B, N] (fut)."""
         self.looked_ahead = False
-        self.latents: tuple[Tensor, ...] = ()
-        self.predictions: Ways = ()
-        """Latents and (guided) predictions of the previous evaluation, where something needs them:
-        the parts that they have in common."""
+        self.trail: tuple[Seen, ...] = ()
+        """Latents and (guided) predictions of the latest evaluations, newest first: the parts that
+        they have in common."""
+        self.strays = False
+        """Whether the latest step that was looked at is unexplained."""
+        self._checks: deque[Awaited] = deque()
         self.model_time: Tensor | None = None
         """float32 scalar: the time input of the previous evaluation, with a session's times."""
         self.sampler: Prediction | None = None
@@ -73,6 +78,25 @@ class Stream:
         """Whether it may be one of several trajectories, for all that is seen: it began where
         another had been, and has not yet gone where its prediction leads."""
         self.last_call = 0
+
+    @property
+    def latents(self) -> tuple[Tensor, ...]:
+        """Of the previous evaluation."""
+        return self.trail[0].latents if self.trail else ()
+
+    @property
+    def predictions(self) -> Ways:
+        """Of the previous evaluation."""
+        return self.trail[0].predictions if self.trail else ()
+
+    def check(self, remains: Tensor, lag: int) -> None:
+        """Note what nothing explains of the step to the present evaluation.
+
+        It is read so many evaluations later.
+        """
+        self._checks.append(Awaited(remains))
+        while len(self._checks) > lag:
+            self.strays = self._checks.popleft().read() > UNEXPLAINED
 
     @property
     def direction(self) -> float:
@@ -111,7 +135,7 @@ class Stream:
         """Give the caches back: calls of this key cannot be told apart and run dense."""
         self.ambiguous = True
         self.lease = self.importance = self.correction = self.joint = None
-        self.latents = self.predictions = ()
+        self.trail = ()
         self.speculative.clear()
 
     def future(self, time: float) -> Tensor | None:
@@ -187,6 +211,9 @@ class StreamTable:
             if other is not stream and ahead in (0, 1) and other.times[:count] == stream.times:
                 return other if other.latents and not other.ambiguous else None
         return None
+
+    def __iter__(self) -> Iterator[Stream]:
+        return iter(self._streams)
 
     def touch(self, stream: Stream) -> None:
         """Note that a stream was evaluated by the current call."""

@@ -12,7 +12,6 @@ from specdiff.program import CacheSlot, Denoised, Evaluation, InputSpec, Segment
 from specdiff.runtime import Runtime
 
 UNCORRECTED = {"ablation": {"correction": False}}
-UNCORRECTED = {"ablation": {"correction": False}}
 SIDE, CHANNELS, WIDTH, LAYERS, TEXT = 4, 3, 8, 2, 3
 N = SIDE * SIDE
 NAMES = ("embed", "text", "clock", "qkv", "out")
