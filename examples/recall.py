@@ -33,6 +33,7 @@ from specdiff.options import Options
 from specdiff.passes.emit.lower import LoweredPrograms
 from specdiff.pipeline import Analysis, attempt
 from specdiff.runtime.tokens.importance import per_sample
+from specdiff.settings import IMPORTANCE_QUERIES
 
 QUERIES = (32, 64, 128, 256, 512)
 KEPT = (0.5, 0.25, 0.1, 0.05)
@@ -101,7 +102,7 @@ def watched(record: Measured, costs: dict[str, Any], timed: bool) -> Callable[..
             if not costs:
                 least = Dense(found, 0).flops(values)
                 costs["flops"] = {q: samples[q].flops(values) / least - 1 for q in QUERIES}
-                costs["default"] = Options().importance_queries
+                costs["default"] = IMPORTANCE_QUERIES
                 if timed:
                     costs["seconds"] = slower(found, costs["default"], values)
             if calls % EVERY == 0:

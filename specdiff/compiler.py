@@ -38,6 +38,7 @@ from specdiff.pipeline import (
 from specdiff.runtime.blocks.block import Block
 from specdiff.runtime.step.dispatch import DenseOnly, Runtime
 from specdiff.runtime.step.shapes import PerShape
+from specdiff.settings import IMPORTANCE_QUERIES
 
 log = logging.getLogger(__name__)
 
@@ -199,8 +200,9 @@ def compile_shared(
 
 
 def sample_of(options: Options) -> int:
-    """Attention rows that measure importance."""
-    return options.importance_queries or ALL_QUERIES
+    """Attention rows that measure importance; an experiment may have others, None for all."""
+    ablation = options.ablation or {}
+    return ablation.get("importance_queries", IMPORTANCE_QUERIES) or ALL_QUERIES
 
 
 def backend(**options: Any) -> Callable[..., Any]:

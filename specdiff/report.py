@@ -145,7 +145,7 @@ class Report:
         counts = {count for kind, count, _ in plan if kind == "selective"}
         partial = {count: self.step_seconds(rates, count) for count in counts}
         seconds = {self.sizes.tokens: dense, 0: skipped, **partial}
-        ahead = max(self.settings.speculative_steps - 1, 0) * dense if partial else 0.0
+        ahead = max(self.settings.plan.lookahead - 1, 0) * dense if partial else 0.0
         run = sum(seconds[count] for _, count, _ in plan) + ahead
         return Prediction(dense, next(iter(partial.values()), None), skipped, run, steps * dense)
 
@@ -192,7 +192,8 @@ def explain(
     Args:
         model: The model, compiled or not.
         args: Its inputs, and `kwargs` those by name.
-        options: As of `torch.compile(options=...)`, for the schedule and the dumps.
+        options: As of `torch.compile(options=...)`, for the schedule and the dumps; a mapping, as
+            keywords are the model's inputs.
         kwargs: Inputs by name.
 
     Raises:

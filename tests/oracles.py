@@ -34,7 +34,7 @@ class Traced:
 
     def programs(self, inner_backend: str = "eager") -> LoweredPrograms:
         """Fresh programs of the analysis."""
-        options = Options(importance_queries=None, inner_backend=inner_backend)
+        options = Options(ablation={"importance_queries": None}, inner_backend=inner_backend)
         return compiler.programs_of(self.analysis, options, {})
 
     def coded(self, code: torch.dtype | None) -> Traced:

@@ -19,9 +19,10 @@ import specdiff
 from specdiff import torch_adapter
 from specdiff.passes.emit.lower import Lowered
 from specdiff.passes.plan.axes import AxesPass
+from specdiff.plan import Plan
 from tests.models import flux, sd3
 
-PLAN = {"cache_ratio": 0.75, "warmup_steps": 3, "refresh_interval": 0, "stride": 1}
+PLAN = {"plan": Plan.warmup(3), "cache_ratio": 0.75}
 EXACT = {"rtol": 1e-4, "atol": 1e-5}
 STEPS = 10
 
@@ -63,11 +64,24 @@ def configured(**options: Any) -> Any:
     ("options", "programs", "speculative"),
     [
         ({}, {"probe", "tail"}, 0),
-        ({"method": "paper"}, {"dense", "selective_2", "tail"}, 1),
-        ({"method": "paper", "speculative_steps": 0}, {"dense", "selective_2", "tail"}, 0),
-        ({"cache_ratio": 0.5, "text_refresh": 0}, {"dense", "frozen_10_measured", "tail"}, 1),
+        ({"method": "paper"}, {"dense", "selective_2_measured", "tail"}, 1),
+        (
+            {"method": "paper", "plan": Plan.warmup(3, lookahead=0), "cache_ratio": 0.9},
+            {"dense", "selective_2_measured", "tail"},
+            0,
+        ),
+        (
+            {"method": "paper", "ablation": {"selective_importance": False}},
+            {"dense", "selective_2", "tail"},
+            1,
+        ),
+        (
+            {"plan": Plan.tapered(4), "cache_ratio": 0.5, "text_steps": "dense"},
+            {"dense", "frozen_10_measured", "tail"},
+            1,
+        ),
     ],
-    ids=["default", "paper", "no look-ahead", "text left out"],
+    ids=["default", "paper", "no look-ahead", "importance of dense steps", "text left out"],
 )
 def test_no_more_programs_are_compiled_than_a_plan_needs(small, options, programs, speculative):
     """One that computes every token, one that computes some; over one generation and the next."""
@@ -166,7 +180,7 @@ def test_default_mode_sets_nothing(small, handed_over):
 
 def test_options_reach_the_runtime(small):
     model, inputs = small
-    selective = compiled(model, warmup_steps=4, cache_ratio=0.5, speculative_steps=0)
+    selective = compiled(model, plan=Plan.warmup(4, lookahead=0), cache_ratio=0.5)
     loop(selective, inputs)
     assert counts(selective) == (4, 6, 0, 0)
     assert specdiff.stats(selective).tokens_computed == 4 * 20 + 6 * 10
@@ -196,7 +210,7 @@ def test_wrong_option(small, options):
     assert isinstance(error, specdiff.OptionError)
     if "cache_ration" in options:
         assert "did you mean 'cache_ratio'?" in str(error)
-        for name in ("cache_ratio", "warmup_steps", "inner_backend", "dump_dir"):
+        for name in ("cache_ratio", "plan", "inner_backend", "dump_dir"):
             assert name in str(error)
     else:
         assert "from 0 to 1" in str(error)
@@ -205,6 +219,25 @@ def test_wrong_option(small, options):
 def test_wrong_option_of_a_configured_backend_is_raised_at_once():
     with pytest.raises(specdiff.OptionError, match="bogus: no such option"):
         configured(bogus=1)
+
+
+@pytest.mark.parametrize("how", ["compiled with it", "session", "environment"])
+def test_switched_off_the_outputs_are_the_models_own(small, monkeypatch, how):
+    """To the bit, as the graph runs as it came; and nothing recompiles."""
+    model, inputs = small
+    exact = loop(model, inputs)
+    selective = compiled(model, quality="dense") if how.startswith("compiled") else compiled(model)
+    if how == "environment":
+        monkeypatch.setenv("SPECDIFF", "off")
+    with specdiff.session(selective, **({"quality": "dense"} if how == "session" else {})):
+        assert torch.equal(torch.stack(loop(selective, inputs)), torch.stack(exact))
+    assert counts(selective) == (STEPS, 0, 0, 0)
+    assert specdiff.stats(selective).compile_seconds == {}  # no program of ours
+    monkeypatch.delenv("SPECDIFF", raising=False)
+    specdiff.configure(selective, quality=None)
+    loop(selective, inputs)
+    assert counts(selective) == (STEPS + 3, 7, 0, 1)
+    assert specdiff.stats(selective).recompiles == 0
 
 
 # Refusals ---------------------------------------------------------------------------------------
@@ -480,9 +513,9 @@ def test_beyond_the_limit_fullgraph_raises(small):
     model, inputs = small
     with torch._dynamo.config.patch(recompile_limit=2):
         for steps in (1, 2):
-            loop(compiled(model, warmup_steps=steps), inputs, 1)
+            loop(compiled(model, plan=Plan.warmup(steps)), inputs, 1)
         with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
-            loop(compiled(model, warmup_steps=3), inputs, 1)
+            loop(compiled(model, plan=Plan.warmup(3)), inputs, 1)
 
 
 def test_dynamo_reset(small):

@@ -17,8 +17,7 @@ from specdiff.errors import SpecdiffError
 from specdiff.evaluation.features import feature_distance, features
 from specdiff.evaluation.subject import Subject, find_subject
 from specdiff.methods import usable_device
-from specdiff.settings import PLAN_SETTINGS
-from specdiff.tuning import Likeness, Tell, Tuned, tune
+from specdiff.tuning import TUNED_OPTIONS, Likeness, Tell, Tuned, tune
 
 
 def _negative_distance(picture: Tensor, reference: Tensor) -> float:
@@ -76,7 +75,7 @@ def _tune(wanted: Tuning, subject: Subject, likeness: Likeness, target: float, t
     pipeline = subject.load()
     requests = subject.tuning_requests(wanted.prompts + wanted.held_back)
     options = {**subject.options, **wanted.options}
-    settings = {name: options.pop(name) for name in PLAN_SETTINGS if name in options}
+    tuned_with = {name: options.pop(name) for name in TUNED_OPTIONS if name in options}
     compiled: Any = torch.compile(
         pipeline.transformer, backend="specdiff", fullgraph=True, options=options
     )
@@ -94,5 +93,5 @@ def _tune(wanted: Tuning, subject: Subject, likeness: Likeness, target: float, t
         likeness=likeness,
         budget=wanted.budget,
         tell=tell,
-        **settings,
+        **tuned_with,
     )

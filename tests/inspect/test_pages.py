@@ -19,6 +19,7 @@ from specdiff.inspect.runs import comparison_page, recording_page
 from specdiff.inspect.steps import VEILS, share_computed, veil
 from specdiff.inspect.terminal import render
 from specdiff.machine import MachineRates
+from specdiff.plan import Plan
 from specdiff.report import Report
 from specdiff.runtime.records.recording import (
     COMPUTED,
@@ -32,7 +33,7 @@ from tests.models import ZOO, flux
 from tests.test_cli import REQUESTS, SIDE, noise_picture, stand_ins
 
 RATES = MachineRates(flops_per_second=1e9, bytes_per_second=1e12)
-OPTIONS = {"cache_ratio": 0.5, "warmup_steps": 2, "refresh_interval": 0, "method": "paper"}
+OPTIONS = {"method": "paper", "plan": Plan.warmup(2), "cache_ratio": 0.5}
 
 
 @pytest.fixture(scope="module")

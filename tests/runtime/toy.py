@@ -11,6 +11,7 @@ from specdiff.options import Options
 from specdiff.program import CacheSlot, Denoised, Evaluation, InputSpec, Segment, Signature
 from specdiff.runtime.step.dispatch import Runtime
 
+UNCORRECTED = {"ablation": {"correction": False}}
 SIDE, CHANNELS, WIDTH, LAYERS, TEXT = 4, 3, 8, 2, 3
 N = SIDE * SIDE
 NAMES = ("embed", "text", "clock", "qkv", "out")

@@ -163,7 +163,7 @@ class LoweredPrograms(Lowered):
                 emit = self._emit(emit_frozen, count, importance=importance)
                 return Evaluation(*self._run(named_for("frozen", count, importance), emit, values))
             except Unsupported as reason:
-                log.warning("text_refresh has no effect: %s", reason)
+                log.warning("text_steps='dense' has no effect: %s", reason)
                 self.freezes = False
         emit = self._emit(emit_selective, count, importance=importance)
         return Evaluation(*self._run(named_for("selective", count, importance), emit, values))

@@ -151,7 +151,7 @@ class RootCall:
     """Identities of the root's parameters."""
     tokens: int = 0
     known: Sequence[Visit] = ()
-    """The calls of an earlier forward, which this one must repeat; none for a plain call."""
+    """The calls of an earlier forward, which this one must repeat; none for the first look."""
     caches: Sequence[Tensor] = ()
     """Those of all calls, one after another."""
     active: Tensor | None = None
@@ -166,7 +166,7 @@ class RootCall:
     def answer(self, block: Block, owner: int, inputs: Sequence[object]) -> list[Tensor]:
         """The outputs of one block."""
         if self.kind == "plain":
-            outputs = list(block.eager(*inputs))
+            outputs = list((block.dense if self.known else block.eager)(*inputs))
             self.visits.append(Visit(block, owner, tuple(map(_blank, outputs))))
             return outputs
         if self.kind == "skip":

@@ -91,7 +91,7 @@ class RootPrograms:
         return self._call("skip", inputs)
 
     def plain(self, *inputs: object) -> list[Any]:
-        """The leaves of the model's output, its blocks as they were traced."""
+        """The leaves of the model's output, its blocks as they were traced, compiled."""
         return forward(self._root, inputs, self._arguments, self._call("plain", inputs))[0]
 
     def _call(

@@ -80,12 +80,12 @@ class StepRecord:
     active: Tensor | None = None
     """int64 [B, K]: the tokens that were computed, of a selective step."""
     reused: Tensor | None = None
-    """bool [B, N]: class C2, where the options ask for it."""
+    """bool [B, N]: class C2, where the method has it."""
     scores: Tensor | None = None
     """float32 [B, N]: logarithms of the scores that chose the active tokens."""
     importance: Tensor | None = None
-    """float32 [B, N]: attention received, 1 on average, where it was measured: in dense steps of a
-    plan that selects tokens, and in selective ones if `selective_importance` says so."""
+    """float32 [B, N]: attention received, 1 on average, where it was measured: in dense and
+    selective steps of a plan that selects tokens."""
 
     @property
     def seconds(self) -> float:

@@ -78,7 +78,7 @@ class Call:
     def wants_future(self) -> bool:
         """Whether this generation has yet to look ahead."""
         return (
-            self.settings.speculative_steps > 1
+            self.settings.plan.lookahead > 1
             and not self.stream.looked_ahead
             and self.schedule.selects
             and self.programs.signature.time is not None

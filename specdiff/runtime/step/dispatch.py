@@ -38,7 +38,7 @@ from specdiff.runtime.streams.streams import CHECK_LAG, Stream, StreamTable
 from specdiff.runtime.streams.time_tables import KnownTimes
 from specdiff.runtime.tokens.history import History
 from specdiff.runtime.tokens.schedule import Schedule
-from specdiff.settings import Settings
+from specdiff.settings import Settings, why_off
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +85,8 @@ class Runtime:
         session = active_session(state)
         progress = session.progress if session is not None else None
         settings = self._settings(state, session)
+        if off := why_off(settings):
+            return self._untouched(inputs, state, session, off, record)
         schedule = Schedule.of(settings, self.programs.signature.lengths)
         signature, budget = self.programs.signature, settings.max_cache_bytes
         refusal = self._fault or fallbacks.of_graph(
@@ -228,15 +230,8 @@ class Runtime:
 
         Where others of this plan select tokens, it runs the same dense program as they do.
         """
-        if record is not None:
-            record.reason = reason
-            record.batch = self.programs.signature.batch
-            record.tokens = self.programs.signature.prunable_tokens
-        state.counters.dense += 1
+        self._count_dense(state, reason, record)
         state.counters.fallbacks[reason] += 1
-        tokens = self.programs.signature.batch * self.programs.signature.prunable_tokens
-        state.counters.tokens_computed += tokens
-        state.counters.tokens_total += tokens
         state.say(logger, f"running dense: {reason}")
         if reason in fallbacks.HINTS:
             state.say(logger, fallbacks.HINTS[reason])
@@ -248,6 +243,45 @@ class Runtime:
         else:
             found = programs.probe(inputs)
         return [output.clone() for output in programs.tail(inputs, found)]
+
+    def _untouched(
+        self,
+        inputs: Sequence[object],
+        state: ModelState,
+        session: Session | None,
+        off: str,
+        record: StepRecord | None,
+    ) -> list[Tensor]:
+        """The graph as it came, acceleration being off.
+
+        A trajectory that this evaluation belongs to begins anew once acceleration is back.
+        """
+        state.say(logger, f"acceleration is off: {off}", logging.INFO)
+        self._count_dense(state, off, record)
+        if record is not None:
+            record.kind = "dense"
+        owner: ModelState | Session = state if session is None else session
+        table, conditions = owner.table(self), [inputs[index] for index in self._conditions]
+        stream = table.find(conditions)
+        if session is not None and session.progress is not None:
+            begin = partial(self._begin, table, stream, conditions)
+            session.progress.pass_over(stream, begin, self._time_input(inputs))
+        elif stream is not None:
+            table.drop(stream)
+        if self._plain is not None:
+            return [output.clone() for output in self._plain(*inputs)]
+        return [o.clone() for o in self.programs.tail(inputs, self.programs.probe(inputs))]
+
+    def _count_dense(self, state: ModelState, reason: str, record: StepRecord | None) -> None:
+        """An evaluation of no stream has computed every token."""
+        signature = self.programs.signature
+        if record is not None:
+            record.reason = reason
+            record.batch, record.tokens = signature.batch, signature.prunable_tokens
+        tokens = signature.batch * signature.prunable_tokens
+        state.counters.dense += 1
+        state.counters.tokens_computed += tokens
+        state.counters.tokens_total += tokens
 
 
 class DenseOnly:

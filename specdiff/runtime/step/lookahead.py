@@ -66,7 +66,7 @@ def _infer(call: Call, latents: tuple[Tensor, ...], predictions: Ways, time: Ten
 def _speculate(call: Call, prediction: Prediction, time: Tensor) -> None:
     """Look ahead; `time` was the previous evaluation's time input."""
     stream, times = call.stream, call.stream.times
-    landed = landings(times, call.settings.speculative_steps, call.given)
+    landed = landings(times, call.settings.plan.lookahead, call.given)
     places = [(landing, _input_at(call, landing, time)) for landing in landed]
     scratch = call.pool.scratch()
     speculate(call.programs, scratch, call.inputs, stream, prediction, places, call.shared)

@@ -151,7 +151,7 @@ def _with_computed(call: Call, predicted: Tensor, active: Tensor) -> Tensor:
         call.inputs,
         caches,
         active,
-        text=call.schedule.text(stream.history.selective),
+        text=call.settings.text_steps == "all",
         importance=call.settings.selective_importance,
         row=row,
     )

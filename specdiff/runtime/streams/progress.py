@@ -8,6 +8,8 @@ counted; where one turns up, or falls behind one that it used to lead, its time 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from specdiff.runtime.streams.keys import StreamKey
@@ -46,6 +48,19 @@ class Progress:
         """A new stream, from this evaluation on."""
         stream.generation, stream.first = self._generation, index
         stream.given = self.times[index:]
+
+    def pass_over(self, before: Stream | None, after: Callable[[], Stream], time: object) -> None:
+        """Count an evaluation that no stream made; the stream `after` begins with the next one.
+
+        Arguments as of `start`.
+        """
+        index = self.start(before, time)
+        if index is None:
+            assert before is not None  # it goes on
+            index = before.index
+        stream = after()
+        self.begin(stream, index + 1)
+        self.advance(stream, time)
 
     def advance(self, stream: Stream, time: object) -> None:
         """A stream has made an evaluation."""

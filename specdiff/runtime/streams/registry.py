@@ -86,27 +86,27 @@ class ModelState(StreamOwner):
         """Graphs this model has run, with a hash of the parameters each of them takes."""
         self._said: set[str] = set()
 
-    def say(self, logger: logging.Logger, message: str) -> None:
+    def say(self, logger: logging.Logger, message: str, level: int = logging.WARNING) -> None:
         """Log a message once in the life of this model."""
         if message not in self._said:
             self._said.add(message)
-            logger.warning(message)
+            logger.log(level, message)
 
 
 class Session(StreamOwner):
-    """A context in which a model's calls form streams of their own, under their own settings.
+    """A context in which a model's calls form streams of their own, under their own options.
 
     May be entered again after it was left: two generations that take turns, each under its own
     session, never mix. Made by `specdiff.session`.
     """
 
     def __init__(
-        self, state: ModelState, times: tuple[float, ...] | None, settings: Mapping[str, Any]
+        self, state: ModelState, times: tuple[float, ...] | None, options: Mapping[str, Any]
     ) -> None:
         super().__init__(keep_values=True)
         self.state = state
         self.progress = None if times is None else Progress(times)
-        self.overrides = check_overrides(settings)
+        self.overrides = check_overrides(options)
         state.sessions.add(self)
 
     def __enter__(self) -> Session:

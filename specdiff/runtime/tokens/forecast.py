@@ -59,37 +59,13 @@ def _linear(history: History, time: float, unit: float) -> Tensor:
     return _along(newest, older[0], (time - newest.times).clamp(-reach, reach))
 
 
-@_register("quadratic")
-def _quadratic(history: History, time: float, unit: float) -> Tensor:
-    if len(history.computed) < 3:
-        return _linear(history, time, unit)
-    first, second, third = history.computed
-    # Newton's divided differences; where a time is repeated there is no parabola, but a line.
-    span = first.times - third.times
-    distinct = (first.times != second.times) & (second.times != third.times) & (span != 0)
-    bend = (slope(first, second) - slope(second, third)) / nonzero(span).unsqueeze(-1)
-    product = (time - first.times) * (time - second.times)
-    parabola = _along(first, second, time - first.times) + bend * product.unsqueeze(-1)
-    return torch.where(distinct.unsqueeze(-1), parabola, _linear(history, time, unit))
-
-
 @_register("mean")
 def _mean(history: History, time: float, unit: float) -> Tensor:
-    return _weighted_mean(history, time, 1 / unit)
-
-
-@_register("mean-1000")
-def _mean_1000(history: History, time: float, unit: float) -> Tensor:
-    return _weighted_mean(history, time, 1000 / unit)
-
-
-def _weighted_mean(history: History, time: float, scale: float) -> Tensor:
-    """Equation 6: W_i = exp(-i (T_{t+i} - T_t)) / sum over the last three steps."""
-    exponents = [
-        -age * abs(step.time - time) * scale for age, step in enumerate(history.steps, start=1)
+    """Equation 6: W_i = exp(-i (T_{t+i} - T_t)) / sum over the last three steps, T in [0, 1]."""
+    weights = [
+        math.exp(-age * abs(step.time - time) / unit)
+        for age, step in enumerate(history.steps, start=1)
     ]
-    # Only ratios matter; without the shift a long step in [0, 1000] underflows every weight.
-    weights = [math.exp(value - max(exponents)) for value in exponents]
     total = sum(weights)
     terms = [
         step.tokens.float() * (weight / total)
@@ -103,13 +79,6 @@ def _along(newer: ComputedOutput, older: ComputedOutput, ahead: Tensor) -> Tenso
     span, start = newer.times - older.times, newer.tokens.float()
     share = torch.where(span != 0, ahead / nonzero(span), 0.0)
     return torch.addcmul(start, start - older.tokens.float(), share.unsqueeze(-1))
-
-
-def slope(newer: ComputedOutput, older: ComputedOutput) -> Tensor:
-    """Change per unit of time, float32 [B, N, C]; zero where the two times are equal."""
-    span = newer.times - older.times
-    change = newer.tokens.float() - older.tokens.float()
-    return torch.where((span != 0).unsqueeze(-1), change / nonzero(span).unsqueeze(-1), 0.0)
 
 
 def nonzero(span: Tensor) -> Tensor:

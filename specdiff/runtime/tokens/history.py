@@ -35,8 +35,6 @@ class History:
 
     def __init__(self, batch: int, tokens: int, device: torch.device) -> None:
         self.evaluations = 0
-        self.selective = 0
-        """Evaluations since the last dense one that computed some tokens."""
         self.steps: tuple[StepOutput, ...] = ()
         self.computed: tuple[ComputedOutput, ...] = ()
         self.counts = torch.zeros(batch, tokens, dtype=torch.int32, device=device)
@@ -50,7 +48,6 @@ class History:
         self.computed = (ComputedOutput(times, tokens), *self.computed)[:DEPTH]
         self.counts = self.counts + 1
         self.age = torch.zeros_like(self.age)
-        self.selective = 0
         self._record_step(time, tokens)
 
     def record_selective(self, time: float, merged: Tensor, active: Tensor) -> None:
@@ -70,7 +67,6 @@ class History:
         )
         self.counts = self.counts + fresh
         self.age = (self.age + 1).masked_fill(fresh, 0)
-        self.selective += 1
         self._record_step(time, merged)
 
     def record_skipped(self, time: float, forecast: Tensor) -> None:

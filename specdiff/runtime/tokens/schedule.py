@@ -1,7 +1,7 @@
 """What each evaluation runs: every token, K of them, or none.
 
-The paper's plan (warm-up, then K always), whole-step caching (K = 0 between refreshes) and every
-mixture of the two are points of one space. A `Plan` states such a mixture evaluation by evaluation.
+A `Plan` says which evaluations are dense, and the cache ratio what fills its gaps: selective steps
+always (the paper's method), none (whole-step caching), or any mixture that a list states.
 """
 
 from __future__ import annotations
@@ -9,16 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
 
 from specdiff.plan import Plan
 from specdiff.runtime.sampler.timeline import evaluations_left, evaluations_planned
 from specdiff.settings import Settings
 
-TAPER = 16
-"""Evaluations over which a tapered plan grows the distance of dense ones by `refresh_interval`."""
-LATE = 2.6
-"""Evaluations to the end below which a tapered plan is dense: the last two, if a guess is right."""
 ROWS = 8
 """Tokens are computed in multiples of it: matrix kernels are slower for what falls short of one
 (H100, bf16: 717 rows take 151 µs where 720 take 136; `examples/kernels.py`)."""
@@ -41,7 +36,7 @@ class Place:
     left: float
     """Evaluations left, this one included, as far as is known."""
     total: float
-    """Evaluations of the generation until time ends, as far as is known; only plans ask."""
+    """Evaluations of the generation until time ends, as far as is known; only lists ask."""
     before: float
     """The same, as it was known at the previous evaluation."""
 
@@ -73,111 +68,70 @@ class Schedule:
     segments: int
     """Prunable segments that the tokens belong to; each has its share of the active ones."""
     cache_ratio: float
-    """Share of tokens that a step between dense ones does not compute; 1: it computes nothing."""
-    warmup_steps: int
-    refresh_interval: int
-    """Evaluations from one dense one to the next; 0: none after warm-up."""
-    stride: int
-    """Evaluations from one that computes any token to the next."""
-    text_refresh: int
-    """Selective evaluations from one that computes text to the next; 0: dense ones alone do."""
-    tapered: bool
-    """Whether dense evaluations are close together at first, as errors made early grow, and the
-    last two are dense, as nothing follows that could make their errors good."""
-    plan: Plan | None = None
-    """What counts instead of all of the above but `text_refresh`."""
+    """Share of tokens that a step in a gap of the plan does not compute; 1: it computes nothing."""
+    plan: Plan
 
     @classmethod
     def of(cls, settings: Settings, lengths: Sequence[int]) -> Schedule:
-        """The plan that `settings` ask for, over prunable segments of these lengths."""
-        return _schedule(
-            sum(lengths),
-            len(lengths),
-            settings.cache_ratio,
-            settings.warmup_steps,
-            settings.refresh_interval,
-            settings.stride,
-            settings.text_refresh,
-            settings.tapered,
-            settings.plan,
-        )
+        """For segments of these lengths."""
+        return _schedule(sum(lengths), len(lengths), settings.cache_ratio, settings.plan)
 
     @property
     def active(self) -> int:
-        """K: tokens that a step between dense ones computes; 0: it computes nothing."""
+        """K: tokens that a step in a gap of the plan computes; 0: it computes nothing."""
         return self._active(self.cache_ratio)
 
     @cached_property
     def selects(self) -> bool:
         """Whether any step computes some but not all tokens, so that caches are needed."""
-        return any(0 < self._active(ratio) < self.tokens for ratio in self._ratios)
+        return any(0 < count < self.tokens for count in self._counts)
 
     @cached_property
     def forecasts(self) -> bool:
         """Whether any token is ever forecast."""
-        partial = any(self._active(ratio) < self.tokens for ratio in self._ratios)
-        return partial and (self.plan is not None or self.refresh_interval != 1)
+        return any(count < self.tokens for count in self._counts)
 
     @property
     def usual(self) -> int:
         """Evaluations that it is made for; 0: any number."""
-        return len(self.plan.ratios) if self.plan else 0
+        return len(self.plan.ratios)
 
     def decide(self, place: Place) -> tuple[int, str]:
         """Tokens to compute at an evaluation of a generation, and why so many."""
-        if self.plan is not None:
-            return self._follow(self.plan, place)
-        since_dense = self._since_dense(place.index)
-        if place.index < self.warmup_steps:
-            return self.tokens, "warm-up"
+        if self.plan.rule is not None:
+            why = self.plan.rule.why_dense(place.index, place.left)
+            return (self.tokens, why) if why else self._in_gap()
+        entry = self._list.due(place.index, place.total, place.before)
+        if entry is None:
+            return self._in_gap()
+        count = self._active(self._list.ratios[entry])
+        return count, f"the plan's evaluation {entry + 1} of {self.usual}"
+
+    def _in_gap(self) -> tuple[int, str]:
         if self.active == self.tokens:
             return self.tokens, "no token may be left out"
-        if not since_dense:
-            how = "at most " if self.tapered else ""
-            return self.tokens, f"dense {how}every {self.refresh_interval}"
-        if self.tapered and self.refresh_interval and place.left < LATE:
-            return self.tokens, "near the end"
-        if self.active and since_dense % self.stride == 0:
+        if self.active:
             return self.active, f"the {self.active} highest scores"
         return 0, "forecast from earlier steps"
 
-    def text(self, before: int) -> bool:
-        """Whether a selective evaluation computes text, after so many since the last dense one."""
-        return bool(self.text_refresh) and (before + 1) % self.text_refresh == 0
+    @cached_property
+    def _list(self) -> Plan:
+        """The plan with the ratio of its gaps."""
+        return self.plan.filled(self.cache_ratio)
 
-    def _follow(self, plan: Plan, place: Place) -> tuple[int, str]:
-        entry = plan.due(place.index, place.total, place.before)
-        if entry is None:
-            return 0, "between two evaluations of the plan"
-        count = self._active(plan.ratios[entry])
-        return count, f"the plan's evaluation {entry + 1} of {len(plan.ratios)}"
+    @cached_property
+    def _counts(self) -> set[int]:
+        """Tokens that steps which are not dense may compute."""
+        rule = self.plan.rule
+        gap = {self.cache_ratio} if rule is None or rule.has_gaps else set()
+        return {self._active(ratio) for ratio in gap.union(self._list.ratios)}
 
     def _active(self, ratio: float) -> int:
         active = active_tokens(self.tokens, ratio)
         return max(active, self.segments) if active else 0
 
-    @property
-    def _ratios(self) -> tuple[float, ...]:
-        return self.plan.ratios if self.plan else (self.cache_ratio,)
-
-    def _since_dense(self, index: int) -> int:
-        """Evaluations since the last dense one; 0 if this is one."""
-        last = self.warmup_steps - 1
-        if index <= last:
-            return 0
-        if not self.refresh_interval:
-            return index - last
-        while (due := last + self._interval(last)) <= index:
-            last = due
-        return index - last
-
-    def _interval(self, last: int) -> int:
-        """From the dense evaluation `last` to the next."""
-        widest = self.refresh_interval
-        return min(widest, 2 + last * widest // TAPER) if self.tapered else widest
-
 
 @lru_cache(maxsize=64)
-def _schedule(*fields: Any) -> Schedule:
+def _schedule(tokens: int, segments: int, cache_ratio: float, plan: Plan) -> Schedule:
     """One object for equal fields, as every evaluation asks."""
-    return Schedule(*fields)
+    return Schedule(tokens, segments, cache_ratio, plan)

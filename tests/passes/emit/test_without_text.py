@@ -95,7 +95,7 @@ def test_text_that_is_read_otherwise_is_always_computed(model, caplog):
         emit_frozen(found.analysis.module, found.analysis.plan, 8, COUNT)
     programs = found.programs()
     assert not frozen_text(found, programs)
-    assert "text_refresh has no effect" in caplog.text
+    assert "text_steps='dense' has no effect" in caplog.text
     # and what runs instead is right
     check_oracles(built, (inputs, changed(inputs)), found)
 

@@ -23,6 +23,7 @@ from specdiff.compiler import specdiff_backend
 from specdiff.inspect import export
 from specdiff.passes.base import PassRecord
 from specdiff.passes.graph.dump import Dump
+from specdiff.plan import Plan
 from tests.models import flux
 
 PASSES = [
@@ -41,10 +42,8 @@ PROGRAMS = [
 ]
 OPTIONS = {
     "inner_backend": "eager",
+    "plan": Plan.every(4, warmup=2, lookahead=0),
     "cache_ratio": 0.5,
-    "warmup_steps": 2,
-    "speculative_steps": 0,
-    "tapered": False,
 }
 
 
@@ -255,7 +254,8 @@ PROGRAM = """
 import torch
 from tests.models import flux
 model, inputs = flux(1, 1, rows=4, columns=5, batch=1)
-options = {"inner_backend": "eager", "cache_ratio": 0.5, "warmup_steps": 2, "tapered": False}
+plan = {"specdiff_plan": 1, "rule": {"warmup": 2}}
+options = {"inner_backend": "eager", "plan": plan, "cache_ratio": 0.5}
 compiled = torch.compile(model, backend="specdiff", fullgraph=True, options=options)
 with torch.no_grad():
     for index in range(4):

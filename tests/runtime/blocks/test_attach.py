@@ -13,19 +13,22 @@ import torch
 from torch import Tensor, nn
 
 import specdiff
+from specdiff.plan import Plan
 from specdiff.runtime.blocks.patchify import Patches, possible
 from tests.models import ZOO, Inputs, flux, sd3
 
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
 EAGER = {"inner_backend": "eager"}
-SAMPLED = {**EAGER, "importance_queries": 8}
+SAMPLED = {**EAGER, "ablation": {"importance_queries": 8}}
 """Of 47 attention rows, so that it matters which."""
+TAPERED = Plan.tapered(4)
+SELECTING = {"plan": TAPERED, "cache_ratio": 0.7}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "history": {"cache_ratio": 0.7},
-    "paper": {"cache_ratio": 0.7, "method": "paper"},
-    "whole steps": {"cache_ratio": 1.0},
-    "mixed": {"cache_ratio": 0.5, "refresh_interval": 3, "stride": 2},
-    "budget": {"cache_ratio": 0.7, "max_cache_bytes": 10},
+    "history": SELECTING,
+    "paper": {"method": "paper", "cache_ratio": 0.7},
+    "whole steps": {"plan": TAPERED},
+    "mixed": {"plan": Plan((0, 1, 0, 0.5, 1, 0, 1, 0.5))},
+    "budget": {**SELECTING, "max_cache_bytes": 10},
 }
 MODELS = {
     "flux": lambda: flux(layers=2, single_layers=2),
@@ -87,7 +90,7 @@ def test_compile_repeated_blocks_of_diffusers():
     model, inputs = MODELS["flux"]()
     exact = generation(model, inputs)
     model.compile_repeated_blocks(backend="specdiff", fullgraph=True, options=EAGER)
-    attachment = specdiff.attach(model, cache_ratio=0.0)
+    attachment = specdiff.attach(model, plan=TAPERED, cache_ratio=0.0)
     torch.testing.assert_close(generation(model, inputs), exact, **EXACT)
     specdiff.reset(model)
     specdiff.configure(model, cache_ratio=0.5)
@@ -96,10 +99,22 @@ def test_compile_repeated_blocks_of_diffusers():
     assert attachment.reasons() == ()
 
 
+def test_switched_off_it_is_the_model():
+    model, inputs = MODELS["sd3"]()
+    exact = generation(model, inputs)
+    specdiff.attach(compile_blocks(model), **SELECTING)
+    with specdiff.session(model, quality="dense"):
+        found = generation(model, inputs)
+    assert torch.equal(torch.stack(found), torch.stack(exact))
+    assert evaluations(model) == (8, 0, 0, 0)
+    generation(model, inputs)
+    assert evaluations(model)[1] > 0
+
+
 def test_detached_it_is_dense():
     model, inputs = MODELS["sd3"]()
     exact = generation(model, inputs)
-    attachment = specdiff.attach(compile_blocks(model), cache_ratio=0.7)
+    attachment = specdiff.attach(compile_blocks(model), **SELECTING)
     generation(model, inputs)
     assert evaluations(model)[1] > 0
     attachment.detach()
@@ -109,7 +124,7 @@ def test_detached_it_is_dense():
 
 def test_blocks_of_a_class_share_a_graph_but_no_caches():
     model, inputs = flux(layers=4, single_layers=4)
-    specdiff.attach(compile_blocks(model, dynamic=False), cache_ratio=0.7)
+    specdiff.attach(compile_blocks(model, dynamic=False), **SELECTING)
     torch._dynamo.utils.counters.clear()
     generation(model, inputs)
     # by class, and by the strides of what the block before returns
@@ -127,13 +142,13 @@ def test_two_resolutions_and_two_prompts_in_turns():
 
 
 def attached(model: nn.Module) -> nn.Module:
-    specdiff.attach(compile_blocks(model), cache_ratio=0.7)
+    specdiff.attach(compile_blocks(model), **SELECTING)
     return model
 
 
 def test_session_gives_the_times():
     model, inputs = MODELS["flux"]()
-    specdiff.attach(compile_blocks(model), cache_ratio=0.7)
+    specdiff.attach(compile_blocks(model), **SELECTING)
     expected = generation(model, inputs)
     with specdiff.session(model, timesteps=torch.linspace(1, 0, 9)[:-1]):
         found = generation(model, inputs)
@@ -152,7 +167,7 @@ def test_an_output_that_is_no_list_of_tokens_is_dense():
 
     inputs = flux()[1]
     model = Pooled()
-    attachment = specdiff.attach(model, cache_ratio=0.7)
+    attachment = specdiff.attach(model, **SELECTING)
     with torch.no_grad():
         expected = model.inner(**inputs)[0].mean((1, 2))
         torch.testing.assert_close(model(**inputs)[0], expected, **EXACT)
@@ -163,8 +178,8 @@ def test_attaching_twice_and_then_detaching_leaves_nothing_open():
     model, inputs = MODELS["sd3"]()
     exact = generation(model, inputs)
     compile_blocks(model)
-    specdiff.attach(model, cache_ratio=0.7)
-    again = specdiff.attach(model, cache_ratio=0.7)
+    specdiff.attach(model, **SELECTING)
+    again = specdiff.attach(model, **SELECTING)
     generation(model, inputs)
     assert sum(evaluations(model)[:3]) == 8
     again.detach()
@@ -173,7 +188,7 @@ def test_attaching_twice_and_then_detaching_leaves_nothing_open():
 
 def test_an_attached_model_is_not_kept_alive():
     model, inputs = MODELS["sd3"]()
-    attachment = specdiff.attach(compile_blocks(model), cache_ratio=0.7)
+    attachment = specdiff.attach(compile_blocks(model), **SELECTING)
     generation(model, inputs)
     attachment.detach()
     dead = weakref.ref(model)
@@ -186,7 +201,7 @@ def test_an_attached_model_is_not_kept_alive():
 def test_blocks_left_out_are_noticed():
     """A selective step must not read caches that the dense step before it did not write."""
     model, inputs = MODELS["sd3"]()
-    specdiff.attach(compile_blocks(model, dynamic=False), cache_ratio=0.7, refresh_interval=0)
+    specdiff.attach(compile_blocks(model, dynamic=False), plan=Plan.warmup(1), cache_ratio=0.7)
     generation(model, inputs, 3)
     whole, model.transformer_blocks = model.transformer_blocks, model.transformer_blocks[1:]
     found = generation(model, inputs, 3)
@@ -199,7 +214,7 @@ def test_blocks_left_out_are_noticed():
 def test_gradients_of_a_frozen_model():
     model, inputs = MODELS["sd3"]()
     model.requires_grad_(False)
-    specdiff.attach(compile_blocks(model), cache_ratio=0.7)
+    specdiff.attach(compile_blocks(model), **SELECTING)
     latent = inputs["hidden_states"].requires_grad_()
     (gradient,) = torch.autograd.grad(model(**inputs)[0].sum(), latent)
     assert gradient.abs().max() > 0
@@ -210,7 +225,7 @@ def test_compile_time_options_cannot_be_given():
         specdiff.attach(flux()[0], inner_backend="eager")
 
 
-FROM_THE_FOURTH = {"warmup_steps": 3, "refresh_interval": 3, "tapered": False}
+FROM_THE_FOURTH = Plan.every(3, warmup=3, lookahead=0)
 """The fourth evaluation is the first that selects tokens."""
 
 
@@ -229,7 +244,7 @@ def test_times_that_are_numbers():
     inputs = sd3(layers=2)[1]
     model, latent = Numbered(), inputs.pop("hidden_states")
     del inputs["timestep"]
-    specdiff.attach(model, **FROM_THE_FOURTH, cache_ratio=0.5, speculative_steps=0)
+    specdiff.attach(model, plan=FROM_THE_FOURTH, cache_ratio=0.5)
     with torch.no_grad():
         for time in (1000, 900, 800, 700, 600):
             latent = latent - 0.1 * model(latent, time, **inputs)[0]
@@ -238,7 +253,7 @@ def test_times_that_are_numbers():
 
 def test_an_error_in_the_model_leaves_nothing_open():
     model, inputs = MODELS["flux"]()
-    specdiff.attach(compile_blocks(model), cache_ratio=0.7)
+    specdiff.attach(compile_blocks(model), **SELECTING)
     expected = generation(model, inputs)
     specdiff.reset(model)
     with pytest.raises(RuntimeError), torch.no_grad():
@@ -256,9 +271,7 @@ def test_a_model_that_breaks_into_graphs(name):
     with torch.no_grad():
         case.model(**case.inputs)
         compiled = torch.compile(case.model, backend="specdiff", dynamic=False, options=EAGER)
-        attachment = specdiff.attach(
-            compiled, **FROM_THE_FOURTH, cache_ratio=0.1, speculative_steps=0
-        )
+        attachment = specdiff.attach(compiled, plan=FROM_THE_FOURTH, cache_ratio=0.1)
         inputs, errors = case.inputs, []
         for step in range(5):
             exact = case.model(**inputs)[0]

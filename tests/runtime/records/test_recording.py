@@ -8,17 +8,13 @@ import pytest
 import torch
 
 import specdiff
+from specdiff.plan import Plan
 from specdiff.runtime.records.recording import COMPUTED, FORECAST, REUSED
 from tests.runtime.test_api import NoReadback
 from tests.runtime.toy import Euler, N, ToyPrograms, noise, prompt, toy
 
-PLAN = {
-    "cache_ratio": 0.75,
-    "warmup_steps": 3,
-    "refresh_interval": 4,
-    "tapered": False,
-    "stride": 2,
-}
+PLAN = {"plan": Plan((0, 0, 0, 1, 0.75, 1, 0, 1, 0.75, 1))}
+RULE = {"plan": Plan.every(4, warmup=3), "cache_ratio": 0.75}
 PAPER = {"method": "paper", "cache_ratio": 0.75}
 
 
@@ -31,17 +27,12 @@ def recorded(**options):
 
 def test_every_step_with_its_kind_share_and_reason():
     model, recording = recorded(**PLAN)
-    kinds = [(step.kind, step.active_share, step.reason) for step in recording.steps]
-    assert kinds == [
-        *[("dense", 1.0, "warm-up")] * 3,
-        ("skipped", 0.0, "forecast from earlier steps"),
-        ("selective", 0.25, "the 4 highest scores"),
-        ("skipped", 0.0, "forecast from earlier steps"),
-        ("dense", 1.0, "dense every 4"),
-        ("skipped", 0.0, "forecast from earlier steps"),
-        ("selective", 0.25, "the 4 highest scores"),
-        ("skipped", 0.0, "forecast from earlier steps"),
-    ]
+    kinds = [(step.kind, step.active_share) for step in recording.steps]
+    dense, selective, skipped = ("dense", 1.0), ("selective", 0.25), ("skipped", 0.0)
+    between = [skipped, selective, skipped]
+    assert kinds == [*[dense] * 3, *between, dense, *between]
+    reasons = [f"the plan's evaluation {number} of 10" for number in range(1, 11)]
+    assert [step.reason for step in recording.steps] == reasons
     assert [step.index for step in recording.steps] == list(range(10))
     assert [step.time for step in recording.steps] == pytest.approx(Euler(model).sigmas[:-1])
     assert [step.speculative for step in recording.steps] == [0, 1] + [0] * 8
@@ -50,8 +41,24 @@ def test_every_step_with_its_kind_share_and_reason():
     assert computed + N == specdiff.stats(model).tokens_computed  # and one look ahead
 
 
+@pytest.mark.parametrize(
+    ("ratio", "kind", "why"),
+    [
+        (0.75, "selective", "the 4 highest scores"),
+        (1.0, "skipped", "forecast from earlier steps"),
+        (0.0, "dense", "no token may be left out"),
+    ],
+)
+def test_every_step_of_a_rule_with_its_reason(ratio, kind, why):
+    _, recording = recorded(**{**RULE, "cache_ratio": ratio})
+    gap = [(kind, why)] * 3
+    every = ("dense", "dense every 4")
+    expected = [*[("dense", "warm-up")] * 3, *gap, every, *gap]
+    assert [(step.kind, step.reason) for step in recording.steps] == expected
+
+
 def test_classes_are_what_the_paper_calls_them():
-    model, recording = recorded(**PAPER, speculative_steps=0)
+    model, recording = recorded(**PAPER, plan=Plan.warmup(3, lookahead=0))
     dense, *_, last = recording.steps
     assert (dense.classes() == COMPUTED).all()
     found = last.classes()

@@ -20,9 +20,10 @@ from diffusers import (
 from torch import Tensor, nn
 
 import specdiff
+from specdiff.plan import Plan
 from specdiff.runtime.sampler.noise import Diffusion, usual_tables
 from specdiff.runtime.sampler.sampler_fit import Prediction
-from specdiff.runtime.step import lookahead
+from specdiff.runtime.step.step import lookahead
 from tests.models.image import dit_transformer, hunyuan_dit, pixart_transformer
 from tests.test_pipelines import apart, compiled, counts
 
@@ -31,10 +32,7 @@ DENSE = (0, 1, 2, 5, 8, 11, 14, 17)
 PLAN = {
     "cache_ratio": 0.5,
     "method": "history",
-    "speculative_steps": 2,
-    "warmup_steps": 3,
-    "refresh_interval": 3,
-    "tapered": False,
+    "plan": Plan.every(3, warmup=3),
 }
 LINEAR = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
 HUNYUAN = {

@@ -7,6 +7,7 @@ import torch
 
 import specdiff as sd
 from specdiff.options import Options
+from specdiff.plan import Plan
 from specdiff.runtime.step.dispatch import Runtime
 from specdiff.runtime.tokens.forecast import REACH, forecast
 from specdiff.runtime.tokens.history import History
@@ -14,6 +15,7 @@ from specdiff.runtime.tokens.importance import log_scores
 from tests.runtime.toy import (
     CHANNELS,
     SIDE,
+    UNCORRECTED,
     Euler,
     N,
     Toy,
@@ -25,7 +27,7 @@ from tests.runtime.toy import (
     toy,
 )
 
-PLAN = {"cache_ratio": 0.75, "warmup_steps": 3, "refresh_interval": 4, "tapered": False}
+PLAN = {"plan": Plan.every(4, warmup=3), "cache_ratio": 0.75}
 
 
 def test_programs_follow_the_schedule():
@@ -41,7 +43,7 @@ def test_programs_follow_the_schedule():
 
 
 def test_dense_steps_are_exact_and_selective_ones_are_not():
-    run = Euler(toy(**{**PLAN, "refresh_interval": 3, "correction": False}), steps=10).run()
+    run = Euler(toy(**{**PLAN, "plan": Plan.every(3, warmup=3), **UNCORRECTED}), steps=10).run()
     dense = [0, 1, 2, 5, 8]
     assert max(run.errors[i] for i in dense) < 1e-6
     assert min(error for i, error in enumerate(run.errors) if i not in dense) > 1e-5
@@ -65,17 +67,14 @@ def test_computed_tokens_are_exact_where_nothing_is_stale():
     ("options", "counts"),
     [
         (PLAN, (4, 6, 0, 1)),
-        ({**PLAN, "speculative_steps": 1}, (4, 6, 0, 0)),
-        ({**PLAN, "speculative_steps": 4}, (4, 6, 0, 3)),
-        ({**PLAN, "refresh_interval": 0}, (3, 7, 0, 1)),
-        ({**PLAN, "refresh_interval": 1}, (10, 0, 0, 1)),
-        ({**PLAN, "warmup_steps": 1}, (4, 6, 0, 1)),
+        ({**PLAN, "plan": Plan.every(4, warmup=3, lookahead=1)}, (4, 6, 0, 0)),
+        ({**PLAN, "plan": Plan.every(4, warmup=3, lookahead=4)}, (4, 6, 0, 3)),
+        ({**PLAN, "plan": Plan.warmup(3)}, (3, 7, 0, 1)),
+        ({**PLAN, "plan": Plan.every(1, warmup=3)}, (10, 0, 0, 0)),  # and looks at nothing ahead
+        ({**PLAN, "plan": Plan.every(4)}, (4, 6, 0, 1)),
         ({**PLAN, "cache_ratio": 1.0}, (4, 0, 6, 0)),
-        ({**PLAN, "cache_ratio": 1.0, "warmup_steps": 1}, (3, 0, 7, 0)),
+        ({**PLAN, "plan": Plan.every(4), "cache_ratio": 1.0}, (3, 0, 7, 0)),
         ({**PLAN, "cache_ratio": 0.0}, (10, 0, 0, 0)),
-        # evaluations 4 and 8 are selective, 3, 5, 7 and 9 are skipped
-        ({**PLAN, "stride": 2}, (4, 2, 4, 1)),
-        ({**PLAN, "cache_ratio": 0.0, "stride": 2}, (10, 0, 0, 0)),
     ],
 )
 def test_stats_are_exact(options, counts):
@@ -90,7 +89,7 @@ def test_stats_are_exact(options, counts):
     assert stats.fallbacks == {}
     assert (stats.graphs, stats.recompiles) == (1, 0)
     assert stats.compile_seconds == {"dense": 1.0, "selective": 2.0}
-    selects = 0 < options["cache_ratio"] < 1
+    selects = counts[1] > 0
     signature = model.runtime.programs.signature
     assert stats.cache_bytes == selects * signature.cache_bytes
     assert f"{counts[1]} selective" in str(stats)
@@ -101,21 +100,19 @@ def test_stats_are_exact(options, counts):
     [
         # selective are evaluations 3, 4, 6, 7 and 9, of which 5 and 8 are dense
         ({}, [True] * 5),
-        ({"text_refresh": 2}, [False, True, False, True, False]),
-        ({"text_refresh": 0}, [False] * 5),
-        ({"text_refresh": 3, "refresh_interval": 0}, [False, False, True] * 2 + [False]),
-        # evaluations 4, 6 and 8, counted without those between them that are skipped
-        ({"text_refresh": 2, "refresh_interval": 0, "stride": 2}, [False, True, False]),
+        ({"text_steps": "all"}, [True] * 5),
+        ({"text_steps": "dense"}, [False] * 5),
     ],
 )
-def test_text_is_computed_every_so_many_selective_steps(options, texts):
-    model = toy(**{"method": "paper", "refresh_interval": 3, **options})
+def test_text_is_computed_in_the_steps_that_are_named(options, texts):
+    plan = Plan.every(3, warmup=3)
+    model = toy(method="paper", plan=plan, cache_ratio=0.9, **options)
     Euler(model, steps=10).run()
     assert model.runtime.programs.texts == texts
 
 
 def test_whole_step_caching_is_linear_extrapolation():
-    model = toy(cache_ratio=1.0, warmup_steps=2, refresh_interval=0, forecast="linear")
+    model = toy(plan=Plan.warmup(2), forecast="linear")
     run = Euler(model, steps=6).run(3)
     t0, t1, t2 = run.sigmas[:3]
     v0, v1, v2 = run.velocities
@@ -139,7 +136,7 @@ def test_speculation_changes_nothing_but_scores(evaluations):
     """Until scores are used, all else is the same with and without, to the bit."""
     states, outputs = [], []
     for steps in (0, 3):
-        model = toy(**PLAN, speculative_steps=steps)
+        model = toy(**{**PLAN, "plan": Plan.every(4, warmup=3, lookahead=steps)})
         outputs.append(Euler(model).run(evaluations).velocities)
         stream = streams_of(model)[0]
         assert len(stream.speculative) == (2 if steps and evaluations > 1 else 0)
@@ -167,7 +164,7 @@ def test_speculation_lands_where_euler_would():
 def test_future_importance_changes_the_choice():
     chosen = []
     for steps in (1, 2):
-        model = toy(**PLAN, speculative_steps=steps)
+        model = toy(**{**PLAN, "plan": Plan.every(4, warmup=3, lookahead=steps)})
         Euler(model).run()
         chosen.append(torch.cat([a for _, a in model.runtime.programs.calls if a is not None]))
     assert not torch.equal(*chosen)
@@ -382,33 +379,21 @@ def test_history_of_tokens():
     torch.testing.assert_close(tokens, expected * 10)
 
 
-def test_forecasts_are_exact_on_polynomials():
-    """Linear on lines within its reach, quadratic on parabolas, whenever a token was computed."""
+def test_the_linear_forecast_is_exact_on_lines():
+    """Within its reach, whenever a token was computed."""
     line = torch.tensor([1.0, -2.0, 0.5])
-    for bend, name in ((0.0, "linear"), (0.0, "quadratic"), (3.0, "quadratic")):
 
-        def outputs(time, bend=bend):
-            return (line * time + bend * time**2).reshape(1, 3, 1)
+    def outputs(time):
+        return (line * time).reshape(1, 3, 1)
 
-        history = History(1, 3, torch.device("cpu"))
-        for time in (1.0, 0.9, 0.7):
-            history.record_dense(time, outputs(time))
-        history.record_selective(0.6, outputs(0.6), torch.tensor([[2]]))
-        # tokens 0 and 1 went from 0.9 to 0.7, token 2 from 0.7 to 0.6
-        at = (
-            torch.tensor([0.4, 0.4, 0.4]) if name == "quadratic" else torch.tensor([0.6, 0.6, 0.55])
-        )
-        predicted = forecast(name, history, 0.4, 1)
-        torch.testing.assert_close(predicted, outputs(at), rtol=1e-4, atol=1e-4)
-
-
-def test_quadratic_is_linear_for_tokens_computed_only_twice():
-    history = History(1, 2, torch.device("cpu"))
-    for time in (1.0, 0.9):
-        history.record_dense(time, torch.full((1, 2, 1), time**2))
-    history.record_selective(0.8, torch.full((1, 2, 1), 0.64), torch.tensor([[0]]))
-    predicted = forecast("quadratic", history, 0.7, 1)[0, :, 0]
-    torch.testing.assert_close(predicted, torch.tensor([0.49, 0.81 - REACH * 0.19]))
+    history = History(1, 3, torch.device("cpu"))
+    for time in (1.0, 0.9, 0.7):
+        history.record_dense(time, outputs(time))
+    history.record_selective(0.6, outputs(0.6), torch.tensor([[2]]))
+    # tokens 0 and 1 went from 0.9 to 0.7, token 2 from 0.7 to 0.6
+    at = 0.7 - 0.2 * REACH, 0.7 - 0.2 * REACH, 0.6 - 0.1 * REACH
+    predicted = forecast("linear", history, 0.4, 1)
+    torch.testing.assert_close(predicted, outputs(torch.tensor(at)), rtol=1e-4, atol=1e-4)
 
 
 def test_tokens_waiting_longest_come_first_while_times_collide():

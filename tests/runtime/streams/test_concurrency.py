@@ -10,10 +10,12 @@ import pytest
 import torch
 
 import specdiff as sd
+from specdiff.plan import Plan
 from specdiff.runtime.streams.streams import MAX_STREAMS
 from tests.runtime.toy import (
     CHANNELS,
     SIDE,
+    UNCORRECTED,
     Euler,
     ToyPrograms,
     dense_velocity,
@@ -23,7 +25,7 @@ from tests.runtime.toy import (
     toy,
 )
 
-PLAN = {"cache_ratio": 0.75, "warmup_steps": 3, "refresh_interval": 4, "tapered": False}
+PLAN = {"plan": Plan.every(4, warmup=3), "cache_ratio": 0.75}
 
 
 def alone(seed):
@@ -174,7 +176,7 @@ def test_an_interrupt_keeps_no_caches(monkeypatch):
 
 def test_caches_that_dense_steps_passed_over_are_not_read():
     """Settings that select nothing for a while: their dense steps write no caches."""
-    model = toy(**{**PLAN, "refresh_interval": 0}, correction=False)
+    model = toy(**{**PLAN, "plan": Plan.warmup(3)}, **UNCORRECTED)
     run = Euler(model, steps=16).run(6)
     sd.configure(model, cache_ratio=0.0)
     run.run(5)

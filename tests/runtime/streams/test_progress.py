@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import specdiff as sd
+from specdiff.plan import Plan
 from specdiff.runtime.step.dispatch import Runtime
 from tests.runtime.toy import Euler, ToyPrograms, dense_velocity, noise, prompt, sigmas, toy
 
-PLAN = {"cache_ratio": 0.75, "warmup_steps": 3, "refresh_interval": 4, "tapered": False}
+PLAN = {"plan": Plan.every(4, warmup=3), "cache_ratio": 0.75}
 
 
 def guided(model, seed, until, steps=12):

@@ -8,9 +8,11 @@ import torch
 
 import specdiff as sd
 from specdiff.options import Options
+from specdiff.plan import Plan
 from specdiff.runtime.step.dispatch import DenseOnly, Runtime
 from specdiff.runtime.streams.caches import CachePool
 from tests.runtime.toy import (
+    UNCORRECTED,
     Euler,
     N,
     Toy,
@@ -23,7 +25,7 @@ from tests.runtime.toy import (
     toy,
 )
 
-PLAN = {"cache_ratio": 0.75, "warmup_steps": 3, "refresh_interval": 4, "tapered": False}
+PLAN = {"plan": Plan.every(4, warmup=3), "cache_ratio": 0.75}
 ALONE = (4, 6, 0)
 """Dense, selective and skipped evaluations of ten steps."""
 
@@ -124,7 +126,7 @@ def test_heun_repeats_times():
 
 def test_colliding_bf16_times():
     """High shift: the first four times are 1.0 in bf16; the sampler goes on with exact ones."""
-    model = toy(**{**PLAN, "refresh_interval": 2})
+    model = toy(**{**PLAN, "plan": Plan.every(2, warmup=3)})
     run = Euler(model, dtype=torch.bfloat16)
     run.sigmas = [1.0, 0.9995, 0.999, 0.9985, 0.98, 0.9, 0.7, 0.5, 0.3, 0.1, 0.0]
     assert len({run.time(index).item() for index in range(4)}) == 1
@@ -226,7 +228,7 @@ def test_caches_of_finished_keys_serve_the_next():
 
 
 def test_stream_that_lost_its_caches_refills_them():
-    model = toy(**{**PLAN, "refresh_interval": 0, "correction": False})
+    model = toy(**{**PLAN, "plan": Plan.warmup(3), **UNCORRECTED})
     first, second = Euler(model, 0), Euler(model, 1)
     first.run(4)
     second.run(4)  # takes the caches: the first looks finished

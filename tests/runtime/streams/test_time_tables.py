@@ -7,6 +7,7 @@ import torch
 
 import specdiff
 from specdiff.bench.measure import TimedPrograms
+from specdiff.plan import Plan
 from specdiff.program import TIMES_AT_ONCE
 from specdiff.runtime.step.dispatch import Runtime
 from specdiff.runtime.streams.registry import find_or_create
@@ -188,7 +189,7 @@ def test_guidance_that_changes_unseen_is_heeded():
 
 
 def test_tables_outlast_a_dense_step_unless_weights_have_changed(sampled):
-    specdiff.configure(sampled.compiled, refresh_interval=3)
+    specdiff.configure(sampled.compiled, plan=Plan.every(3, warmup=3), cache_ratio=0.5)
     with specdiff.record(sampled.compiled) as recording:
         constant = sampled.check([1, 0])
     kinds = [step.kind for step in recording.steps]

@@ -12,6 +12,7 @@ from diffusers import (
 
 import specdiff as sd
 from specdiff.options import Options
+from specdiff.plan import Plan
 from specdiff.program import Evaluation
 from specdiff.runtime.sampler.timeline import next_time
 from specdiff.runtime.step.dispatch import Runtime
@@ -20,6 +21,7 @@ from specdiff.runtime.tokens.history import ComputedOutput
 from specdiff.runtime.tokens.schedule import Place, Schedule
 from tests.runtime.toy import (
     CHANNELS,
+    UNCORRECTED,
     Euler,
     N,
     Toy,
@@ -31,14 +33,13 @@ from tests.runtime.toy import (
     toy,
 )
 
+CORRECTED = {True: {}, False: UNCORRECTED}
 SKIPPING = {
+    "plan": Plan.every(3, warmup=2),
     "cache_ratio": 1.0,
-    "warmup_steps": 2,
-    "refresh_interval": 3,
-    "tapered": False,
     "forecast": "reuse",
 }
-SELECTING = {**SKIPPING, "cache_ratio": 0.5, "speculative_steps": 0}
+SELECTING = {"plan": Plan.every(4, warmup=2, lookahead=0), "cache_ratio": 0.5, "forecast": "reuse"}
 
 
 class LineOfTime(ToyPrograms):
@@ -94,35 +95,34 @@ DENSE = (0, 1, 4, 7, 10)
 @pytest.mark.parametrize(("sign", "unit"), [(1.0, 1.0), (-1.0, 1.0), (1.0, 1000.0)])
 def test_a_line_in_time_is_followed_exactly(sign, unit):
     """After each dense evaluation the latent is where a dense run has it."""
-    options = {**SKIPPING, "correction": True}
+    options = SKIPPING
     programs = LineOfTime(sign=sign, unit=unit)
     found = errors(follow(options, programs, as_time=lambda s: s * unit))
     assert max(found[index + 1] for index in DENSE) < 1e-5
-    without = errors(follow({**options, "correction": False}, programs, as_time=lambda s: s * unit))
+    without = errors(follow({**options, **UNCORRECTED}, programs, as_time=lambda s: s * unit))
     assert min(without[index + 1] for index in DENSE[2:]) > 1e-3
 
 
 def test_a_parabola_in_time_is_followed_from_the_third_computed_output_on():
-    found = errors(follow({**SKIPPING, "correction": True}, ParabolaOfTime()))
+    found = errors(follow(SKIPPING, ParabolaOfTime()))
     # what the first gap, of the two outputs known then, was short of stays
     short = found[DENSE[1] + 1]
     assert all(abs(found[index + 1] - short) < 1e-5 for index in DENSE[2:])
-    without = errors(follow({**SKIPPING, "correction": False}, ParabolaOfTime()))
+    without = errors(follow({**SKIPPING, **UNCORRECTED}, ParabolaOfTime()))
     assert min(without[index + 1] for index in DENSE[2:]) > 1e-3
 
 
 def test_tokens_are_corrected_when_they_are_computed():
-    options = {**SELECTING, "refresh_interval": 4}
-    found = errors(follow({**options, "correction": True}))
+    found = errors(follow(SELECTING))
     assert max(found[index + 1] for index in (5, 9)) < 1e-5
-    without = errors(follow({**options, "correction": False}))
+    without = errors(follow({**SELECTING, **UNCORRECTED}))
     assert min(without[index + 1] for index in (5, 9)) > 1e-3
     assert found.sum() < without.sum()
 
 
 def test_unknown_times_are_guessed_and_the_rest_made_good_later():
-    found = errors(follow({**SKIPPING, "correction": True}, session=False, steps=28))
-    without = errors(follow({**SKIPPING, "correction": False}, session=False, steps=28))
+    found = errors(follow(SKIPPING, session=False, steps=28))
+    without = errors(follow({**SKIPPING, **UNCORRECTED}, session=False, steps=28))
     dense = range(7, 28, 3)
     assert max(found[index + 1] / without[index + 1] for index in dense) < 0.1
 
@@ -184,7 +184,7 @@ def test_switched_off_and_on_again_it_knows_nothing_of_before():
         run = Euler(model, steps=13)
         with sd.session(model, timesteps=run.sigmas[:-1]):
             for index in range(13):
-                sd.configure(model, correction=index in on or index >= 8)
+                sd.configure(model, ablation={"correction": index in on or index >= 8})
                 run.step()
         handed.append(run.velocities[10])
     torch.testing.assert_close(*handed, rtol=0, atol=1e-6)
@@ -209,7 +209,7 @@ def test_where_it_does_not_apply_dense_evaluations_are_the_model(why):
     programs = ToyPrograms()
     if why == "not additive":
         object.__setattr__(programs.signature, "additive", False)
-    options = {**SKIPPING, "speculative_steps": 0}
+    options = {**SKIPPING, "plan": Plan.every(3, warmup=2, lookahead=0)}
     if why == "paper":
         options["method"] = "paper"
     model = Toy(Runtime(programs, Options(**options)))
@@ -230,11 +230,11 @@ def test_tapered_plan():
     ("options", "dense"),
     [
         ({}, [0, 2, 4, 7, 10, 14, 18, 22, 26, 27]),
-        ({"refresh_interval": 3}, [0, 2, 4, 6, 9, 12, 15, 18, 21, 24, 26, 27]),
-        ({"refresh_interval": 8}, [0, 2, 5, 9, 15, 23, 26, 27]),
-        ({"warmup_steps": 3}, [0, 1, 2, 4, 7, 10, 14, 18, 22, 26, 27]),
-        ({"tapered": False}, [0, 4, 8, 12, 16, 20, 24]),
-        ({"refresh_interval": 0}, [0]),
+        ({"plan": Plan.tapered(3)}, [0, 2, 4, 6, 9, 12, 15, 18, 21, 24, 26, 27]),
+        ({"plan": Plan.tapered(8)}, [0, 2, 5, 9, 15, 23, 26, 27]),
+        ({"plan": Plan.tapered(4, warmup=3)}, [0, 1, 2, 4, 7, 10, 14, 18, 22, 26, 27]),
+        ({"plan": Plan.every(4)}, [0, 4, 8, 12, 16, 20, 24]),
+        ({"plan": Plan.warmup(1)}, [0]),
     ],
 )
 def test_dense_evaluations_of_a_plan(options, dense):
@@ -260,7 +260,7 @@ def guided_apart(options, scale, scheduler=None, steps=28, texts=(1, 2)):
 def test_halves_of_guidance_in_calls_of_their_own_are_corrected(scale):
     expected, _ = guided_apart({"cache_ratio": 0.0}, scale)
     short = [
-        (guided_apart({"correction": on}, scale)[0] - expected).norm() / expected.norm()
+        (guided_apart(CORRECTED[on], scale)[0] - expected).norm() / expected.norm()
         for on in (True, False)
     ]
     assert short[0] < 0.4 * short[1]
@@ -281,7 +281,7 @@ def test_halves_that_a_solver_uses_again_are_left_alone(solver, scale):
     """Not a single correction is handed out: Wan's pipeline, with UniPC, once lost by it."""
     flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
     settings = {"shift": 3.0} if solver is FlowMatchHeunDiscreteScheduler else flow
-    found = [guided_apart({"correction": on}, scale, solver(**settings))[0] for on in (True, False)]
+    found = [guided_apart(CORRECTED[on], scale, solver(**settings))[0] for on in (True, False)]
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
@@ -312,7 +312,7 @@ def test_a_half_that_is_called_no_more_is_not_waited_for():
     short = []
     for on in (True, False):
         latents = []
-        for options in ({"correction": on}, {"cache_ratio": 0.0}):
+        for options in (CORRECTED[on], {"cache_ratio": 0.0}):
             model, latent, at = toy(**options), noise(), sigmas(28)
             given, without = prompt(1), prompt(2)
             for index in range(28):

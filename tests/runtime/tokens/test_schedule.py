@@ -10,17 +10,18 @@ import specdiff as sd
 from specdiff.errors import OptionError
 from specdiff.options import Options, check_overrides
 from specdiff.plan import Plan
+from specdiff.rule import Rule
 from specdiff.runtime.sampler.timeline import evaluations_planned
 from specdiff.runtime.tokens.schedule import Place, Schedule
-from specdiff.settings import METHOD_DEFAULTS, QUALITIES, SCHEDULE
-from tests.runtime.toy import Euler, sigmas, toy
+from specdiff.settings import METHODS, QUALITIES
+from tests.runtime.toy import UNCORRECTED, Euler, sigmas, toy
 
 HAND = {"specdiff_plan": 1, "evaluations": ["dense", "skip", 0.5, "dense", "skip", "dense"]}
 DENSE = (0, 2, 4, 7, 10, 14, 18, 22, 26, 27)
 
 
-def followed(plan, total, tokens=16):
-    schedule = Schedule.of(Options(plan=plan).resolve(), (tokens,))
+def followed(plan, total, tokens=16, **options):
+    schedule = Schedule.of(Options(plan=plan, **options).resolve(), (tokens,))
     return [schedule.decide(Place.known(i, total))[0] for i in range(total)]
 
 
@@ -29,7 +30,7 @@ def dense_of(counts):
 
 
 def test_a_file_is_what_it_was_saved_as(tmp_path):
-    plan = Plan((0.0, 1.0, 0.9, 0.0), {"forecast": "reuse", "correction": False}, {"psnr_db": 40.0})
+    plan = Plan((0.0, 1.0, 0.9, 0.0), {"forecast": "reuse"}, {"psnr_db": 40.0})
     plan.save(tmp_path / "plan.json")
     found = Plan.load(tmp_path / "plan.json")
     assert (found, found.notes) == (plan, plan.notes)
@@ -52,7 +53,10 @@ def test_a_file_is_what_it_was_saved_as(tmp_path):
         ({"settings": []}, r"settings=\[\]: must be an object"),
         ({"settings": {"forecast": "cubic"}}, "settings.forecast='cubic': must be one of"),
         ({"settings": {"forecasts": "reuse"}}, "settings.forecasts: no such option.*'forecast'"),
-        ({"settings": {"cache_ratio": 0.5}}, "settings.cache_ratio: no such option"),
+        ({"settings": {"cache_ratio": 2}}, "settings.cache_ratio=2: must be a number from 0 to 1"),
+        ({"settings": {"quality": "fast"}}, "settings.quality: no such option"),
+        ({"rule": {"every": 2}}, "must have evaluations or a rule, one of them"),
+        ({"lookahead": -1}, "lookahead=-1: must be an integer of at least 0"),
     ],
 )
 def test_a_wrong_field_is_named(tmp_path, change, said):
@@ -73,6 +77,12 @@ def test_a_wrong_field_is_named(tmp_path, change, said):
         (lambda: Plan((0.0, 2)), r"plan: ratios\[1\]=2: must be .* a cache ratio from 0 to 1"),
         (lambda: Plan((0.0, 1.0), [1]), r"plan: settings=\[1\]: must be an object"),
         (lambda: Plan((0.0, 1.0), {}, "good"), "plan: notes='good': must be an object"),
+        (lambda: Plan((0.0, 1.0), rule=Rule()), "plan: give ratios or a rule, not both"),
+        (lambda: Plan((0.0, 1.0), lookahead=1.0), "plan: lookahead=1.0: must be an integer"),
+        (lambda: Plan.tapered(0), "plan: tapered=0: must be an integer of at least 1"),
+        (lambda: Plan.every(2.0), "plan: every=2.0: must be an integer"),
+        (lambda: Plan.every(0), r"plan: every=0: must be .*; write Plan.warmup\(1\)"),
+        (lambda: Plan.warmup(0), "plan: warmup=0: must be an integer of at least 1"),
         (lambda: Plan.of(10, (1, 2)), r"plan: ratios\[0\]=1.0: must be 'dense'"),
         (lambda: Plan.of(10, (0, 10)), "plan: dense=10: must be from 0 to 9"),
         (lambda: Plan.of(10, (0, -1)), "plan: dense=-1: must be from 0 to 9"),
@@ -91,7 +101,7 @@ def test_a_plan_in_code_is_what_a_file_would_give(tmp_path):
 
 
 def test_a_fallback_of_a_plan_that_selects_compiles_no_other_program():
-    model = toy(plan=HAND, speculative_steps=0)
+    model = toy(plan={**HAND, "lookahead": 0})
     run = Euler(model, steps=6).run(3)
     programs = model.runtime.programs
     before = set(programs.names())
@@ -110,27 +120,112 @@ def test_what_cannot_be_read_is_named(tmp_path):
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(OptionError, match=r"list.json: must be an object"):
         Options(plan=tmp_path / "list.json")
-    with pytest.raises(OptionError, match=r"plan=3: must be a file"):
+    with pytest.raises(OptionError, match=r"plan=3: must be a Plan, a file"):
         Options(plan=3)
 
 
-@pytest.mark.parametrize("name", [*SCHEDULE, "quality"])
-def test_a_plan_and_the_schedule_it_replaces_exclude_each_other(name):
-    value = "fast" if name == "quality" else METHOD_DEFAULTS["history"][name]
-    with pytest.raises(OptionError, match=f"{name}: the plan takes its place"):
-        Options(plan=HAND, **{name: value})
-    # given later, either replaces the other
-    planned, plain = Options(plan=HAND), Options(**{name: value})
-    assert planned.override(check_overrides({name: value})) == plain
-    assert plain.override(check_overrides({"plan": HAND})) == planned
+def test_a_plan_and_a_quality_exclude_each_other():
+    with pytest.raises(OptionError, match="quality: the plan takes its place"):
+        Options(plan=HAND, quality="fast")
+    # given later, either replaces the other, and what was to fill its gaps
+    planned, plain = Options(plan=HAND, cache_ratio=0.5), Options(quality="fast")
+    assert planned.override(check_overrides({"quality": "fast"})) == plain
+    assert plain.override(check_overrides({"plan": HAND, "cache_ratio": 0.5})) == planned
+    # a ratio fills the gaps of whatever plan there is
+    assert planned.override(check_overrides({"cache_ratio": 0.25})) == Options(
+        plan=HAND, cache_ratio=0.25
+    )
 
 
 def test_settings_of_a_plan_yield_to_what_is_given():
-    plan = {**HAND, "settings": {"forecast": "reuse", "method": "paper", "text_refresh": 0}}
-    settings = Options(plan=plan, forecast="quadratic").resolve()
-    assert (settings.forecast, settings.method, settings.text_refresh) == ("quadratic", "paper", 0)
-    assert settings.starvation == METHOD_DEFAULTS["paper"]["starvation"]
+    held = {"forecast": "reuse", "method": "paper", "text_steps": "dense", "cache_ratio": 0.75}
+    plan = {**HAND, "settings": held}
+    found = Options(plan=plan, forecast="linear").resolve()
+    assert (found.forecast, found.method, found.text_steps) == ("linear", "paper", "dense")
+    assert (found.starvation, found.cache_ratio) == (METHODS["paper"]["starvation"], 0.75)
     assert Options(plan=plan, method="history").resolve().starvation == 0
+    assert Options(plan=plan, cache_ratio=1).resolve().cache_ratio == 1
+
+
+def test_the_paper_is_a_plan_and_its_constants():
+    found = Options(method="paper").resolve()
+    assert found.plan.rule == Rule(warmup=3) and found.plan.lookahead == 2
+    assert (found.cache_ratio, found.forecast, found.text_steps) == (0.9, "mean", "all")
+    assert (found.reuse_share, found.starvation, found.correction) == (0.1, 3.0, False)
+    assert found.selective_importance  # measured in every step
+    # its ratio is that of its own plan
+    assert Options(method="paper", plan=Plan.every(3)).resolve().cache_ratio == 1
+
+
+# What the options warmup_steps, refresh_interval and tapered decided before there were rules, at
+# 1,024 tokens: D dense, . in a gap; where the number of evaluations is read off the times the end
+# of ten is known too late.
+DECIDED = {
+    (Plan.tapered(4), 10, True): "D.D.D..DDD",
+    (Plan.tapered(4), 10, False): "D.D.D..D.D",
+    (Plan.tapered(4), 28, False): "D.D.D..D..D...D...D...D...DD",
+    (Plan.tapered(4), 40, False): "D.D.D..D..D...D...D...D...D...D...D...DD",
+    (Plan.tapered(3), 28, False): "D.D.D.D..D..D..D..D..D..D.DD",
+    (Plan.tapered(8), 28, False): "D.D..D...D.....D.......D..DD",
+    (Plan.tapered(8), 40, True): "D.D..D...D.....D.......D.......D......DD",
+    (Plan.tapered(4, warmup=3), 28, False): "DDD.D..D..D...D...D...D...DD",
+    (Plan.every(4), 28, False): "D...D...D...D...D...D...D...",
+    (Plan.every(4, warmup=3), 28, False): "DDD...D...D...D...D...D...D.",
+    (Plan.every(1), 10, False): "DDDDDDDDDD",
+    (Plan.warmup(3), 28, False): "DDD.........................",
+}
+
+
+@pytest.mark.parametrize(("ratio", "active"), [(0.75, 256), (0.9, 104), (1.0, 0)])
+@pytest.mark.parametrize(("plan", "steps", "known"), DECIDED)
+def test_rules_decide_what_the_options_of_old_decided(plan, steps, known, ratio, active):
+    schedule = Schedule.of(Options(plan=plan, cache_ratio=ratio).resolve(), (1024,))
+    times = sigmas(steps)[:-1]
+    places = [
+        Place.known(i, steps) if known else Place.of(times[: i + 1], None, schedule.usual)
+        for i in range(steps)
+    ]
+    counts = [schedule.decide(place)[0] for place in places]
+    expected = [1024 if each == "D" else active for each in DECIDED[plan, steps, known]]
+    assert counts == expected
+    gaps = "." in DECIDED[plan, steps, known]
+    assert schedule.selects == (gaps and active > 0) and schedule.forecasts == gaps
+
+
+@pytest.mark.parametrize(
+    ("plan", "rule"),
+    [
+        (Plan.tapered(), {"tapered": 4}),
+        (Plan.tapered(8, warmup=2), {"tapered": 8, "warmup": 2}),
+        (Plan.every(3, warmup=3), {"every": 3, "warmup": 3}),
+        (Plan.warmup(3), {"warmup": 3}),
+        (Plan.warmup(1), {"warmup": 1}),
+    ],
+)
+def test_a_rule_is_written_as_a_rule(tmp_path, plan, rule):
+    assert plan.to_json() == {"specdiff_plan": 1, "rule": rule}
+    held = Plan((), {"cache_ratio": 0.9}, {"from": "hand"}, plan.rule, lookahead=0)
+    held.save(tmp_path / "plan.json")
+    found = Plan.load(tmp_path / "plan.json")
+    assert (found, found.notes) == (held, held.notes)
+    stored = json.loads((tmp_path / "plan.json").read_text())
+    assert stored == held.to_json() and stored["lookahead"] == 0
+    assert Options(plan=stored).resolve().cache_ratio == 0.9
+
+
+@pytest.mark.parametrize(
+    "rule", [{}, [], "tapered", {"taper": 4}, {"tapered": 4, "every": 4}, {"warmup": 0}]
+)
+def test_a_wrong_rule_is_named(rule):
+    with pytest.raises(OptionError, match=r"plan: rule"):
+        Plan.load({"specdiff_plan": 1, "rule": rule})
+
+
+def test_the_ratio_fills_the_gaps_of_a_list():
+    assert followed(HAND, 6, cache_ratio=0.75) == [16, 4, 8, 16, 4, 16]
+    assert followed(HAND, 12, cache_ratio=0.75) == [16, 4, 4, 4, 8, 4, 16, 4, 4, 4, 16, 4]
+    assert followed(HAND, 6, cache_ratio=0) == [16, 16, 8, 16, 16, 16]
+    assert followed(QUALITIES["fast"], 28, cache_ratio=0.5).count(8) == 20
 
 
 def test_a_run_of_the_same_length_follows_it_to_the_letter():
@@ -192,7 +287,7 @@ def test_a_last_evaluation_that_is_hardly_a_step_has_the_last_entry_too():
 @pytest.mark.parametrize("session", [True, False])
 @pytest.mark.parametrize("steps", [14, 28, 50])
 def test_the_runtime_follows_a_plan(session, steps):
-    model = toy(plan=Plan.of(28, DENSE), correction=False)
+    model = toy(plan=Plan.of(28, DENSE), **UNCORRECTED)
     run = Euler(model, steps=steps)
     with sd.session(model, timesteps=run.sigmas[:-1] if session else None):
         run.run()
@@ -207,14 +302,15 @@ def test_the_runtime_follows_a_plan(session, steps):
 
 
 def test_a_plan_mixes_dense_selective_and_skipped_without_recompiling():
-    plan = {**HAND, "evaluations": ["dense", "skip", "dense", 0.5, "skip", 0.75, "dense"]}
-    model = toy(speculative_steps=0, cache_ratio=0.0)
+    evaluations = ["dense", "skip", "dense", 0.5, "skip", 0.75, "dense"]
+    plan = {**HAND, "evaluations": evaluations, "lookahead": 0}
+    model = toy(cache_ratio=0.0)
     sd.configure(model, plan=plan)
     Euler(model, steps=7).run()
     counts = sd.stats(model)
     assert (counts.dense, counts.selective, counts.skipped) == (3, 2, 2)
     assert counts.tokens_computed == 3 * 16 + 8 + 4
-    with sd.session(model, cache_ratio=0.0):
+    with sd.session(model, quality="dense"):
         Euler(model, steps=7).run()
     assert sd.stats(model).dense == 10
     sd.configure(model, plan=None, cache_ratio=0.0)
@@ -222,37 +318,24 @@ def test_a_plan_mixes_dense_selective_and_skipped_without_recompiling():
     assert sd.stats(model).dense == 17 and sd.stats(model).recompiles == 0
 
 
-@pytest.mark.parametrize("steps", [4, 8, 16])
-def test_text_of_a_plan(steps):
-    """Every second selective evaluation of a run, whatever the plan's own length."""
-    evaluations = ["dense", 0.5, 0.5, 0.5, "dense", 0.5, "skip", 0.5]
-    model = toy(plan={"specdiff_plan": 1, "evaluations": evaluations}, text_refresh=2)
-    with sd.session(model, timesteps=sigmas(steps)[:-1]):
-        Euler(model, steps=steps).run()
-    # of a run as long as the plan or longer the first selective one is dense, for want of caches
-    assert model.runtime.programs.texts == ([False] if steps == 4 else [False, True] * 2)
-
-
-def test_qualities_are_plans_that_a_schedule_takes_the_place_of():
+def test_qualities_are_plans():
     names = ("closest", "near-lossless", "balanced", "fast")
     assert set(QUALITIES) == set(names)
     dense = [len(QUALITIES[name].dense) for name in names]
     assert dense == sorted(dense, reverse=True)
     assert Options(quality="balanced").resolve() == Options().resolve()
     assert Options().resolve().plan == QUALITIES["balanced"]
-    assert Options(method="paper").resolve().plan is None
     assert Options(method="paper", quality="fast").resolve().plan == QUALITIES["fast"]
     assert Options(quality="fast", forecast="reuse").resolve().plan == QUALITIES["fast"]
-    assert Options(quality="fast", refresh_interval=5).resolve().plan is None
-    with pytest.raises(OptionError, match="quality='best': must be one of 'closest'"):
+    assert Options(quality="fast", cache_ratio=0.9).resolve().plan == QUALITIES["fast"]
+    with pytest.raises(OptionError, match="quality='best': must be one of 'dense', 'closest'"):
         Options(quality="best")
 
 
-def test_a_quality_given_later_replaces_an_earlier_schedule():
-    compiled = Options(refresh_interval=3, correction=False)
+def test_a_quality_given_later_replaces_an_earlier_plan():
+    compiled = Options(plan=Plan.tapered(3), cache_ratio=0.5, forecast="reuse")
     later = compiled.override(check_overrides({"quality": "fast"}))
-    assert later == Options(quality="fast", correction=False)
-    assert later.override(check_overrides({"refresh_interval": 5})).resolve().plan is None
+    assert later == Options(quality="fast", forecast="reuse")
 
 
 @pytest.mark.parametrize("quality", QUALITIES)
