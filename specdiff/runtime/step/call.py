@@ -77,7 +77,7 @@ class Call:
 
     @cached_property
     def strays(self) -> bool:
-        """Whether the latest step that was looked at is unexplained, be it by noise of known size."""
+        """Whether the latest step that was looked at is unexplained, even by known noise."""
         if not self.stream.strays or self.reading is None:
             return self.stream.strays
         return not self.reading.is_known_noise(self.candidates, self.stream.times[-1])
