@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from specdiff.options import Options
     from specdiff.plan import Plan
     from specdiff.report import Report, explain
-    from specdiff.runtime.api import attach, configure, record, reset, session, stats
+    from specdiff.runtime.api import attach, configure, detach, record, reset, session, stats
     from specdiff.runtime.blocks.attach import Attachment
     from specdiff.runtime.records.recording import Recording, StepRecord
     from specdiff.runtime.records.stats import Stats
@@ -29,6 +29,7 @@ _HOMES = {
     "attach": "specdiff.runtime.api",
     "backend": "specdiff.compiler",
     "configure": "specdiff.runtime.api",
+    "detach": "specdiff.runtime.api",
     "explain": "specdiff.report",
     "record": "specdiff.runtime.api",
     "reset": "specdiff.runtime.api",
@@ -55,6 +56,7 @@ __all__ = [
     "attach",
     "backend",
     "configure",
+    "detach",
     "explain",
     "record",
     "reset",
