@@ -22,9 +22,9 @@ from torch import Tensor
 
 import specdiff
 from specdiff.bench.geometries import build
-from specdiff.comparison import Request, psnr
 from specdiff.evaluation.subject import MODELS, Subject, find_subject
-from specdiff.methods import quiet_libraries
+from specdiff.measure.comparison import Request, psnr
+from specdiff.measure.methods import quiet_libraries
 from specdiff.options import KV_CACHE_DTYPES
 
 DTYPES = (None, *KV_CACHE_DTYPES)

@@ -22,9 +22,9 @@ from observations.records import Record, record
 from rich.progress import track
 
 import specdiff
-from specdiff.comparison import Request, psnr
 from specdiff.evaluation.subject import STEPS, Subject, find_subject
-from specdiff.methods import quiet_libraries
+from specdiff.measure.comparison import Request, psnr
+from specdiff.measure.methods import quiet_libraries
 
 SHARE = 0.25
 """Share of tokens that count as important: a cache ratio of 0.75."""

@@ -19,8 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 from specdiff import torch_adapter
 from specdiff.bench.geometries import build
 from specdiff.bench.measure import TimedPrograms, Trial, compiled, run, runtime_of, timed, type_of
-from specdiff.cli import parse_options
-from specdiff.methods import quiet_libraries, usable_device
+from specdiff.cli.common import parse_options
+from specdiff.measure.methods import quiet_libraries, usable_device
 from specdiff.program import Programs
 
 Result = TypeVar("Result")

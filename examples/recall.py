@@ -29,7 +29,7 @@ from specdiff.analysis import Analysis, attempt
 from specdiff.compiler import ALL_QUERIES, program_compiler
 from specdiff.evaluation.measures import flop_counter
 from specdiff.evaluation.subject import Subject, find_subject
-from specdiff.methods import quiet_libraries
+from specdiff.measure.methods import quiet_libraries
 from specdiff.options import Options
 from specdiff.passes.lower import LoweredPrograms
 from specdiff.runtime.importance import per_sample

@@ -23,9 +23,8 @@ from torch import Tensor
 
 import specdiff
 from specdiff import torch_adapter
-from specdiff.comparison import Request
-from specdiff.demo import load_pipeline
-from specdiff.methods import (
+from specdiff.measure.comparison import Request
+from specdiff.measure.methods import (
     Setting,
     compiled_pipeline,
     demo_requests,
@@ -33,6 +32,7 @@ from specdiff.methods import (
     picture_maker,
     quiet_libraries,
 )
+from specdiff.models.demo import load_pipeline
 from specdiff.runtime.recording import Recording
 
 STEPS = 28

@@ -35,13 +35,13 @@ from specdiff.bench.measure import (
     type_of,
 )
 from specdiff.compiler import programs_of
-from specdiff.methods import quiet_libraries, usable_device
+from specdiff.measure.methods import quiet_libraries, usable_device
+from specdiff.measure.summary import environment
 from specdiff.options import Options
-from specdiff.oracles import random_active
+from specdiff.oracles.checks import random_active
 from specdiff.passes.selective import propagate
 from specdiff.passes.signature import cache_slots
 from specdiff.program import Evaluation
-from specdiff.summary import environment
 
 WARMUP = 3
 """Rounds that are not counted: compiling, recording of CUDA graphs."""

@@ -22,7 +22,7 @@ from emoji.stages import STAGES, EmojiStage
 from torch import Tensor
 from training import Training, parser, shifted_times, train
 
-from specdiff.demo import TEXT_TOKENS, TIME_SHIFT, pack
+from specdiff.models.demo import TEXT_TOKENS, TIME_SHIFT, pack
 
 CAPTION_SHARES = (0.45, 0.35, 0.2)
 CAPTION_DROPOUT = 0.1

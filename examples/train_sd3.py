@@ -17,7 +17,7 @@ from textures.data import Crops
 from torch import Tensor
 from training import Stage, Training, parser, shifted_times, train
 
-from specdiff.textures import (
+from specdiff.models.textures import (
     CLASSES,
     CODE_WIDTH,
     GUIDANCE_SCALE,

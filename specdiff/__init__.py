@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from specdiff.compiler import backend
     from specdiff.errors import NotCompiledError, OptionError, SpecdiffError
+    from specdiff.inspect.report import Report, explain
     from specdiff.options import Options
+    from specdiff.oracles.verification import Verification, verify
     from specdiff.plan import Plan
-    from specdiff.report import Report, explain
     from specdiff.runtime.api import attach, configure, record, reset, session, stats
     from specdiff.runtime.attach import Attachment
     from specdiff.runtime.recording import Recording, StepRecord
     from specdiff.runtime.registry import Session
     from specdiff.runtime.stats import Stats
     from specdiff.tuning import Tuned, tune
-    from specdiff.verification import Verification, verify
 
     __version__: str
 
@@ -29,23 +29,23 @@ _HOMES = {
     "attach": "specdiff.runtime.api",
     "backend": "specdiff.compiler",
     "configure": "specdiff.runtime.api",
-    "explain": "specdiff.report",
+    "explain": "specdiff.inspect.report",
     "record": "specdiff.runtime.api",
     "reset": "specdiff.runtime.api",
     "session": "specdiff.runtime.api",
     "stats": "specdiff.runtime.api",
     "tune": "specdiff.tuning",
-    "verify": "specdiff.verification",
+    "verify": "specdiff.oracles.verification",
     "Attachment": "specdiff.runtime.attach",
     "Options": "specdiff.options",
     "Plan": "specdiff.plan",
     "Recording": "specdiff.runtime.recording",
-    "Report": "specdiff.report",
+    "Report": "specdiff.inspect.report",
     "Session": "specdiff.runtime.registry",
     "StepRecord": "specdiff.runtime.recording",
     "Stats": "specdiff.runtime.stats",
     "Tuned": "specdiff.tuning",
-    "Verification": "specdiff.verification",
+    "Verification": "specdiff.oracles.verification",
     "NotCompiledError": "specdiff.errors",
     "OptionError": "specdiff.errors",
     "SpecdiffError": "specdiff.errors",

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from specdiff.demo import encode_text
+from specdiff.models.demo import encode_text
 
 IMAGES_PACKAGE = "@lobehub/fluent-emoji-3d@1.1.0"
 CAPTIONS_PACKAGE = "openmoji@17.0.0"

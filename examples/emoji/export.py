@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from specdiff.demo import DATA, PROMPTS, WEIGHTS, encode_text
+from specdiff.models.demo import DATA, PROMPTS, WEIGHTS, encode_text
 
 from .prompts import BUILT_IN_PROMPTS, HELD_OUT_PROMPTS, TRAINED_PROMPTS
 

@@ -7,7 +7,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from specdiff.demo import TEXT_TOKENS, TIME_SHIFT, TOKEN_SIDE, to_pixels
+from specdiff.models.demo import TEXT_TOKENS, TIME_SHIFT, TOKEN_SIDE, to_pixels
 
 from .data import EmojiData
 from .prompts import HELD_OUT_PROMPTS

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from training import Stage
 
-from specdiff.demo import PATCH
+from specdiff.models.demo import PATCH
 
 
 @dataclass(frozen=True, kw_only=True)

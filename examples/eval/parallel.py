@@ -27,7 +27,7 @@ from specdiff.evaluation.candidates import Candidate, all_candidates
 from specdiff.evaluation.cli import WEIGHTS
 from specdiff.evaluation.subject import find_subject
 
-COMMAND = (sys.executable, "-c", "from specdiff.cli import main; main()", "eval")
+COMMAND = (sys.executable, "-c", "from specdiff.cli.main import main; main()", "eval")
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdiff.comparison import psnr
 from specdiff.evaluation.cli import WEIGHTS
 from specdiff.evaluation.subject import Subject, find_subject
+from specdiff.measure.comparison import psnr
 
 REACH = 0.5
 """How far a line is followed, as a share of its span; as in `specdiff.runtime.forecast`."""

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdiff.comparison import psnr
 from specdiff.evaluation.cli import WEIGHTS
 from specdiff.evaluation.subject import find_subject
+from specdiff.measure.comparison import psnr
 from specdiff.program import Evaluation, Programs
 from specdiff.runtime.dispatch import Runtime
 from specdiff.runtime.history import History

@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from emoji.data import _picture, list_emoji
 from textures.data import Crops
 
-from specdiff.demo import stored_prompts
 from specdiff.evaluation.features import features
-from specdiff.textures import CLASSES, SIDE
+from specdiff.models.demo import stored_prompts
+from specdiff.models.textures import CLASSES, SIDE
 
 VIEWS = 16
 """Pictures a class that the probe is trained on; as many again test it."""

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from specdiff.comparison import Request
 from specdiff.evaluation.subject import STEPS, Subject
+from specdiff.measure.comparison import Request
 
 
 class AttentionReceived(TorchFunctionMode):

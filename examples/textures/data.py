@@ -5,7 +5,7 @@ from skimage import data
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from specdiff.textures import CLASSES
+from specdiff.models.textures import CLASSES
 
 SOURCES = {
     "brick": (data.brick,),

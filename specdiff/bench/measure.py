@@ -2,7 +2,7 @@
 
 One process, the methods taking turns (A B A B), real sampling loops, medians. Every program is also
 timed by itself, beside its floor: the larger of its FLOPs over the matrix rate of the machine and
-its bytes over the copy rate (`specdiff.machine`, `specdiff.passes.cost`).
+its bytes over the copy rate (`specdiff.measure.machine`, `specdiff.passes.cost`).
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from specdiff import torch_adapter
 from specdiff.analysis import Analysis
 from specdiff.bench.geometries import Sampler
 from specdiff.errors import SpecdiffError, Unsupported
-from specdiff.machine import MachineRates, wait
-from specdiff.memory import peak, reset_peak
+from specdiff.inspect.report import explain
+from specdiff.measure.machine import MachineRates, wait
+from specdiff.measure.memory import peak, reset_peak
 from specdiff.options import Options
 from specdiff.passes.cost import Sizes
 from specdiff.passes.lower import TIMETABLE, TIMETABLE_ROW, named_for
 from specdiff.passes.regions import dense_work, selective_work
 from specdiff.program import Evaluation, Programs
-from specdiff.report import explain
 from specdiff.runtime.dispatch import Runtime
 from specdiff.runtime.registry import find_or_create
 

@@ -19,8 +19,8 @@ from specdiff.evaluation.measuring import Bench
 from specdiff.evaluation.plot import draw_frontier
 from specdiff.evaluation.subject import STEPS, Subject, find_subject
 from specdiff.evaluation.table import markdown
-from specdiff.methods import usable_device
-from specdiff.summary import environment
+from specdiff.measure.methods import usable_device
+from specdiff.measure.summary import environment
 
 CLOCKS: Mapping[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 TABLE, PLOT = "table.md", "frontier.png"

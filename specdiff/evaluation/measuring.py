@@ -15,7 +15,6 @@ from torch import Tensor
 
 import specdiff
 from specdiff import torch_adapter
-from specdiff.comparison import Request
 from specdiff.errors import SpecdiffError
 from specdiff.evaluation.candidates import DENSE, Candidate, Prepared, Refused
 from specdiff.evaluation.features import Probe, features, kernel_distance
@@ -28,6 +27,7 @@ from specdiff.evaluation.measures import (
     time_ratio,
 )
 from specdiff.evaluation.subject import STEPS, Subject
+from specdiff.measure.comparison import Request
 
 Values = dict[str, Any]
 Tell = Callable[[str], None]

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdiff import demo, textures
-from specdiff.comparison import Request
 from specdiff.errors import SpecdiffError
+from specdiff.measure.comparison import Request
+from specdiff.models import demo, textures
 
 MODELS = ("emoji", "textures")
 STEPS = 28

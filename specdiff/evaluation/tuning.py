@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from specdiff.comparison import psnr
 from specdiff.errors import SpecdiffError
 from specdiff.evaluation.features import feature_distance, features
 from specdiff.evaluation.subject import Subject, find_subject
-from specdiff.methods import usable_device
+from specdiff.measure.comparison import psnr
+from specdiff.measure.methods import usable_device
 from specdiff.settings import PLAN_SETTINGS
 from specdiff.tuning import Likeness, Tell, Tuned, tune
 

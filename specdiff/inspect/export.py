@@ -11,9 +11,9 @@ from specdiff.analysis import Analysis
 from specdiff.inspect.graph import block_graph, block_path, region_graph
 from specdiff.inspect.page import report_page
 from specdiff.inspect.plain import to_json
+from specdiff.inspect.report import report_of
 from specdiff.inspect.svg import to_dot, to_svg
 from specdiff.options import Options
-from specdiff.report import report_of
 
 
 def texts(found: Analysis | str, options: Options) -> Iterator[tuple[str, str]]:

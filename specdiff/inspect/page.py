@@ -10,10 +10,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from specdiff.inspect.graph import block_graph, block_path, region_graph, short_count
+from specdiff.inspect.report import RATIOS, Prediction, Report
 from specdiff.inspect.svg import COLOURS, to_svg
-from specdiff.machine import MachineRates
+from specdiff.measure.machine import MachineRates
 from specdiff.passes.regions import Region
-from specdiff.report import RATIOS, Prediction, Report
 
 HARDLY_SEEN, PLAINLY_SEEN = 40, 30
 """PSNR in dB: a rule of thumb, which the page calls one. Nobody was asked what they see."""

@@ -15,14 +15,14 @@ from rich.console import Console
 import specdiff
 from specdiff.inspect.page import pretty_formula, report_page
 from specdiff.inspect.plain import to_json
+from specdiff.inspect.report import Report
 from specdiff.inspect.runs import comparison_page, recording_page
 from specdiff.inspect.steps import VEILS, share_computed, veil
 from specdiff.inspect.terminal import render
-from specdiff.machine import MachineRates
-from specdiff.report import Report
+from specdiff.measure.machine import MachineRates
 from specdiff.runtime.recording import COMPUTED, FORECAST, REUSED, Clock, Recording, StepRecord
+from tests.measure.standins import REQUESTS, SIDE, noise_picture, stand_ins
 from tests.models import ZOO, flux
-from tests.test_cli import REQUESTS, SIDE, noise_picture, stand_ins
 
 RATES = MachineRates(flops_per_second=1e9, bytes_per_second=1e12)
 OPTIONS = {"cache_ratio": 0.5, "warmup_steps": 2, "refresh_interval": 0, "method": "paper"}
@@ -217,6 +217,6 @@ def test_page_of_a_comparison_answers_the_four_questions(report):
 
 
 def specdiff_comparison():
-    from specdiff.comparison import compare
+    from specdiff.measure.comparison import compare
 
     return compare(stand_ins(), REQUESTS, repeats=1)

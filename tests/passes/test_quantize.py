@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from specdiff import analysis
 from specdiff.options import KV_CACHE_DTYPES, Options
-from specdiff.oracles import all_active, coded, idempotence, random_active
+from specdiff.oracles.checks import all_active, coded, idempotence, random_active
 from specdiff.passes.cost import CostModel, Sizes
 from specdiff.passes.emit import emit_dense
 from specdiff.passes.kept import decode, encode, largest_code

@@ -1,4 +1,4 @@
-"""The commands `specdiff eval` and `specdiff tune`: what they take; the work is elsewhere."""
+"""`specdiff eval` and `specdiff tune`: what they take; the work is in `specdiff.evaluation`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from specdiff.cli.common import console, make_folders, parse_options, require_compiler
 from specdiff.errors import SpecdiffError
 
 WEIGHTS = Path("examples/textures/textures.safetensors")
@@ -53,12 +54,10 @@ def evaluate_methods(
     Writes results.json, table.md and frontier.png; run again, it goes on where it stopped and tries
     again what refused to run.
     """
-    from specdiff.cli import console, make_folders, require_compiler
-
     require_compiler()
     make_folders([out / "results.json"])
     from specdiff.evaluation.command import SIZES, Sizes, Wanted, evaluate
-    from specdiff.methods import quiet_libraries
+    from specdiff.measure.methods import quiet_libraries
 
     quiet_libraries()
     usual = SIZES["quick" if quick else "full"]
@@ -101,13 +100,11 @@ def tune_plan(
     Tunes on seeds that `specdiff eval` does not use, and on emoji on other prompts, too; textures
     has the same classes for both. For a pipeline of your own, see specdiff.tune.
     """
-    from specdiff.cli import console, make_folders, parse_options, require_compiler
-
     options = parse_options(option or [])
     require_compiler()
     make_folders([out])
     from specdiff.evaluation.tuning import Tuning, tune_subject
-    from specdiff.methods import quiet_libraries
+    from specdiff.measure.methods import quiet_libraries
 
     quiet_libraries()
     wanted = Tuning(

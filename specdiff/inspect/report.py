@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from specdiff import torch_adapter
 from specdiff.analysis import Analysis, attempt
-from specdiff.machine import MachineRates
+from specdiff.measure.machine import MachineRates
 from specdiff.options import Options
 from specdiff.passes.base import PassRecord
 from specdiff.passes.cost import CostModel, Sizes, Work

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from specdiff import machine
-from specdiff.machine import MachineRates, measure_rates
+from specdiff.measure import machine
+from specdiff.measure.machine import MachineRates, measure_rates
 
 
 def test_rates_are_work_over_the_best_time_but_the_first(monkeypatch):

@@ -13,8 +13,8 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from specdiff.comparison import Comparison, Trials
-from specdiff.memory import MEBIBYTE
+from specdiff.measure.comparison import Comparison, Trials
+from specdiff.measure.memory import MEBIBYTE
 
 SCHEMA = 1
 """Number of the JSON record's layout; grows when a field changes its meaning or goes away."""

@@ -11,15 +11,15 @@ from torch import Tensor
 
 import specdiff
 from specdiff import torch_adapter
-from specdiff.comparison import Method, Request
-from specdiff.demo import (
+from specdiff.errors import SpecdiffError
+from specdiff.measure.comparison import Method, Request
+from specdiff.models.demo import (
     PIPELINE_SIDE,
     built_in_prompts,
     load_pipeline,
     prompt_embeddings,
     to_pixels,
 )
-from specdiff.errors import SpecdiffError
 from specdiff.options import Options
 from specdiff.runtime.recording import StepRecord
 

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from specdiff.comparison import Comparison, Quality, Trials
+from specdiff.measure.comparison import Comparison, Quality, Trials
 
 AMPLIFICATION = 5
 """Differences are shown this many times larger than they are: usual ones are invisible."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specdiff.oracles import MaskedDense, as_tokens, pick, random_active
+from specdiff.oracles.checks import MaskedDense, as_tokens, pick, random_active
 from tests.models import MODELS, ZOO, changed
 from tests.oracles import small_tables, trace
 from tests.passes.checks import (

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from specdiff import demo
+from specdiff.models import demo
 
 pytest.importorskip("diffusers")
 

@@ -13,10 +13,10 @@ from specdiff.bench import measure as bench_measure
 from specdiff.bench.geometries import GEOMETRIES, Geometry, build
 from specdiff.bench.measure import TimedPrograms, measure
 from specdiff.bench.record import markdown, record
-from specdiff.cli import app
+from specdiff.cli.main import app
 from specdiff.errors import OptionError, SpecdiffError
-from specdiff.machine import MachineRates
-from specdiff.memory import peak, reset_peak
+from specdiff.measure.machine import MachineRates
+from specdiff.measure.memory import peak, reset_peak
 
 SMALL = {
     "flux-toy": Geometry("flux", 1, 1, 2, 32, 4, 3, prompt_width=8, pooled_width=8),

@@ -19,8 +19,9 @@ from torch import Tensor, fx, nn
 from specdiff import torch_adapter
 from specdiff.analysis import Analysis, attempt, guarded, module_states, trace
 from specdiff.compiler import ALL_QUERIES, program_compiler, programs_of
+from specdiff.inspect.report import Report, report_of
 from specdiff.options import Options
-from specdiff.oracles import (
+from specdiff.oracles.checks import (
     BlockPlan,
     Pair,
     all_active,
@@ -33,7 +34,6 @@ from specdiff.oracles import (
 from specdiff.passes.block import plan_block
 from specdiff.passes.lower import BlockPrograms
 from specdiff.passes.quantize import quantized
-from specdiff.report import Report, report_of
 
 TOLERANCES: Mapping[torch.dtype, float] = {
     torch.float64: 1e-9,
