@@ -25,10 +25,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx
 
-from specdiff.analysis import Analysis, attempt
+from specdiff.analysis import Analysis
 from specdiff.compiler import ALL_QUERIES, program_compiler
 from specdiff.evaluation.measures import flop_counter
 from specdiff.evaluation.subject import Subject, find_subject
+from specdiff.inspect.explaining import attempt
 from specdiff.measure.methods import quiet_libraries
 from specdiff.options import Options
 from specdiff.passes.lower import LoweredPrograms

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from specdiff.compiler import backend
     from specdiff.errors import NotCompiledError, OptionError, SpecdiffError
-    from specdiff.inspect.report import Report, explain
+    from specdiff.inspect.explaining import explain
+    from specdiff.inspect.report import Report
     from specdiff.options import Options
     from specdiff.oracles.verification import Verification, verify
     from specdiff.plan import Plan
@@ -29,7 +30,7 @@ _HOMES = {
     "attach": "specdiff.runtime.api",
     "backend": "specdiff.compiler",
     "configure": "specdiff.runtime.api",
-    "explain": "specdiff.inspect.report",
+    "explain": "specdiff.inspect.explaining",
     "record": "specdiff.runtime.api",
     "reset": "specdiff.runtime.api",
     "session": "specdiff.runtime.api",

@@ -130,40 +130,11 @@ def refusal(inputs: Sequence[Any]) -> str | None:
     return None
 
 
-def attempt(
-    module: fx.GraphModule, inputs: Sequence[Any], options: Options, verify: bool = False
-) -> Analysis | str:
-    """The analysis of one Dynamo graph of static shapes, or the reason why it runs dense."""
-    reason = refusal(inputs)
-    if reason is not None:
-        return reason
-    found = guarded(lambda: trace(module, inputs, options, verify))
-    if isinstance(found, str):
-        return found
-    return concluded(found, module_states(module, inputs), options)
-
-
 def concluded(traced: Traced, states: Sequence[bool], options: Options) -> Analysis | str:
-    """The analysis of a graph with tokens, or why it has none, told to whoever watches."""
+    """The analysis of a graph with tokens, or why it has none."""
     found = guarded(lambda: analyse(traced, states, options))
     log.debug("%s", f"runs dense: {found}" if isinstance(found, str) else "has a selective form")
-    publish(found, traced.dump, options)
     return found
-
-
-def publish(found: Analysis | str, dump: Dump | None, options: Options) -> None:
-    """Drawings and report of a graph, for the dump and for tlparse; nothing it does can fail."""
-    if dump is None and not torch_adapter.traces_artifacts():
-        return
-    from specdiff.inspect import export
-
-    def work() -> None:
-        for name, text in export.texts(found, options):
-            torch_adapter.trace_artifact(f"specdiff_{name}", text)
-            if dump is not None:
-                (dump.folder / name).write_text(text, encoding="utf-8")
-
-    unfailing(work)
 
 
 def guarded(work: Callable[[], Found]) -> Found | str:

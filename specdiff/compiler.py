@@ -25,6 +25,7 @@ from specdiff.analysis import (
     trace,
 )
 from specdiff.errors import Unsupported
+from specdiff.inspect.export import publish
 from specdiff.options import Options
 from specdiff.passes.base import PassRecord
 from specdiff.passes.block import plan_block, work_of
@@ -101,6 +102,7 @@ def answer(
     parameters = parameters_among(states)
     dense = when_needed(module, options, settings)
     found = concluded(traced, states, options)
+    publish(found, traced.dump, options)
     alone: Callable[..., Any]
     if isinstance(found, Analysis):
         alone = Runtime(programs_of(found, options, settings), options, dense)

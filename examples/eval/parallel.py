@@ -23,8 +23,9 @@ import torch
 import typer
 
 from specdiff.evaluation.campaign import LATENTS, RESULTS
-from specdiff.evaluation.candidates import Candidate, all_candidates
+from specdiff.evaluation.candidates import all_candidates
 from specdiff.evaluation.cli import WEIGHTS
+from specdiff.evaluation.method import Candidate
 from specdiff.evaluation.subject import find_subject
 
 COMMAND = (sys.executable, "-c", "from specdiff.cli.main import main; main()", "eval")

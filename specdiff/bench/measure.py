@@ -22,7 +22,7 @@ from specdiff import torch_adapter
 from specdiff.analysis import Analysis
 from specdiff.bench.geometries import Sampler
 from specdiff.errors import SpecdiffError, Unsupported
-from specdiff.inspect.report import explain
+from specdiff.inspect.explaining import explain
 from specdiff.measure.machine import MachineRates, wait
 from specdiff.measure.memory import peak, reset_peak
 from specdiff.options import Options

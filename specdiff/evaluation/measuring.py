@@ -16,7 +16,6 @@ from torch import Tensor
 import specdiff
 from specdiff import torch_adapter
 from specdiff.errors import SpecdiffError
-from specdiff.evaluation.candidates import DENSE, Candidate, Prepared, Refused
 from specdiff.evaluation.features import Probe, features, kernel_distance
 from specdiff.evaluation.findings import FEATURES, FLOPS, PSNR, SPEEDUP
 from specdiff.evaluation.measures import (
@@ -26,6 +25,7 @@ from specdiff.evaluation.measures import (
     likeness,
     time_ratio,
 )
+from specdiff.evaluation.method import DENSE, Candidate, Prepared, Refused
 from specdiff.evaluation.subject import STEPS, Subject
 from specdiff.measure.comparison import Request
 

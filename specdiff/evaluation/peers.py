@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdiff.evaluation.candidates import Candidate, Prepared, Refused
+from specdiff.evaluation.method import Candidate, Prepared, Refused
 from specdiff.evaluation.subject import STEPS, Subject
 from specdiff.measure.comparison import Request
 

@@ -5,19 +5,37 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-import networkx
-
+from specdiff import torch_adapter
 from specdiff.analysis import Analysis
-from specdiff.inspect.graph import block_graph, block_path, region_graph
-from specdiff.inspect.page import report_page
-from specdiff.inspect.plain import to_json
-from specdiff.inspect.report import report_of
-from specdiff.inspect.svg import to_dot, to_svg
 from specdiff.options import Options
+from specdiff.passes.dump import Dump, unfailing
+
+
+def publish(found: Analysis | str, dump: Dump | None, options: Options) -> None:
+    """Drawings and report of a graph, for the dump and for tlparse; nothing it does can fail."""
+    if dump is None and not torch_adapter.traces_artifacts():
+        return
+
+    def work() -> None:
+        for name, text in texts(found, options):
+            torch_adapter.trace_artifact(f"specdiff_{name}", text)
+            if dump is not None:
+                (dump.folder / name).write_text(text, encoding="utf-8")
+
+    unfailing(work)
 
 
 def texts(found: Analysis | str, options: Options) -> Iterator[tuple[str, str]]:
     """Names and contents of everything there is to look at; of a refused graph, the reason."""
+    # here, as the compiler runs without what the pages need
+    import networkx
+
+    from specdiff.inspect.graph import block_graph, block_path, region_graph
+    from specdiff.inspect.page import report_page
+    from specdiff.inspect.plain import to_json
+    from specdiff.inspect.report import report_of
+    from specdiff.inspect.svg import to_dot, to_svg
+
     report = report_of(found, options)
     yield "report.json", json.dumps(to_json(report), indent=2) + "\n"
     if report.analysis is None:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import sympy
-import torch
-from torch import fx, nn
+from torch import fx
 
-from specdiff import torch_adapter
-from specdiff.analysis import Analysis, attempt
+from specdiff.analysis import Analysis
 from specdiff.measure.machine import MachineRates
 from specdiff.options import Options
 from specdiff.passes.base import PassRecord
@@ -178,37 +175,6 @@ class Report:
             lines.append("whole:")
             lines += [f"  {w.count} {w.op} from {w.where or '-'}: {w.why}" for w in self.whole]
         return "\n".join(lines)
-
-
-def explain(
-    model: nn.Module, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any
-) -> Report:
-    """Trace `model` on these inputs and report what would be skipped.
-
-    The model runs once, eagerly. Models that break into several graphs are reported by their
-    first graph that has attention, or else by their first.
-
-    Args:
-        model: The model, compiled or not.
-        args: Its inputs, and `kwargs` those by name.
-        options: As of `torch.compile(options=...)`, for the schedule and the dumps.
-        kwargs: Inputs by name.
-
-    Raises:
-        OptionError: An unknown option or a value out of range.
-    """
-    known, _ = Options.parse(dict(options or {}), torch_adapter.inductor_keys())
-    reports: list[Report] = []
-
-    def collect(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        reports.append(report_of(attempt(module, inputs, known), known))
-        return module.forward
-
-    with torch.no_grad():
-        torch_adapter.trace_once(getattr(model, "_orig_mod", model), collect, args, kwargs)
-    if not reports:
-        return Report(False, "the model was not traced: Dynamo found no tensor operation")
-    return next((report for report in reports if report.selective), reports[0])
 
 
 def report_of(found: Analysis | str, options: Options | None = None) -> Report:

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from specdiff.errors import SpecdiffError
-from specdiff.inspect.report import Report, explain
+from specdiff.inspect.explaining import explain
+from specdiff.inspect.report import Report
 
 DEMO = "demo"
 

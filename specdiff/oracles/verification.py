@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from specdiff import torch_adapter
-from specdiff.analysis import Analysis, attempt, guarded, module_states, trace
+from specdiff.analysis import Analysis, guarded, module_states, trace
 from specdiff.compiler import ALL_QUERIES, program_compiler, programs_of
+from specdiff.inspect.explaining import attempt
 from specdiff.inspect.report import Report, report_of
 from specdiff.options import Options
 from specdiff.oracles.checks import (

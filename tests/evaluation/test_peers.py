@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 import torch
 
-from specdiff.evaluation.candidates import Candidate
+from specdiff.evaluation.method import Candidate
 from specdiff.evaluation.peers import Refused, peers
 from specdiff.evaluation.subject import STEPS
 from specdiff.models.textures import class_codes, wrap_pipeline

@@ -10,7 +10,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from torch import Tensor, nn
 
-from specdiff.evaluation.candidates import Candidate, Prepared
+from specdiff.evaluation.method import Candidate, Prepared
 from specdiff.evaluation.subject import STEPS, Subject
 from tests.models import flux
 

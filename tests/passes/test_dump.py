@@ -20,7 +20,6 @@ from torch import Tensor, fx, nn
 import specdiff
 from specdiff import analysis, torch_adapter
 from specdiff.compiler import specdiff_backend
-from specdiff.inspect import export
 from specdiff.passes.base import PassRecord
 from specdiff.passes.dump import Dump
 from tests.models import flux
@@ -205,7 +204,7 @@ def test_a_fault_in_a_drawing_stops_nothing(tmp_path, caplog, monkeypatch):
     def broken(*_: Any) -> str:
         raise RuntimeError("no such colour")
 
-    monkeypatch.setattr(export, "to_svg", broken)
+    monkeypatch.setattr("specdiff.inspect.svg.to_svg", broken)
     model, inputs = flux(1, 0, rows=4, columns=5, batch=1)
     with caplog.at_level(logging.WARNING, logger="specdiff"):
         run(model, inputs, dump_dir=tmp_path)
