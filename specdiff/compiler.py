@@ -64,7 +64,8 @@ def specdiff_backend(
     if (symbolic or floats) and reason is None:
         specialised = partial(at_shape, module, states, known, settings)
         changing = DenseOnly(module.forward, CHANGING, parameters_among(states))
-        return PerShape(symbolic, floats, specialised, changing)
+        shapes = torch_adapter.symbolic_shapes(module, inputs)
+        return PerShape(shapes, floats, specialised, changing)
     traced: Traced | str
     traced = guarded(lambda: trace(module, inputs, known)) if reason is None else reason
     if isinstance(traced, Traced):

@@ -164,12 +164,24 @@ def is_module_state(placeholder: fx.Node, value: Any) -> bool:
 
 def symbolic_inputs(inputs: Sequence[Any]) -> tuple[int, ...]:
     """Positions of inputs that are symbolic sizes, or have some."""
+    return tuple(i for i, value in enumerate(inputs) if _is_symbolic(value))
 
-    def symbolic(value: Any) -> bool:
-        parts = (*value.shape, *value.stride()) if isinstance(value, Tensor) else (value,)
-        return any(isinstance(part, torch.SymInt) for part in parts)
 
-    return tuple(i for i, value in enumerate(inputs) if symbolic(value))
+def symbolic_shapes(module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[int, ...]:
+    """Positions of those that a program must be made for: tensors, and sizes that a node reads.
+
+    Dynamo also makes an input of where a view begins in its storage. A pipeline that hands over
+    `timesteps[i].expand(batch)` has another one at each step.
+    """
+    nodes = module.graph.find_nodes(op="placeholder")
+    return tuple(
+        i for i in symbolic_inputs(inputs) if isinstance(inputs[i], Tensor) or nodes[i].users
+    )
+
+
+def _is_symbolic(value: Any) -> bool:
+    parts = (*value.shape, *value.stride()) if isinstance(value, Tensor) else (value,)
+    return any(isinstance(part, torch.SymInt) for part in parts)
 
 
 def static_fakes(inputs: Sequence[Any]) -> list[Any]:

@@ -13,6 +13,7 @@ from diffusers import (
     FluxPipeline,
     StableDiffusion3Pipeline,
 )
+from diffusers.callbacks import PipelineCallback
 from torch import Tensor, nn
 
 import specdiff
@@ -92,6 +93,7 @@ def sd3_image(
     height: int = 8,
     width: int = 12,
     steps: int = STEPS,
+    **kwargs: Any,
 ) -> Tensor:
     """The latent [1, 4, height, width] of StableDiffusion3Pipeline; both CFG halves in a batch."""
     pipe = StableDiffusion3Pipeline(
@@ -119,6 +121,7 @@ def sd3_image(
         num_inference_steps=steps,
         output_type="latent",
         generator=torch.Generator().manual_seed(seed),
+        **kwargs,
     ).images
 
 
@@ -511,3 +514,31 @@ def test_pipeline_at_a_second_resolution(model):
     assert 1e-4 < apart(other, flux_image(model, rows=5, columns=3)) < 0.15
     torch.testing.assert_close(flux_image(selective), first, **EXACT)
     assert counts(selective) == (9, 21, 0, 3)
+
+
+class CutGuidance(PipelineCallback):
+    """Guidance ends after some steps: the batch becomes one, as diffusers' own callback has it."""
+
+    tensor_inputs = ["prompt_embeds", "pooled_prompt_embeds"]
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.after = after
+
+    def callback_fn(self, pipe: Any, step: int, time: Any, tensors: dict[str, Any]) -> Any:
+        if step == self.after:
+            tensors = {name: value[-1:] for name, value in tensors.items()}
+            pipe._guidance_scale = 0.0
+        return tensors
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_guidance_that_ends_needs_two_graphs(dynamic):
+    """The time is a view into all times, whose place Dynamo makes an input of the second graph."""
+    model = sd3(layers=2)[0]
+    selective = compiled(model, dynamic=dynamic)
+    for _ in range(2):
+        sd3_image(selective, steps=20, callback_on_step_end=CutGuidance(8))
+    found = specdiff.stats(selective)
+    assert (found.graphs, found.fallbacks) == (2, {})
+    assert (found.dense, found.selective) == (2 * 6, 2 * 14)

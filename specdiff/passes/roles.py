@@ -48,9 +48,12 @@ def _latent_among(matches: Sequence[tuple[bool, int, fx.Node, Denoised]]) -> Den
 
 
 def is_scalar(plan: SelectivePlan, node: fx.Node) -> bool:
-    """Whether an input is a float with at most one number a sample."""
+    """Whether an input is a float with at most one number a sample, or a number that nothing reads.
+
+    Dynamo makes an input of where a view begins in its storage, such as one time among all times.
+    """
     if not is_tensor(node):
-        return isinstance(node.meta.get("val"), float)
+        return isinstance(node.meta.get("val"), float) or not node.users
     value = node.meta["val"]
     samples = plan.axes.samples
     return bool(value.is_floating_point() and value.numel() <= samples)
