@@ -22,9 +22,8 @@ from torch import Tensor
 
 import specdiff
 from specdiff.bench.geometries import build
-from specdiff.evaluation.subject import MODELS, Subject, find_subject
-from specdiff.measure.comparison import Request, psnr
-from specdiff.measure.methods import quiet_libraries
+from specdiff.measure.comparison import psnr
+from specdiff.models.subject import MODELS, Request, Subject, find_subject, quiet_libraries
 from specdiff.options import KV_CACHE_DTYPES
 
 DTYPES = (None, *KV_CACHE_DTYPES)

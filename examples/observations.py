@@ -22,9 +22,8 @@ from observations.records import Record, record
 from rich.progress import track
 
 import specdiff
-from specdiff.evaluation.subject import STEPS, Subject, find_subject
-from specdiff.measure.comparison import Request, psnr
-from specdiff.measure.methods import quiet_libraries
+from specdiff.measure.comparison import psnr
+from specdiff.models.subject import STEPS, Request, Subject, find_subject, quiet_libraries
 
 SHARE = 0.25
 """Share of tokens that count as important: a cache ratio of 0.75."""

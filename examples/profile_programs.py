@@ -18,9 +18,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from specdiff import torch_adapter
 from specdiff.bench.geometries import build
-from specdiff.bench.measure import TimedPrograms, Trial, compiled, run, runtime_of, timed, type_of
+from specdiff.bench.measure import TimedPrograms, Trial, compiled, run, runtime_of, type_of
 from specdiff.cli.common import parse_options
-from specdiff.measure.methods import quiet_libraries, usable_device
+from specdiff.measure.machine import usable_device
+from specdiff.measure.timing import timed
+from specdiff.models.subject import quiet_libraries
 from specdiff.program import Programs
 
 Result = TypeVar("Result")

@@ -28,9 +28,8 @@ from torch import Tensor, fx
 from specdiff.analysis import Analysis
 from specdiff.compiler import ALL_QUERIES, program_compiler
 from specdiff.evaluation.measures import flop_counter
-from specdiff.evaluation.subject import Subject, find_subject
 from specdiff.inspect.explaining import attempt
-from specdiff.measure.methods import quiet_libraries
+from specdiff.models.subject import Subject, find_subject, quiet_libraries
 from specdiff.options import Options
 from specdiff.passes.lower import LoweredPrograms
 from specdiff.runtime.importance import per_sample

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -23,16 +22,14 @@ from torch import Tensor
 
 import specdiff
 from specdiff import torch_adapter
-from specdiff.measure.comparison import Request
 from specdiff.measure.methods import (
     Setting,
     compiled_pipeline,
     demo_requests,
-    embed,
     picture_maker,
-    quiet_libraries,
 )
-from specdiff.models.demo import load_pipeline
+from specdiff.measure.timing import in_turns, timed
+from specdiff.models.subject import Request, emoji, quiet_libraries
 from specdiff.runtime.recording import Recording
 
 STEPS = 28
@@ -40,8 +37,7 @@ STEPS = 28
 
 def by_blocks(setting: Setting, options: Mapping[str, Any]) -> Any:
     """The demo pipeline, its blocks compiled one by one."""
-    pipeline: Any = load_pipeline(setting.device)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = setting.subject.load()
     pipeline.transformer.compile_repeated_blocks(backend="specdiff", fullgraph=True)
     specdiff.attach(pipeline.transformer, **options)
     return pipeline
@@ -50,14 +46,8 @@ def by_blocks(setting: Setting, options: Mapping[str, Any]) -> Any:
 def compiled_cold(generate: Callable[[Request], Tensor], request: Request) -> tuple[float, Tensor]:
     """Seconds and picture of a first call, nothing of it in Inductor's cache on disk."""
     with torch_adapter.cold_caches():
-        return timed(generate, request)
-
-
-def timed(generate: Callable[[Request], Tensor], request: Request) -> tuple[float, Tensor]:
-    """Seconds and picture."""
-    start = time.perf_counter()
-    picture = generate(request)
-    return time.perf_counter() - start, picture
+        picture, seconds = timed(lambda: generate(request))
+    return seconds, picture
 
 
 @contextmanager
@@ -90,8 +80,8 @@ def main(
     """Measure both and print them."""
     quiet_libraries()
     requests = demo_requests((), seed=0)[:2]
-    place = torch.device(device)
-    setting = Setting(place, STEPS, {}, embed(requests, place))
+    setting = Setting(emoji(torch.device(device)), STEPS, {})
+    setting.subject.embed(requests)
     options = {"cache_ratio": cache_ratio}
     pipelines = {
         "whole": compiled_pipeline(setting, backend="specdiff", options=options),
@@ -102,10 +92,9 @@ def main(
         first = {name: compiled_cold(maker, requests[0]) for name, maker in makers.items()}
     seconds: dict[str, list[float]] = {name: [] for name in makers}
     apart = float((first["whole"][1] - first["blocks"][1]).abs().max())
-    for _ in range(repeats):
-        for request in requests:
-            for name, maker in makers.items():
-                seconds[name].append(timed(maker, request)[0])
+    turns = in_turns(list(makers), requests * repeats, lambda name, request: makers[name](request))
+    for name, _, _, spent in turns:
+        seconds[name].append(spent)
     result = {
         "torch": torch.__version__,
         "device": device,

@@ -24,8 +24,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from specdiff.evaluation.subject import find_subject
-from specdiff.measure.methods import quiet_libraries
+from specdiff.models.subject import find_subject, quiet_libraries
 from specdiff.runtime.importance import per_sample
 
 KEPT = (0.5, 0.25, 0.1)

@@ -31,12 +31,13 @@ from specdiff.bench.measure import (
     compiled,
     run,
     runtime_of,
-    timed,
     type_of,
 )
 from specdiff.compiler import programs_of
-from specdiff.measure.methods import quiet_libraries, usable_device
+from specdiff.measure.machine import usable_device
 from specdiff.measure.summary import environment
+from specdiff.measure.timing import timed
+from specdiff.models.subject import quiet_libraries
 from specdiff.options import Options
 from specdiff.oracles.checks import random_active
 from specdiff.passes.selective import propagate

@@ -14,9 +14,9 @@ from toy import Euler, toy
 import specdiff
 from specdiff.cli.main import main
 from specdiff.errors import OptionError, SpecdiffError
-from specdiff.evaluation.subject import MODELS, TUNING_SEED, emoji, find_subject
 from specdiff.measure.comparison import psnr
 from specdiff.models.demo import held_out_prompts
+from specdiff.models.subject import MODELS, TUNING_SEED, emoji, find_subject
 from specdiff.models.textures import CLASSES
 from specdiff.plan import Plan
 from specdiff.tuning import Search, Spent, Tuned, spaced, tune

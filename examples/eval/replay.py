@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdiff.evaluation.cli import WEIGHTS
-from specdiff.evaluation.subject import Subject, find_subject
 from specdiff.measure.comparison import psnr
+from specdiff.models.subject import Subject, find_subject
 
+WEIGHTS = Path("examples/textures/textures.safetensors")
 REACH = 0.5
 """How far a line is followed, as a share of its span; as in `specdiff.runtime.forecast`."""
 Point = tuple[float, Tensor]

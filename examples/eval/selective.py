@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdiff.evaluation.cli import WEIGHTS
-from specdiff.evaluation.subject import find_subject
 from specdiff.measure.comparison import psnr
+from specdiff.models.subject import find_subject
 from specdiff.program import Evaluation, Programs
 from specdiff.runtime.dispatch import Runtime
 from specdiff.runtime.history import History
 from specdiff.runtime.importance import SCORERS
 
+WEIGHTS = Path("examples/textures/textures.safetensors")
 STARVATION = 0.1
 """RAS's weight of how often a token was left out."""
 

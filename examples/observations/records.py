@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from specdiff.evaluation.subject import STEPS, Subject
-from specdiff.measure.comparison import Request
+from specdiff.models.subject import STEPS, Request, Subject
 
 
 class AttentionReceived(TorchFunctionMode):

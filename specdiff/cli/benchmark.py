@@ -53,9 +53,9 @@ def bench(
     from specdiff.bench.geometries import build, require_known
     from specdiff.bench.measure import measure, type_of
     from specdiff.bench.record import markdown, record
-    from specdiff.measure.machine import measure_rates
-    from specdiff.measure.methods import quiet_libraries, usable_device
+    from specdiff.measure.machine import measure_rates, usable_device
     from specdiff.measure.summary import load_per_core
+    from specdiff.models.subject import quiet_libraries
     from specdiff.torch_adapter import mode_settings
 
     mode_settings(mode)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from specdiff.cli.common import (
     console,
@@ -19,8 +18,10 @@ from specdiff.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from specdiff.measure.comparison import Comparison, Method, Request
-    from specdiff.measure.methods import Setting
+    import torch
+
+    from specdiff.measure.comparison import Comparison, Method
+    from specdiff.models.subject import Request
 
 
 def demo(
@@ -64,28 +65,24 @@ def demo(
     options = parse_options([*ratio, *(option or [])])
     require_compiler()
     make_folders([file for file in (out, json_file, report) if file is not None])
-    from specdiff.measure.methods import (
-        Setting,
-        demo_methods,
-        demo_requests,
-        embed,
-        quiet_libraries,
-        usable_device,
-    )
+    from specdiff.measure.machine import usable_device
+    from specdiff.measure.methods import Setting, demo_methods, demo_requests
     from specdiff.measure.summary import load_per_core, record, warnings
+    from specdiff.models.subject import emoji, quiet_libraries
 
     quiet_libraries()
     place = usable_device(device)
-    requests = demo_requests(prompts or [], seed)
-    setting = Setting(place, steps, options, embed(requests, place))
+    subject, requests = emoji(place), demo_requests(prompts or [], seed)
+    subject.embed(requests)
     load = load_per_core()
-    comparison = _measure(demo_methods(setting, fewer_steps or []), requests, repeats)
+    methods = demo_methods(Setting(subject, steps, options), fewer_steps or [])
+    comparison = _measure(methods, requests, repeats)
     hints = warnings(comparison, load)
     _show(comparison, hints, out)
     if json_file is not None:
         write_figures(json_file, record(comparison, place, repeats, load))
     if report is not None:
-        _write_page(report, setting, comparison, hints)
+        _write_page(report, place, options, comparison, hints)
 
 
 def _show(comparison: Comparison, hints: Sequence[str], out: Path) -> None:
@@ -100,7 +97,13 @@ def _show(comparison: Comparison, hints: Sequence[str], out: Path) -> None:
     console.print(f"picture: {out}", highlight=False)
 
 
-def _write_page(file: Path, setting: Setting, comparison: Comparison, hints: Sequence[str]) -> None:
+def _write_page(
+    file: Path,
+    place: torch.device,
+    options: Mapping[str, object],
+    comparison: Comparison,
+    hints: Sequence[str],
+) -> None:
     """The comparison, recorded runs and what the compiler found, as one page."""
     from specdiff.inspect.runs import comparison_page
     from specdiff.inspect.target import demo_call, explain_call
@@ -109,9 +112,9 @@ def _write_page(file: Path, setting: Setting, comparison: Comparison, hints: Seq
 
     methods = [trials.method for trials in comparison.trials]
     runs = record_methods(methods, comparison.requests)
-    call = demo_call(setting.device)
-    found = explain_call(call, setting.options)
-    rates = measure_rates(setting.device)
+    call = demo_call(place)
+    found = explain_call(call, options)
+    rates = measure_rates(place)
     file.write_text(comparison_page(comparison, found, runs, rates, hints), encoding="utf-8")
     console.print(f"page: {file}", highlight=False)
 
@@ -119,18 +122,14 @@ def _write_page(file: Path, setting: Setting, comparison: Comparison, hints: Seq
 def _measure(methods: list[Method], requests: list[Request], repeats: int) -> Comparison:
     """Compare the methods behind a progress bar."""
     from specdiff.measure.comparison import compare, count_images
+    from specdiff.measure.progress import progress_bar
 
-    text = TextColumn("{task.description}", markup=False)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), text)
-    with Progress(*columns, console=console) as progress:
-        total = count_images(methods, requests, repeats)
+    total = count_images(methods, requests, repeats)
+    with progress_bar(console, total) as update:
         # The bar counts finished pictures, and is told when one begins: one behind.
-        task = progress.add_task("loading", total=total, completed=-1)
+        update(completed=-1)
         result = compare(
-            methods,
-            requests,
-            repeats,
-            lambda text: progress.update(task, advance=1, description=text),
+            methods, requests, repeats, lambda text: update(advance=1, description=text)
         )
-        progress.update(task, completed=total, description="done")
+        update(completed=total, description="done")
     return result

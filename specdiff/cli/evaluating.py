@@ -10,12 +10,12 @@ import typer
 from specdiff.cli.common import console, make_folders, parse_options, require_compiler
 from specdiff.errors import SpecdiffError
 
-WEIGHTS = Path("examples/textures/textures.safetensors")
-
 
 def evaluate_methods(
     model: Annotated[str, typer.Option(help="The trained model: emoji or textures.")] = "emoji",
-    weights: Annotated[Path, typer.Option(help="Weights of the texture model.")] = WEIGHTS,
+    weights: Annotated[
+        Path | None, typer.Option(help="Of the textures model, which has none in the package.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for results, table and plot.")] = Path("eval"),
     quick: Annotated[
         bool, typer.Option("--quick", help="4 pictures, 2 of them timed, no large set.")
@@ -57,7 +57,7 @@ def evaluate_methods(
     require_compiler()
     make_folders([out / "results.json"])
     from specdiff.evaluation.command import SIZES, Sizes, Wanted, evaluate
-    from specdiff.measure.methods import quiet_libraries
+    from specdiff.models.subject import quiet_libraries
 
     quiet_libraries()
     usual = SIZES["quick" if quick else "full"]
@@ -77,7 +77,9 @@ def evaluate_methods(
 
 def tune_plan(
     model: Annotated[str, typer.Option(help="The trained model: emoji or textures.")] = "emoji",
-    weights: Annotated[Path, typer.Option(help="Weights of the texture model.")] = WEIGHTS,
+    weights: Annotated[
+        Path | None, typer.Option(help="Of the textures model, which has none in the package.")
+    ] = None,
     target: Annotated[
         float | None, typer.Option(help="What to keep: 40 dB, or a feature distance of 0.15.")
     ] = None,
@@ -104,7 +106,7 @@ def tune_plan(
     require_compiler()
     make_folders([out])
     from specdiff.evaluation.tuning import Tuning, tune_subject
-    from specdiff.measure.methods import quiet_libraries
+    from specdiff.models.subject import quiet_libraries
 
     quiet_libraries()
     wanted = Tuning(

@@ -42,7 +42,8 @@ def explain(
     from specdiff.inspect.plain import to_json
     from specdiff.inspect.target import explain_call, load_target
     from specdiff.inspect.terminal import render
-    from specdiff.measure.methods import quiet_libraries, usable_device
+    from specdiff.measure.machine import usable_device
+    from specdiff.models.subject import quiet_libraries
 
     quiet_libraries()
     call = load_target(target, usable_device(device))

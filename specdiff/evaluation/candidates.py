@@ -14,7 +14,7 @@ import specdiff
 from specdiff.errors import SpecdiffError
 from specdiff.evaluation.method import DENSE, OURS, Candidate, Prepared, compile_whole, untouched
 from specdiff.evaluation.peers import peers
-from specdiff.evaluation.subject import STEPS, Subject
+from specdiff.models.subject import STEPS, Subject
 from specdiff.plan import Plan
 
 FEWER_STEPS = (7, 9, 12, 14, 18)

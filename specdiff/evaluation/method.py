@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from specdiff.errors import SpecdiffError
-from specdiff.evaluation.subject import STEPS
+from specdiff.models.subject import STEPS
 from specdiff.runtime.stats import Stats
 from specdiff.settings import QUALITIES
 

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from specdiff.evaluation.method import Candidate, Prepared, Refused
-from specdiff.evaluation.subject import STEPS, Subject
-from specdiff.measure.comparison import Request
+from specdiff.models.subject import STEPS, Request, Subject
 
 CALIBRATION_SEED = 9_000
 """Far from the seeds of the measured pictures."""

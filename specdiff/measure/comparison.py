@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from specdiff.measure.timing import in_turns, timed
+from specdiff.models.subject import Request
 
 AXES_OF_A_PICTURE = 3
 
@@ -45,14 +48,6 @@ class Usage(Protocol):
     @property
     def token_counts(self) -> Tensor | None:
         """How often each token was computed in the latest run, int [B, N]."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """One picture to make."""
-
-    prompt: str
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -96,6 +91,8 @@ class Trials:
     counts: list[Tensor | None]
     qualities: list[Quality]
     first_seconds: float = 0.0
+    tokens_before: tuple[int, int] = (0, 0)
+    """Computed and in all, by the counters when the first picture, which compiles, was done."""
     tokens_computed: int = 0
     tokens_total: int = 0
     cache_bytes: int = 0
@@ -178,37 +175,33 @@ def quality(image: Tensor, reference: Tensor) -> Quality:
     return Quality(psnr(image, reference), ssim(image, reference))
 
 
-def _timed(method: Method, request: Request) -> tuple[Tensor, float]:
-    started = time.perf_counter()
-    image = method.generate(request)
-    return image, time.perf_counter() - started
-
-
 def _warm_up(method: Method, request: Request) -> Trials:
     """Compile by making one picture that is not counted."""
-    first_seconds = _timed(method, request)[1] if method.compiles else 0.0
-    return Trials(method, [], [], [], [], first_seconds)
+    trials = Trials(method, [], [], [], [])
+    if method.compiles:
+        trials.first_seconds = timed(lambda: method.generate(request))[1]
+    if method.usage is not None:
+        usage = method.usage()
+        trials.tokens_before = usage.tokens_computed, usage.tokens_total
+    return trials
 
 
-def _record(trials: Trials, index: int, request: Request) -> None:
-    """Make one picture and add what was observed; later rounds only add their time."""
-    usage = trials.method.usage
-    before = usage() if usage else None
-    computed, total = (before.tokens_computed, before.tokens_total) if before else (0, 0)
-    image, seconds = _timed(trials.method, request)
-    after = usage() if usage else None
-    if after is not None:
-        trials.tokens_computed += after.tokens_computed - computed
-        trials.tokens_total += after.tokens_total - total
-        trials.cache_bytes = max(trials.cache_bytes, after.cache_bytes)
-        trials.program_seconds = dict(after.compile_seconds)
-        trials.fallbacks = dict(after.fallbacks)
+def _record(trials: Trials, index: int, image: Tensor, seconds: float) -> None:
+    """Add what was observed of one picture; later rounds only add their time."""
+    usage = trials.method.usage() if trials.method.usage is not None else None
+    if usage is not None:
+        computed, total = trials.tokens_before
+        trials.tokens_computed = usage.tokens_computed - computed
+        trials.tokens_total = usage.tokens_total - total
+        trials.cache_bytes = max(trials.cache_bytes, usage.cache_bytes)
+        trials.program_seconds = dict(usage.compile_seconds)
+        trials.fallbacks = dict(usage.fallbacks)
     if index < len(trials.images):
         trials.seconds[index].append(seconds)
         return
     trials.seconds.append([seconds])
     trials.images.append(image)
-    counts = after.token_counts if after is not None else None
+    counts = usage.token_counts if usage is not None else None
     trials.counts.append(counts.clone() if counts is not None else None)
 
 
@@ -241,11 +234,16 @@ def compare(
         if method.compiles:
             on_image(f"compiling {method.name}")
         trials.append(_warm_up(method, requests[0]))
-    for round_number in range(1, repeats + 1):
-        for index, request in enumerate(requests):
-            for one in trials:
-                on_image(f"round {round_number}: {request.prompt}, {one.method.name}")
-                _record(one, index, request)
+    turns = in_turns(
+        trials,
+        product(range(1, repeats + 1), range(len(requests))),
+        lambda one, task: one.method.generate(requests[task[1]]),
+        before=lambda one, task: on_image(
+            f"round {task[0]}: {requests[task[1]].prompt}, {one.method.name}"
+        ),
+    )
+    for one, (_, index), image, seconds in turns:
+        _record(one, index, image, seconds)
     for one in trials:
         pairs = zip(one.images, trials[0].images, strict=True)
         one.qualities = [quality(image, reference) for image, reference in pairs]

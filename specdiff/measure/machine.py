@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+from specdiff.errors import SpecdiffError
+from specdiff.measure.timing import timed
 
 REPEATS = 5
 SIDE = {"cpu": 1024}
@@ -57,18 +59,17 @@ def measure_rates(
 
 
 def _best(work: Callable[[], object], place: torch.device) -> float:
-    """Seconds of the fastest of a few runs."""
-    seconds = []
-    for _ in range(1 + REPEATS):
-        wait(place)
-        start = time.perf_counter()
-        work()
-        wait(place)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
+    """Seconds of the fastest of a few runs, the first left out."""
+    return min([timed(work, place)[1] for _ in range(1 + REPEATS)][1:])
 
 
-def wait(device: torch.device) -> None:
-    """Until the device has done what it was given."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+def usable_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        SpecdiffError: There is none, or torch cannot use it here.
+    """
+    try:
+        return torch.empty(0, device=name).device
+    except (AssertionError, RuntimeError) as error:
+        raise SpecdiffError(f"no device {name!r} here: {error}") from error

@@ -11,15 +11,9 @@ from torch import Tensor
 
 import specdiff
 from specdiff import torch_adapter
-from specdiff.errors import SpecdiffError
-from specdiff.measure.comparison import Method, Request
-from specdiff.models.demo import (
-    PIPELINE_SIDE,
-    built_in_prompts,
-    load_pipeline,
-    prompt_embeddings,
-    to_pixels,
-)
+from specdiff.measure.comparison import Method
+from specdiff.models.demo import built_in_prompts
+from specdiff.models.subject import Request, Subject
 from specdiff.options import Options
 from specdiff.runtime.recording import StepRecord
 
@@ -32,38 +26,14 @@ class Setting:
     """What all methods of one run of the demo share.
 
     Attributes:
-        device: Where the pipelines run.
+        subject: The demo's pipeline.
         steps: Denoising steps of one picture.
         options: On top of the defaults; settings of Inductor among them are for all.
-        embeddings: Token states and pooled state of each prompt, made before any clock runs.
     """
 
-    device: torch.device
+    subject: Subject
     steps: int
     options: Mapping[str, object]
-    embeddings: Mapping[str, tuple[Tensor, Tensor]]
-
-
-def quiet_libraries() -> None:
-    """Keep remarks of diffusers and transformers about parts the demo does not use off the bar."""
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    diffusers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-
-
-def usable_device(name: str) -> torch.device:
-    """The device of that name.
-
-    Raises:
-        SpecdiffError: There is none, or torch cannot use it here.
-    """
-    try:
-        return torch.empty(0, device=name).device
-    except (AssertionError, RuntimeError) as error:
-        raise SpecdiffError(f"no device {name!r} here: {error}") from error
 
 
 def demo_requests(prompts: Sequence[str], seed: int) -> list[Request]:
@@ -72,45 +42,15 @@ def demo_requests(prompts: Sequence[str], seed: int) -> list[Request]:
     return [Request(prompt, seed + index) for index, prompt in enumerate(chosen)]
 
 
-def embed(requests: Sequence[Request], device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
-    """Embed each prompt once: shapes [1, T, 384] and [1, 384].
-
-    Raises:
-        SpecdiffError: A prompt needs the text encoder, which is not installed.
-    """
-    embeddings = {}
-    for prompt in {request.prompt for request in requests}:
-        try:
-            tokens, pooled = prompt_embeddings([prompt])
-        except ModuleNotFoundError as error:
-            raise SpecdiffError(f"{prompt!r}: {error}") from error
-        embeddings[prompt] = (tokens.to(device), pooled.to(device))
-    return embeddings
-
-
 def picture_maker(pipeline: Any, setting: Setting, steps: int) -> Callable[[Request], Tensor]:
     """Bind a pipeline to a number of steps; pictures arrive on the CPU, so their time is whole."""
-
-    def generate(request: Request) -> Tensor:
-        tokens, pooled = setting.embeddings[request.prompt]
-        latents = pipeline(
-            prompt_embeds=tokens,
-            pooled_prompt_embeds=pooled,
-            height=PIPELINE_SIDE,
-            width=PIPELINE_SIDE,
-            num_inference_steps=steps,
-            generator=torch.Generator("cpu").manual_seed(request.seed),
-            output_type="latent",
-        ).images
-        return to_pixels(latents)[0].permute(1, 2, 0).cpu()
-
-    return generate
+    subject = setting.subject
+    return lambda request: subject.picture(subject.draw(pipeline, request, steps))
 
 
 def compiled_pipeline(setting: Setting, **compile_arguments: Any) -> Any:
     """The demo pipeline with its transformer compiled, one graph or an error."""
-    pipeline: Any = load_pipeline(setting.device)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = setting.subject.load()
     pipeline.transformer = torch.compile(pipeline.transformer, fullgraph=True, **compile_arguments)
     return pipeline
 

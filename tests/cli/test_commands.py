@@ -99,7 +99,7 @@ def test_files_that_can_be_written_are_left_as_they_are(tmp_path: Path) -> None:
 
 def test_demo_writes_picture_and_figures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("specdiff.measure.methods.demo_methods", lambda setting, fewer: stand_ins())
-    monkeypatch.setattr("specdiff.measure.methods.embed", lambda requests, device: {})
+    monkeypatch.setattr("specdiff.models.subject.Subject.embed", lambda self, requests: None)
     out, figures = tmp_path / "new" / "demo.png", tmp_path / "demo.json"
     files = ["--out", str(out), "--json", str(figures)]
     assert run_cli(monkeypatch, "demo", "a red apple", "a cat", "--repeats", "1", *files) == 0
@@ -181,7 +181,7 @@ def test_demo_writes_a_page(
     call = target.load_target(f"{model_file}:build", torch.device("cpu"))
     monkeypatch.setattr("specdiff.inspect.target.demo_call", lambda device: call)
     monkeypatch.setattr("specdiff.measure.methods.demo_methods", lambda setting, fewer: stand_ins())
-    monkeypatch.setattr("specdiff.measure.methods.embed", lambda requests, device: {})
+    monkeypatch.setattr("specdiff.models.subject.Subject.embed", lambda self, requests: None)
     page = tmp_path / "new" / "page.html"
     files = ["--out", str(tmp_path / "demo.png"), "--report", str(page)]
     assert run_cli(monkeypatch, "demo", "a red apple", "--repeats", "1", *files) == 0

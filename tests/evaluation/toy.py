@@ -11,7 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from torch import Tensor, nn
 
 from specdiff.evaluation.method import Candidate, Prepared
-from specdiff.evaluation.subject import STEPS, Subject
+from specdiff.models.subject import STEPS, Subject
 from tests.models import flux
 
 

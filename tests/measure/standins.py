@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from specdiff.measure.comparison import Method, Request
+from specdiff.measure.comparison import Method
+from specdiff.models.subject import Request
 
 SIDE = 32
 REQUESTS = [Request("a red apple", 0), Request("a black cat that sits among many [brackets]", 1)]

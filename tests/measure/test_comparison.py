@@ -9,15 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdiff.measure.comparison import (
-    Comparison,
-    Method,
-    Request,
-    compare,
-    count_images,
-    psnr,
-    ssim,
-)
+from specdiff.measure.comparison import Comparison, Method, compare, count_images, psnr, ssim
+from specdiff.models.subject import Request
 from tests.measure.standins import REQUESTS, SIDE, noise_picture, stand_ins
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from specdiff.measure import machine
+from specdiff.measure import timing
 from specdiff.measure.machine import MachineRates, measure_rates
 
 
@@ -17,7 +17,7 @@ def test_rates_are_work_over_the_best_time_but_the_first(monkeypatch):
     products, copies = [0.1, 4.0, 2.0, 3.0, 3.0, 3.0], [0.1, 5.0, 5.0, 4.0, 5.0, 5.0]
     steps = itertools.chain(*((1.0, seconds) for seconds in products + copies))
     ticks = itertools.accumulate(steps)
-    monkeypatch.setattr(machine, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     with FlopCounterMode(display=False) as counter:
         rates = measure_rates.__wrapped__("cpu", torch.float32)
     assert rates.flops_per_second == pytest.approx(counter.get_total_flops() / len(products) / 2)

@@ -15,10 +15,9 @@ from specdiff.measure.methods import (
     compiled_pipeline,
     demo_methods,
     demo_requests,
-    embed,
     picture_maker,
 )
-from specdiff.models.demo import load_pipeline
+from specdiff.models.subject import emoji
 
 
 def test_settings_of_inductor_are_options_of_every_method(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,15 +29,15 @@ def test_settings_of_inductor_are_options_of_every_method(monkeypatch: pytest.Mo
         return SimpleNamespace(transformer=None)
 
     monkeypatch.setattr("specdiff.measure.methods.compiled_pipeline", compiled)
-    demo_methods(Setting(torch.device("cpu"), 4, options, {}))
+    demo_methods(Setting(emoji(torch.device("cpu")), 4, options))
     assert seen == [{"epilogue_fusion": False}, options, {**options, "method": "paper"}]
 
 
 def test_the_demo_model_keeps_what_the_readme_says() -> None:
     """One picture by the defaults, in CI; the whole demo is below."""
-    place, requests = torch.device("cpu"), demo_requests([], 0)[:1]
-    setting = Setting(place, 28, {}, embed(requests, place))
-    pipelines = load_pipeline(place), compiled_pipeline(setting, backend="specdiff")
+    subject, requests = emoji(torch.device("cpu")), demo_requests([], 0)[:1]
+    setting = Setting(subject, 28, {})
+    pipelines = subject.load(), compiled_pipeline(setting, backend="specdiff")
     dense, default = (picture_maker(one, setting, 28)(requests[0]) for one in pipelines)
     fidelity = psnr(default, dense)
     assert 38 < fidelity < 60  # 40.9 measured; more would be a model that skips nothing

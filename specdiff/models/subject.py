@@ -1,8 +1,8 @@
-"""What is evaluated: a trained pipeline, how to call it, and the pictures asked of it."""
+"""Subject: a trained pipeline, how to call it, and the pictures that are asked of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from specdiff.errors import SpecdiffError
-from specdiff.measure.comparison import Request
 from specdiff.models import demo, textures
 
 MODELS = ("emoji", "textures")
@@ -20,6 +19,14 @@ TUNED_ON = 24
 """Stored prompts at the start of the demo's list that its defaults may have been tuned on."""
 TUNING_SEED = 10_000
 """Seed of the first picture to tune on; evaluations count theirs up from far below."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture to make."""
+
+    prompt: str
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,15 @@ class Subject:
             Request(prompts[index % len(prompts)], TUNING_SEED + index) for index in range(count)
         ]
 
+    def embed(self, requests: Iterable[Request]) -> None:
+        """Embed every prompt before any clock runs.
+
+        Raises:
+            SpecdiffError: A prompt needs the text encoder, which is not installed.
+        """
+        for request in requests:
+            self.arguments(request.prompt)
+
     @torch.no_grad()
     def draw(self, pipeline: Any, request: Request, steps: int = STEPS) -> Tensor:
         """Make one picture; returns its final latents on the CPU, so that their time is whole."""
@@ -73,6 +89,16 @@ class Subject:
         return self.to_pixels(latents)[0].permute(1, 2, 0)
 
 
+def quiet_libraries() -> None:
+    """Keep remarks of diffusers and transformers about parts the demo does not use off the bar."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def _silent(pipeline: Any) -> Any:
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -82,7 +108,10 @@ def emoji(device: torch.device) -> Subject:
     """The demo model, on the stored prompts that come after those its defaults were tuned on."""
 
     def arguments(prompt: str) -> dict[str, Any]:
-        tokens, pooled = demo.prompt_embeddings([prompt])
+        try:
+            tokens, pooled = demo.prompt_embeddings([prompt])
+        except ModuleNotFoundError as error:
+            raise SpecdiffError(f"{prompt!r}: {error}") from error
         return {
             "prompt_embeds": tokens.to(device),
             "pooled_prompt_embeds": pooled.to(device),
@@ -100,10 +129,19 @@ def emoji(device: torch.device) -> Subject:
     )
 
 
-def texture(device: torch.device, weights: Path) -> Subject:
-    """The texture model, guided: both halves in one batch."""
-    if not weights.is_file():
-        raise SpecdiffError(f"no weights of the texture model at {weights}: give --weights")
+def texture(device: torch.device, weights: Path | None) -> Subject:
+    """The texture model, guided: both halves in one batch.
+
+    Raises:
+        SpecdiffError: Its weights are missing.
+    """
+    if weights is None or not weights.is_file():
+        given = "not given" if weights is None else f"not at {weights}"
+        raise SpecdiffError(
+            f"weights of the textures model: {given}. They do not ship with the package: pass"
+            " --weights the path of textures.safetensors, which a clone of the repository has in"
+            " examples/textures"
+        )
 
     def arguments(prompt: str) -> dict[str, Any]:
         tokens, pooled = (code.to(device) for code in textures.class_codes([prompt]))
@@ -141,7 +179,7 @@ def _remembered(
     return recall
 
 
-def find_subject(model: str, weights: Path, device: torch.device) -> Subject:
+def find_subject(model: str, weights: Path | None, device: torch.device) -> Subject:
     """The subject of that name.
 
     Raises:
