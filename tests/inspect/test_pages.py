@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -68,7 +69,8 @@ def test_page_says_what_was_found(report):
     assert "a model &lt;of ours&gt;" in page
     for words in ("hidden_states", "encoder_hidden_states", "transformer_blocks.1", "modulation"):
         assert words in page
-    assert page.count("<svg") == 2
+    drawn = shutil.which("dot") is not None
+    assert page.count("<svg") == 2 * drawn
     assert "Nothing: every operation" in page  # left whole
 
 
