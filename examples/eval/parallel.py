@@ -27,7 +27,7 @@ from specdiff.evaluation.candidates import all_candidates
 from specdiff.evaluation.method import Candidate
 from specdiff.models.subject import find_subject
 
-WEIGHTS = Path("examples/textures/textures.safetensors")
+WEIGHTS = Path("examples/training/textures/textures.safetensors")
 COMMAND = (sys.executable, "-c", "from specdiff.cli.main import main; main()", "eval")
 
 

@@ -29,7 +29,7 @@ def evaluate_methods(
         int | None, typer.Option(min=0, help="For the distance between sets (256); 0: not.")
     ] = None,
     probe: Annotated[
-        Path | None, typer.Option(help="Classifier of examples/eval/train_probe.py.")
+        Path | None, typer.Option(help="Classifier of examples/training/train_probe.py.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the first picture; then counted up.")] = 100,
     method: Annotated[

@@ -1,7 +1,7 @@
 """The small text-to-image model that ships with the package, for demos and benches.
 
-A rectified flow in the FLUX architecture, trained by `examples/train_emoji.py`, that runs in the
-unmodified diffusers `FluxPipeline`. It works on pixels: a latent token is a 4x4 patch.
+A rectified flow in the FLUX architecture, trained by `examples/training/train_emoji.py`, that runs
+in the unmodified diffusers `FluxPipeline`. It works on pixels: a latent token is a 4x4 patch.
 
     pipeline = load_pipeline()
     tokens, pooled = prompt_embeddings(["red apple"])

@@ -140,7 +140,7 @@ def texture(device: torch.device, weights: Path | None) -> Subject:
         raise SpecdiffError(
             f"weights of the textures model: {given}. They do not ship with the package: pass"
             " --weights the path of textures.safetensors, which a clone of the repository has in"
-            " examples/textures"
+            " examples/training/textures"
         )
 
     def arguments(prompt: str) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """A second small trained model: busy textures, in the SD3 architecture, with guidance in one batch.
 
-A class-conditional rectified flow, trained by `examples/train_sd3.py`, that runs in the unmodified
-diffusers `StableDiffusion3Pipeline`. It works on pixels: a token is a 2x2 patch of a 64x64 picture,
-1,024 in all. The weights do not ship with the package: they lie in `examples/textures`.
+A class-conditional rectified flow, trained by `examples/training/train_sd3.py`, that runs in the
+unmodified diffusers `StableDiffusion3Pipeline`. It works on pixels: a token is a 2x2 patch of a
+64x64 picture, 1,024 in all. The weights do not ship with the package: they lie in a clone's
+`examples/training/textures`.
 """
 
 from __future__ import annotations

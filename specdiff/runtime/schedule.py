@@ -21,7 +21,7 @@ LATE = 2.6
 """Evaluations to the end below which a tapered plan is dense: the last two, if a guess is right."""
 ROWS = 8
 """Tokens are computed in multiples of it: matrix kernels are slower for what falls short of one
-(H100, bf16: 717 rows take 151 µs where 720 take 136; `examples/kernels.py`)."""
+(H100, bf16: 717 rows take 151 µs where 720 take 136; `examples/research/kernels.py`)."""
 MANY_ROWS = 8 * ROWS
 """Fewer tokens stay as they are: filling them up would take more of a step than it gives."""
 

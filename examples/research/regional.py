@@ -1,6 +1,6 @@
 """Whole graph against blocks: compile time, time per picture, and whether both do the same.
 
-    python examples/regional.py --json examples/demo/regional.json
+    python examples/research/regional.py --json examples/research/regional.json
 
 The demo model under `torch.compile(backend="specdiff")`, and the same model with
 `compile_repeated_blocks(backend="specdiff")` and `specdiff.attach`; A B A B in one process.

@@ -1,6 +1,6 @@
 """Caches in 8 bits: bytes, fidelity and time of `kv_cache_dtype` on the trained models.
 
-    python examples/memory.py --json examples/memory/caches.json
+    python examples/research/memory.py --json examples/research/memory.json
 
 Every picture is drawn dense, then with each setting in turn. Bytes of FLUX.1-dev are predicted, on
 the meta device: nothing is allocated.
@@ -115,7 +115,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Of the first picture.")] = 0,
     cache_ratio: Annotated[float, typer.Option(help="As of the backend.")] = 0.75,
     weights: Annotated[Path, typer.Option(help="Of the texture model.")] = Path(
-        "examples/textures/textures.safetensors"
+        "examples/training/textures/textures.safetensors"
     ),
 ) -> None:
     """Measure, predict and print the tables."""

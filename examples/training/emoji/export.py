@@ -1,6 +1,6 @@
 """Put a run's weights and the prompts' embeddings where the package ships them.
 
-    python -m emoji.export RUN_FOLDER        (from the examples folder)
+    python -m emoji.export RUN_FOLDER        (from examples/training)
 
 Run it from any checkout with the extra `text` installed.
 """

@@ -1,6 +1,6 @@
 """The paper's observations on our own trained models: plots and numbers.
 
-    python examples/observations.py --model emoji --out examples/observations/emoji
+    python examples/research/observations.py --model emoji --out FOLDER
 
 Fidelity is PSNR against the dense run and cost is tokens, so no calm machine is needed. Prompts and
 seeds are those of `specdiff eval`: not the ones that the defaults were tuned on.
@@ -113,7 +113,7 @@ def _over_pictures(each: Sequence[dict[str, list[list[float]]]]) -> dict[str, li
 def main(
     model: Annotated[str, typer.Option(help="emoji or textures.")] = "emoji",
     weights: Annotated[Path, typer.Option(help="Of the texture model.")] = Path(
-        "examples/textures/textures.safetensors"
+        "examples/training/textures/textures.safetensors"
     ),
     pictures: Annotated[int, typer.Option(min=1, help="How many are drawn.")] = 2,
     seed: Annotated[int, typer.Option(help="Of the first.")] = 100,

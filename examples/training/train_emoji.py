@@ -4,7 +4,7 @@ The model works on pixels: a token is a 4x4 patch. The first stage learns from s
 their positions spread over the range of the large ones; the second from large pictures of which
 each step sees a quarter of the tokens; the last from whole ones. Run it on a CPU or a GPU:
 
-    python examples/train_emoji.py --minutes 15 50 30 --work /tmp/emoji
+    python examples/training/train_emoji.py --minutes 15 50 30 --work /tmp/emoji
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Selective steps with other scores, and with cached keys and values that drift on.
 
-    python examples/eval/selective.py --model textures --pictures 3
+    python examples/research/selective.py --model textures --pictures 3
 
 The runtime's own plan at a cache ratio, programs run eagerly; every trial computes equally many
 tokens. Draws what `specdiff tune` may draw, and prints the mean PSNR to the dense pictures. Scores
@@ -25,7 +25,7 @@ from specdiff.runtime.dispatch import Runtime
 from specdiff.runtime.history import History
 from specdiff.runtime.importance import SCORERS
 
-WEIGHTS = Path("examples/textures/textures.safetensors")
+WEIGHTS = Path("examples/training/textures/textures.safetensors")
 STARVATION = 0.1
 """RAS's weight of how often a token was left out."""
 

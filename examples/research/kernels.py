@@ -1,6 +1,6 @@
 """Kernels that decide a selective step on a GPU: few queries, many keys, few rows of linears.
 
-    python examples/kernels.py
+    python examples/research/kernels.py
 
 Medians of microseconds, the cache of the device flushed before each run. "keys in P parts" is flash
 decoding by PyTorch's own flash kernel and a compiled merge; "as a sum" is a linear layer written as

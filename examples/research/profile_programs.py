@@ -1,6 +1,6 @@
 """What the device does in each program of a bench geometry: kernels by time, and the gaps.
 
-    python examples/profile_programs.py flux-dev --depth 0.1 --device cuda --option text_refresh=0
+    python examples/research/profile_programs.py flux-dev --depth 0.1 --device cuda
 
 Each program is profiled at its second call of one run, when nothing compiles any more.
 """

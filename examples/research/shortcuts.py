@@ -1,7 +1,7 @@
 """Whether less than every attention of every step tells which tokens matter: recall, both models.
 
-    python examples/shortcuts.py emoji
-    python examples/shortcuts.py textures
+    python examples/research/shortcuts.py emoji
+    python examples/research/shortcuts.py textures
 
 Every figure is from all queries of the attentions it names, so it is what no sample of them can
 surpass: recall of the tokens that all attentions together rank highest (see `recall.py`).
@@ -110,7 +110,7 @@ def watch(pipeline: Any, seen: Received, guided: bool, record: Callable[..., Non
 def main(
     model: Annotated[str, typer.Argument(help="emoji or textures.")] = "emoji",
     weights: Annotated[Path, typer.Option(help="Of the texture model.")] = Path(
-        "examples/textures/textures.safetensors"
+        "examples/training/textures/textures.safetensors"
     ),
     pictures: Annotated[int, typer.Option(min=1, help="Pictures to draw.")] = 3,
 ) -> None:

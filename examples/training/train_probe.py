@@ -1,7 +1,7 @@
 """Train the probes of `specdiff eval --probe`: linear classifiers of real pictures' deep features.
 
-    python examples/eval/train_probe.py textures
-    python examples/eval/train_probe.py emoji --cache emoji-cache      (downloads by npm)
+    python examples/training/train_probe.py textures
+    python examples/training/train_probe.py emoji --cache emoji-cache      (downloads by npm)
 
 A probe knows the prompts that are drawn; it sees real pictures, mirrored, shifted and scaled.
 """
@@ -9,20 +9,16 @@ A probe knows the prompts that are drawn; it sees real pictures, mirrored, shift
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+from emoji.data import _picture, list_emoji
 from safetensors.torch import save_file
+from textures.data import Crops
 from torch import Tensor
 from torch.nn import functional
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from emoji.data import _picture, list_emoji
-from textures.data import Crops
 
 from specdiff.evaluation.features import features
 from specdiff.models.demo import stored_prompts

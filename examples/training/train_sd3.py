@@ -1,9 +1,9 @@
 """Train a small class-conditional rectified flow in the SD3 architecture on busy textures.
 
 The model works on pixels: a token is a 2x2 patch of a 64x64 picture. The weights in
-examples/textures took 2.3 minutes on one H100, without the first stage; a CPU takes a day.
+examples/training/textures took 2.3 minutes on one H100, without the first stage; a CPU takes a day.
 
-    python examples/train_sd3.py --minutes 0 2.3 --work /tmp/textures
+    python examples/training/train_sd3.py --minutes 0 2.3 --work /tmp/textures
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Whole-step plans replayed outside the runtime, to try placements, forecasts and corrections.
 
-    python examples/eval/replay.py --plan 0,3,7,11,16,21,25,27 --forecast linear --correct parabola
-    python examples/eval/replay.py --model textures --forecast linear hermite --plan ... --plan ...
+    python examples/research/replay.py --plan 0,3,7,11,16,21,25,27 --forecast linear
+    python examples/research/replay.py --model textures --correct parabola --plan ... --plan ...
 
 The sampler is written out and the model runs eagerly: a plan costs its dense evaluations. Draws
 what `specdiff tune` may draw, and prints the PSNR of each picture to the dense one. The two-sided
@@ -23,7 +23,7 @@ from torch import Tensor
 from specdiff.measure.comparison import psnr
 from specdiff.models.subject import Subject, find_subject
 
-WEIGHTS = Path("examples/textures/textures.safetensors")
+WEIGHTS = Path("examples/training/textures/textures.safetensors")
 REACH = 0.5
 """How far a line is followed, as a share of its span; as in `specdiff.runtime.forecast`."""
 Point = tuple[float, Tensor]

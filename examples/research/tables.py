@@ -1,6 +1,6 @@
 """What it saves to look shifts, scales and gates up by timestep: selective steps with and without.
 
-    python examples/tables.py flux-cpu --ratio 0.95 --ratio 0.99 --out examples/bench/tables.json
+    python examples/research/tables.py flux-cpu --ratio 0.95 --ratio 0.99 --out tables.json
 
 Both take turns in one process, a dense step after each round; medians. On a GPU: `--device cuda
 --mode reduce-overhead`, and a `--depth` if compiling takes too long.

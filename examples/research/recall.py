@@ -1,7 +1,7 @@
 """How well sampled attention finds the tokens that all attention would, and what that costs.
 
-    python examples/recall.py --json examples/demo/recall.json
-    python examples/recall.py --model textures --json examples/textures/recall.json
+    python examples/research/recall.py --json recall.json
+    python examples/research/recall.py --model textures --json recall-textures.json
 
 Importance is what a token receives of all attentions. At several steps of a trained model's
 trajectories it is measured from every query, and from a sample; recall is the share of the exact
@@ -125,7 +125,7 @@ def draw(subject: Subject, pictures: int, backend: Callable[..., Any]) -> None:
 def main(
     model: Annotated[str, typer.Option(help="emoji or textures.")] = "emoji",
     weights: Annotated[Path, typer.Option(help="Of the texture model.")] = Path(
-        "examples/textures/textures.safetensors"
+        "examples/training/textures/textures.safetensors"
     ),
     pictures: Annotated[int, typer.Option(min=1, help="Pictures to draw.")] = 4,
     seconds: Annotated[bool, typer.Option(help="Time the compiled step too.")] = False,
