@@ -16,20 +16,27 @@ from torch import Tensor
 
 from specdiff.errors import OptionError
 from specdiff.plan import Plan
-from specdiff.settings import (
-    METHOD_DEFAULTS,
-    METHODS,
-    PLAN_SETTINGS,
-    QUALITIES,
-    SCHEDULE,
-    USUAL,
-    Settings,
-)
+from specdiff.settings import ABLATIONS, METHODS, OFF, PLAN_OPTIONS, QUALITIES, Settings
 
-FORECASTS = ("reuse", "linear", "quadratic", "mean", "mean-1000")
+FORECASTS = ("reuse", "linear", "mean")
+TEXT_STEPS = ("all", "dense")
 PREDICTIONS = ("auto", "flow", "epsilon", "v")
 INNER_BACKENDS = ("inductor", "aot_eager", "eager")
 KV_CACHE_DTYPES = {"int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
+NO_LONGER = {
+    "warmup_steps": "write plan=specdiff.Plan.warmup({value}), or warmup={value} in another plan",
+    "refresh_interval": "write plan=specdiff.Plan.tapered({value}) or Plan.every({value})",
+    "tapered": "write plan=specdiff.Plan.tapered(4) or specdiff.Plan.every(4)",
+    "stride": "write the skips into a plan: specdiff.Plan((0, 1, 0.9, 1, 0))",
+    "speculative_steps": "write lookahead={value} in a plan: Plan.tapered(lookahead={value})",
+    "text_refresh": 'write text_steps="all" (was 1) or text_steps="dense" (was 0)',
+    "correction": 'leave it out: only method="paper" goes without',
+    "reuse_share": 'leave it out, or write method="paper"',
+    "starvation": 'leave it out, or write method="paper"',
+    "selective_importance": "leave it out: steps that select tokens measure importance",
+    "importance_queries": "leave it out",
+}
+"""Options of earlier versions, and what to write instead."""
 
 
 def _number(value: object) -> bool:
@@ -50,10 +57,15 @@ def _count(low: int) -> Callable[[Any], bool]:
 
 
 def _option(
-    default: object, valid: str, test: Callable[[Any], bool], *, runtime: bool = True
+    default: object,
+    valid: str,
+    test: Callable[[Any], bool],
+    *,
+    runtime: bool = True,
+    public: bool = True,
 ) -> Any:
     """A field with its validity rule; `runtime` fields can change without recompiling."""
-    metadata = {"valid": valid, "test": test, "runtime": runtime}
+    metadata = {"valid": valid, "test": test, "runtime": runtime, "public": public}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -62,90 +74,45 @@ def _choice(default: str | None, names: tuple[str, ...], *, runtime: bool = True
     return _option(default, valid, names.__contains__, runtime=runtime)
 
 
-def _switch() -> Any:
-    return _option(None, "True or False", lambda v: isinstance(v, bool))
-
-
 @dataclass(frozen=True)
 class Options:
     """What `torch.compile(model, backend="specdiff", options=...)` accepts.
 
-    Fields that are None by default and not documented otherwise take the value of `plan`, else the
-    default of `method` (`METHOD_DEFAULTS`). Raises `OptionError` for a value that is out of range
-    or of the wrong type.
+    Fields that are None by default and not documented otherwise take the value of the plan, else
+    that of the method. Raises `OptionError` for a value that is out of range or of the wrong type.
     """
 
-    quality: str | None = _choice(None, tuple(QUALITIES))
-    """How close to the dense pictures to stay: "closest", "near-lossless", "balanced" or "fast":
-    plans (`QUALITIES`), whose place options of `SCHEDULE` that are given take. None: "balanced" for
-    "history", no plan for "paper"."""
+    quality: str | None = _choice(None, (OFF, *QUALITIES))
+    """How close to the dense pictures to stay, closest and slowest first: "dense" runs the model's
+    own graph, whatever else is given; "closest", "near-lossless", "balanced" and "fast" are plans
+    (`QUALITIES`). None: "balanced"; for method "paper" its own plan."""
 
     plan: Plan | Mapping[str, Any] | str | os.PathLike[str] | None = _option(  # noqa: RUF009
         None,
-        "a file made by `specdiff tune` or by hand, or what it holds",
+        "a Plan, a file made by `specdiff tune` or by hand, or what it holds",
         lambda v: isinstance(v, (Plan, Mapping, str, os.PathLike)),
     )
-    """What each evaluation computes, in place of the options of `SCHEDULE`, and settings for what
-    is left None (`specdiff.plan`). Kept as a `Plan`."""
+    """Which evaluations are dense, in place of a quality; more of them are slower and closer to the
+    dense picture. May hold the options `PLAN_OPTIONS`. Kept as a `Plan`."""
 
     cache_ratio: float | None = _option(None, "a number from 0 to 1", _share)
-    """Share of image tokens that a selective step does not compute (the paper's CR). 0: all steps
-    dense; 1: whole steps are skipped and forecast."""
+    """Share of image tokens not computed in the gaps of the plan (the paper's CR): higher is faster
+    and further from the dense picture. 1: gaps are forecast whole; 0: they are dense. None: 1, or
+    0.9 for the plan of method "paper"."""
 
-    warmup_steps: int | None = _option(None, "an integer of at least 1", _count(1))
-    """Dense evaluations at the start of every generation, the first included."""
-
-    speculative_steps: int | None = _option(None, "an integer of at least 0", _count(0))
-    """Evaluations of the paper's self-speculation. The first one is the first real step, so this
-    costs `speculative_steps - 1` evaluations a generation; 0 or 1: no look ahead."""
-
-    refresh_interval: int | None = _option(None, "an integer of at least 0", _count(0))
-    """Every so many evaluations after warm-up are dense; 0: never, 1: all of them."""
-
-    tapered: bool | None = _switch()
-    """Whether dense evaluations follow each other closely at first, further and further apart up to
-    `refresh_interval`, and the last two are dense; that they come is read off the times."""
-
-    stride: int | None = _option(None, "an integer of at least 1", _count(1))
-    """Between dense evaluations only every so many compute any token; the others are skipped, that
-    is forecast whole. 1: nothing is skipped."""
-
-    text_refresh: int | None = _option(None, "an integer of at least 0", _count(0))
-    """Every so many selective evaluations after a dense one also compute the text tokens; in
-    between, their cached keys and values serve. 1: all do; 0: only dense evaluations."""
-
-    selective_importance: bool | None = _switch()
-    """Whether selective evaluations measure importance anew, from the tokens that they compute;
-    otherwise the last that was measured serves. On an H100 it took a tenth of SD3's step at 99 %.
-    Either has programs of its own, compiled when they are first needed."""
-
-    reuse_share: float | None = _option(None, "a number from 0 to 1", _share)
-    """Share of the total score held by the lowest-scoring tokens, whose previous output is reused
-    as it is (the paper's class C2) instead of forecast."""
-
-    starvation: float | None = _option(
-        None, "a number of at least 0", lambda v: _number(v) and v >= 0
-    )
-    """Scale s of the starvation factor exp(s * times cached) in the score (equation 2)."""
+    method: str | None = _choice(None, tuple(METHODS))
+    """How tokens are scored and forecast, and by which plan. "history" (None): by what each token
+    did, errors made good once tokens are computed again. "paper": the paper to the letter."""
 
     forecast: str | None = _choice(None, FORECASTS)
-    """How tokens that are not computed are predicted. From a token's own last computed outputs:
-    "reuse", "linear", "quadratic". Equation 6 over the last three steps: "mean" with T in [0, 1],
-    "mean-1000" with T in [0, 1000]."""
+    """How tokens that are not computed are predicted: "reuse" repeats a token's last computed
+    output, "linear" continues its last two, "mean" is the paper's weighted mean of the last three
+    steps (equation 6). None: "linear"; for method "paper" "mean"."""
 
-    correction: bool | None = _switch()
-    """Whether what forecasts have cost the latent is made good when tokens are next computed: the
-    output then is the model's own and what the latent is short of (`runtime.correction`)."""
-
-    method: str | None = _choice(None, METHODS)
-    """How tokens are scored: "history" (None) by attention times squared staleness, "paper" by
-    equation 3; it also chooses the defaults of the options left None."""
-
-    importance_queries: int | None = _option(
-        32, "an integer of at least 1, or None for all queries", _count(1), runtime=False
-    )
-    """Query rows per attention, at most, that are sampled, evenly strided, to measure importance.
-    Plans that select no tokens, as the default, measure none."""
+    text_steps: str | None = _choice(None, TEXT_STEPS)
+    """Which steps compute the text tokens: "all" (None) that compute any token; or "dense" ones
+    alone, between which their cached keys and values serve. "dense" is faster and further from the
+    dense picture. No effect where all gaps are skipped, nor on attached models."""
 
     guidance_scale: float | None = _option(None, "a number, or None", _number)
     """Set where a call's batch holds both halves of classifier-free guidance, in either order:
@@ -171,9 +138,9 @@ class Options:
 
     max_cache_bytes: int | None = _option(None, "an integer of at least 0, or None", _count(0))
     """Limit on the bytes of all key/value caches of one compiled graph, or of one shape of a graph
-    that takes several; steps that would need more run dense. Where a single set of caches exceeds
-    it, none is allocated; else the memory in which dense steps without caches leave theirs, as
-    large as one cache, comes on top."""
+    that takes several: lower holds less memory, and steps that would need more run dense. Where a
+    single set of caches exceeds it, none is allocated; else the memory in which dense steps without
+    caches leave theirs, as large as one cache, comes on top."""
 
     kv_cache_dtype: str | None = _choice(None, tuple(KV_CACHE_DTYPES), runtime=False)
     """Codes in which caches hold the keys and values of attentions: "int8" or "fp8_e4m3", each with
@@ -188,6 +155,14 @@ class Options:
     )
     """Directory for runnable code after each pass, drawings of the graph and a report; None: what
     the environment variable SPECDIFF_DUMP names, if it is set."""
+
+    ablation: Mapping[str, Any] | None = _option(
+        None,
+        f"an object with some of {', '.join(ABLATIONS)}",
+        lambda v: isinstance(v, Mapping) and set(v) <= set(ABLATIONS),
+        public=False,
+    )
+    """Not an option for users: constants of the methods that our own experiments change."""
 
     def __post_init__(self) -> None:
         table = self.alphas_cumprod
@@ -206,12 +181,11 @@ class Options:
 
     def _checked_plan(self, plan: Plan) -> Plan:
         for name, value in plan.settings.items():
-            if name not in PLAN_SETTINGS:
-                raise OptionError("plan: settings." + _unknown(name, list(PLAN_SETTINGS)))
+            if name not in PLAN_OPTIONS:
+                raise OptionError("plan: settings." + _unknown(name, value, list(PLAN_OPTIONS)))
             _check(_FIELDS[name], value, "plan: settings.")
-        for name in (*SCHEDULE, "quality"):
-            if getattr(self, name) is not None:
-                raise OptionError(f"{name}: the plan takes its place, give one of them")
+        if self.quality not in (None, OFF):
+            raise OptionError("quality: the plan takes its place, give one of them")
         return plan
 
     @classmethod
@@ -238,7 +212,7 @@ class Options:
         known = {"mode", *inductor_keys}
         for name in inductor:
             if name not in known:
-                raise OptionError(_unknown(name, list(_FIELDS), sorted(known)))
+                raise OptionError(_unknown(name, mapping.get(name), list(OPTIONS), sorted(known)))
         if "mode" in inductor:
             from specdiff.torch_adapter import mode_settings
 
@@ -257,51 +231,52 @@ class Options:
     def resolve(self) -> Settings:
         """The runtime's settings: what is left None takes a default."""
         given = self.plan if isinstance(self.plan, Plan) else None
-        planned = given.settings if given else {}
-        method = self.method or planned.get("method", METHODS[0])
-        defaults = {**METHOD_DEFAULTS[method], **planned}
-        values: dict[str, Any] = {}
+        held = given.settings if given else {}
+        method = self.method or held.get("method", next(iter(METHODS)))
+        plan = given or self._of_quality() or METHODS[method]["plan"]
+        values = {"cache_ratio": 1.0, "text_steps": "all", **METHODS[method], **plan.settings}
         for field in dataclasses.fields(Settings):
-            value = getattr(self, field.name)
-            values[field.name] = defaults.get(field.name) if value is None else value
-        return Settings(**{**values, "method": method, "plan": given or self._of_quality(method)})
+            value = getattr(self, field.name, None)
+            if value is not None or field.name not in values:
+                values[field.name] = value
+        changed = {n: v for n, v in (self.ablation or {}).items() if n != "importance_queries"}
+        fixed = {"method": method, "plan": plan, "accelerated": self.quality != OFF}
+        return Settings(**{**values, **changed, **fixed})
 
-    def _of_quality(self, method: str) -> Plan | None:
-        quality = self.quality or (USUAL if method == "history" else None)
-        said = any(getattr(self, name) is not None for name in SCHEDULE)
-        return None if said or quality is None else QUALITIES[quality]
+    def _of_quality(self) -> Plan | None:
+        if self.quality is None:
+            return None
+        return Plan.every(1) if self.quality == OFF else QUALITIES[self.quality]
 
 
 _FIELDS = {field.name: field for field in dataclasses.fields(Options)}
-RUNTIME_OPTIONS = tuple(name for name, field in _FIELDS.items() if field.metadata["runtime"])
+OPTIONS = tuple(name for name, field in _FIELDS.items() if field.metadata["public"])
+RUNTIME_OPTIONS = tuple(name for name in OPTIONS if _FIELDS[name].metadata["runtime"])
 
 
-def check_overrides(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Validate settings for a compiled model or a session.
+def check_overrides(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Validate options for a compiled model or a session.
 
     Returns:
-        The settings, and None for those of earlier ones that they take the place of: a plan or a
-        quality replaces a schedule given earlier, and options of the schedule an earlier plan.
+        The options, and None for those of earlier ones that they take the place of: a plan or a
+        quality replaces an earlier one, with what was to fill its gaps. "dense" replaces none: what
+        it switches off is kept.
 
     Raises:
         OptionError: an unknown name, an option fixed at compile time, or a value out of range.
     """
-    for name in settings:
+    for name, value in options.items():
         if name not in _FIELDS:
-            raise OptionError(_unknown(name, list(RUNTIME_OPTIONS)))
-        if name not in RUNTIME_OPTIONS:
+            raise OptionError(_unknown(name, value, list(RUNTIME_OPTIONS)))
+        if not _FIELDS[name].metadata["runtime"]:
             raise OptionError(
                 f"{name}: fixed when the model is compiled, give it to torch.compile(options=...);"
-                f" settings that can change: {', '.join(RUNTIME_OPTIONS)}"
+                f" options that can change: {', '.join(RUNTIME_OPTIONS)}"
             )
-    checked = Options(**settings)
-    given = {name for name, value in settings.items() if value is not None}
-    replaced: tuple[str, ...] = ()
-    if given & {"plan", "quality"}:
-        replaced = ("plan", "quality", *SCHEDULE)
-    elif given.intersection(SCHEDULE):
-        replaced = ("plan",)
-    return {name: getattr(checked, name) for name in (*replaced, *settings)}
+    checked = Options(**options)
+    replaces = options.get("plan") is not None or options.get("quality") not in (None, OFF)
+    replaced = ("plan", "quality", "cache_ratio") if replaces else ()
+    return {name: getattr(checked, name) for name in (*replaced, *options)}
 
 
 def _check(field: dataclasses.Field[Any], value: object, where: str = "") -> None:
@@ -310,7 +285,10 @@ def _check(field: dataclasses.Field[Any], value: object, where: str = "") -> Non
         raise OptionError(f"{where}{field.name}={shown}: must be {field.metadata['valid']}")
 
 
-def _unknown(name: str, listed: list[str], others: Sequence[str] = ()) -> str:
+def _unknown(name: str, value: object, listed: list[str], others: Sequence[str] = ()) -> str:
+    """What to write instead of a name that is no option's."""
+    if name in NO_LONGER:
+        return f"{name}: gone; {NO_LONGER[name].format(value=value)}"
     close = difflib.get_close_matches(name, [*listed, *others], n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     return f"{name}: no such option{hint}; options: {', '.join(listed)}"

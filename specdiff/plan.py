@@ -1,19 +1,27 @@
-"""Plans as data: what each evaluation of a generation computes, stated in a small JSON file.
+"""Plans: the one language of the schedule. What each evaluation of a generation computes.
+
+A plan is a rule that fits any number of steps, or a list with an entry for each evaluation. As a
+small JSON file:
+
+    {"specdiff_plan": 1, "rule": {"tapered": 4}, "settings": {"cache_ratio": 0.9}}
 
     {
       "specdiff_plan": 1,
       "evaluations": ["dense", "skip", 0.9, "dense"],
-      "settings": {"forecast": "linear", "correction": true},
+      "lookahead": 2,
+      "settings": {"forecast": "linear"},
       "notes": {"psnr_db": 44.1}
     }
 
-An evaluation is "dense", "skip" (forecast whole), or the cache ratio of a selective one. `settings`
-are options, which what the caller gives himself outranks; `notes` are for the reader. Only the
-first two are needed.
+An evaluation is "dense", "skip", or the cache ratio of a selective one. "skip" is a gap, as is
+whatever a rule does not make dense: gaps are forecast whole, or selective steps of the option
+`cache_ratio`. `settings` are options; those that are given beside the plan outrank them. `notes`
+are for the reader.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -23,36 +31,78 @@ from pathlib import Path
 from typing import Any
 
 from specdiff.errors import OptionError
+from specdiff.rule import Rule
 
 FORMAT = 1
 """Number of the file's layout, under the key `KEY`."""
 KEY = "specdiff_plan"
 DENSE, SKIP = "dense", "skip"
-FIELDS = (KEY, "evaluations", "settings", "notes")
+FIELDS = (KEY, "evaluations", "rule", "lookahead", "settings", "notes")
+LOOKAHEAD = 2
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What each evaluation of a generation computes.
+    """What each evaluation of a generation computes: by `ratios`, or else by `rule`.
 
-    Raises `OptionError` for a field that is wrong; `Options` checks what is in `settings`.
+    Made by `tapered`, `every`, `warmup`, `of`, `load`, or from `ratios`. Raises `OptionError` for
+    a field that is wrong; `Options` checks what is in `settings`.
     """
 
-    ratios: tuple[float, ...]
-    """Share of image tokens that each evaluation does not compute: 0 dense, 1 skipped."""
+    ratios: tuple[float, ...] = ()
+    """Share of image tokens that each evaluation does not compute: 0 dense, 1 skipped. Empty where
+    there is a rule."""
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Options that it was made with, by name."""
     notes: Mapping[str, Any] = field(default_factory=dict, hash=False, compare=False)
     """What a reader may want to know, such as what it was measured to keep."""
+    rule: Rule | None = None
+    """Which evaluations are dense; the others are gaps."""
+    lookahead: int = LOOKAHEAD
+    """Evaluations of the paper's self-speculation, for plans that select tokens. The first is the
+    first real step, so it costs `lookahead - 1` evaluations a generation; 0 or 1: none."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ratios", _ratios(self.ratios, "plan: ratios"))
+        if self.rule is None:
+            object.__setattr__(self, "ratios", _ratios(self.ratios, "plan: ratios"))
+        elif self.ratios:
+            raise OptionError("plan: give ratios or a rule, not both")
         for name in ("settings", "notes"):
             _check_object(getattr(self, name), f"plan: {name}")
+        _check_count(self.lookahead, "plan: lookahead")
 
     @classmethod
-    def of(cls, evaluations: int, dense: Sequence[int], **settings: Any) -> Plan:
-        """Whole steps only: so many evaluations, those at the indices `dense` computed.
+    def tapered(
+        cls, widest: int = 4, *, warmup: int = 1, lookahead: int = LOOKAHEAD, **settings: Any
+    ) -> Plan:
+        """Dense evaluations close together at first, then further apart; the last two are dense.
+
+        Args:
+            widest: evaluations from a dense one to the next, at most. Higher is faster and further
+                from the dense picture.
+            warmup: dense evaluations at the start.
+            lookahead: evaluations of self-speculation.
+            settings: options that the plan holds.
+        """
+        return cls((), settings, rule=Rule(warmup, widest, True), lookahead=lookahead)
+
+    @classmethod
+    def every(cls, n: int, *, warmup: int = 1, lookahead: int = LOOKAHEAD, **settings: Any) -> Plan:
+        """Every n-th evaluation dense; 1: all of them. Other arguments as of `tapered`."""
+        if n == 0:
+            raise OptionError("plan: every=0: must be at least 1; write Plan.warmup(1) for no more")
+        return cls((), settings, rule=Rule(warmup, n), lookahead=lookahead)
+
+    @classmethod
+    def warmup(cls, n: int, *, lookahead: int = LOOKAHEAD, **settings: Any) -> Plan:
+        """So many dense evaluations, then none: the paper's. Other arguments as of `tapered`."""
+        return cls((), settings, rule=Rule(n), lookahead=lookahead)
+
+    @classmethod
+    def of(
+        cls, evaluations: int, dense: Sequence[int], *, lookahead: int = LOOKAHEAD, **settings: Any
+    ) -> Plan:
+        """A list: so many evaluations, those at the indices `dense` dense, the others gaps.
 
         Raises:
             OptionError: An index of none of them, or the first is not dense.
@@ -60,7 +110,8 @@ class Plan:
         for index in dense:
             if index not in range(evaluations):
                 raise OptionError(f"plan: dense={index!r}: must be from 0 to {evaluations - 1}")
-        return cls(tuple(float(i not in dense) for i in range(evaluations)), settings)
+        ratios = tuple(float(i not in dense) for i in range(evaluations))
+        return cls(ratios, settings, lookahead=lookahead)
 
     @classmethod
     def load(cls, source: Plan | Mapping[str, Any] | str | os.PathLike[str]) -> Plan:
@@ -86,28 +137,44 @@ class Plan:
         Raises:
             OptionError: A setting or note is nothing that JSON has, such as an infinite number.
         """
-        evaluations = ", ".join(json.dumps(_word(ratio)) for ratio in self.ratios)
-        lines = [f'  "{KEY}": {FORMAT}', f'  "evaluations": [{evaluations}]']
-        lines += [
-            f'  "{name}": {_json(values, name)}'
-            for name, values in (("settings", self.settings), ("notes", self.notes))
-            if values
-        ]
+        lines = [f'  "{KEY}": {FORMAT}']
+        lines += [f'  "{name}": {_json(value, name)}' for name, value in self._fields()]
         Path(file).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+    def to_json(self) -> dict[str, Any]:
+        """What `save` writes."""
+        return {KEY: FORMAT, **dict(self._fields())}
+
+    def _fields(self) -> list[tuple[str, Any]]:
+        """All but the format, those left out that say nothing."""
+        first = ("evaluations", [_word(ratio) for ratio in self.ratios])
+        return [
+            first if self.rule is None else ("rule", self.rule.to_json()),
+            *([("lookahead", self.lookahead)] if self.lookahead != LOOKAHEAD else []),
+            *([("settings", dict(self.settings))] if self.settings else []),
+            *([("notes", dict(self.notes))] if self.notes else []),
+        ]
+
+    def filled(self, cache_ratio: float) -> Plan:
+        """This plan with selective evaluations of `cache_ratio` in place of those it skips."""
+        if self.rule is not None or cache_ratio == 1:
+            return self
+        ratios = tuple(cache_ratio if ratio == 1 else ratio for ratio in self.ratios)
+        return dataclasses.replace(self, ratios=ratios)
 
     @property
     def dense(self) -> tuple[int, ...]:
-        """Indices of the dense evaluations."""
+        """Indices of the dense evaluations of a list."""
         return tuple(i for i, ratio in enumerate(self.ratios) if ratio == 0)
 
     def due(self, index: int, total: float, before: float) -> int | None:
-        """The entry that evaluation `index` of a run follows, if any.
+        """The entry of a list that evaluation `index` of a run follows; None: it is in a gap.
 
         Entry i of N has its place at i / N of the way in time, and goes to the evaluation nearest
-        to it; of several there the one that computes most counts, and where there is none the
-        evaluation is skipped. So the dense evaluations of a shorter or longer run lie where they
-        lay in noise, and a longer run gains more. A last evaluation that is hardly a step, as that
-        of Stable Diffusion 3, has the last entry like the one before it: it rids pictures of noise.
+        to it; of several there the one that computes most counts. So the dense evaluations of a
+        shorter or longer run lie where they lay in noise, and a longer run gains more. A last
+        evaluation that is hardly a step, as that of Stable Diffusion 3, has the last entry like the
+        one before it: it rids pictures of noise.
 
         Args:
             index: of the evaluation, from 0.
@@ -130,11 +197,11 @@ class Plan:
         return min(math.ceil((index + 0.5) * count / total) - 1, count - 1)
 
 
-def _json(values: Mapping[str, Any], name: str) -> str:
+def _json(value: object, name: str) -> str:
     try:
-        return json.dumps(dict(values), sort_keys=True, allow_nan=False)
+        return json.dumps(value, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise OptionError(f"plan: {name}={values!r}: must be JSON: {error}") from error
+        raise OptionError(f"plan: {name}={value!r}: must be JSON: {error}") from error
 
 
 def _word(ratio: float) -> str | float:
@@ -148,10 +215,21 @@ def _parsed(found: object, source: str) -> Plan:
         raise OptionError(f"{source}: {unknown[0]}: no such field; fields: {', '.join(FIELDS)}")
     if found.get(KEY) != FORMAT:
         raise OptionError(f"{source}: {KEY}={found.get(KEY)!r}: must be {FORMAT}")
-    ratios = _ratios(found.get("evaluations"), f"{source}: evaluations")
+    if ("evaluations" in found) == ("rule" in found):
+        raise OptionError(f"{source}: must have evaluations or a rule, one of them")
     for name in ("settings", "notes"):
         _check_object(found.get(name, {}), f"{source}: {name}")
-    return Plan(ratios, dict(found.get("settings", {})), dict(found.get("notes", {})))
+    lookahead = found.get("lookahead", LOOKAHEAD)
+    _check_count(lookahead, f"{source}: lookahead")
+    rest = dict(found.get("settings", {})), dict(found.get("notes", {}))
+    if "rule" in found:
+        return Plan((), *rest, Rule.from_json(found["rule"], f"{source}: rule"), lookahead)
+    return Plan(_ratios(found["evaluations"], f"{source}: evaluations"), *rest, None, lookahead)
+
+
+def _check_count(value: object, where: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise OptionError(f"{where}={value!r}: must be an integer of at least 0")
 
 
 def _check_object(value: object, where: str) -> None:

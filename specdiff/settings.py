@@ -2,50 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from specdiff.plan import Plan
 
-METHODS = ("history", "paper")
-
-# Used where an option is left None. Those of "history" were measured on two models (README,
-# results; examples/eval says what decided each). "paper" has the paper's values, and where it is
-# silent those of paper.md; but importance, which it measures in every step, is 0.4 to 1.1 dB better
-# left to dense ones.
-METHOD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "history": {
-        "cache_ratio": 1.0,
-        "warmup_steps": 1,
-        "refresh_interval": 4,
-        "tapered": True,
-        "stride": 1,
-        "text_refresh": 1,
-        "selective_importance": True,
-        "speculative_steps": 2,
-        "reuse_share": 0.0,
-        "starvation": 0.0,
-        "forecast": "linear",
-        "correction": True,
-    },
-    "paper": {
-        "cache_ratio": 0.9,
-        "warmup_steps": 3,
-        "refresh_interval": 0,
-        "tapered": False,
-        "stride": 1,
-        "text_refresh": 1,
-        "selective_importance": False,
-        "speculative_steps": 2,
-        "reuse_share": 0.1,
-        "starvation": 3.0,
-        "forecast": "mean",
-        "correction": False,
-    },
-}
-
-# `quality`: plans of 28 evaluations, found by `specdiff tune` and measured on two models (README).
+# Plans of 28 evaluations, found by `specdiff tune` and measured on two models (README, results).
 QUALITIES: Mapping[str, Plan] = {
     # Single skips where errors grow little: not early, and not in the last, longest steps.
     "closest": Plan.of(28, (*range(11), *range(12, 24, 2), *range(24, 28))),
@@ -53,36 +17,73 @@ QUALITIES: Mapping[str, Plan] = {
     "balanced": Plan.of(28, (0, 2, 4, 7, 10, 14, 18, 22, 26, 27)),
     "fast": Plan.of(28, (0, 3, 7, 11, 16, 21, 25, 27)),
 }
-USUAL = "balanced"
-"""What "history" does if nothing is said."""
-SCHEDULE = ("cache_ratio", "warmup_steps", "refresh_interval", "tapered", "stride")
-"""Options that a plan takes the place of, and that take the place of a quality's."""
-PLAN_SETTINGS = (
-    "method", "text_refresh", "selective_importance", "speculative_steps", "reuse_share",
-    "starvation", "forecast", "correction",
-)  # fmt: skip
+OFF = "dense"
+"""The quality that switches acceleration off."""
+SWITCH = "SPECDIFF"
+"""The environment variable that switches it off for the process, set to "off"."""
+
+# What a method stands for. "history" was measured on two models (README, results; examples/eval
+# says what decided each value). "paper" is the paper to the letter, and where that is silent what
+# was measured best.
+METHODS: Mapping[str, Mapping[str, Any]] = {
+    "history": {
+        "plan": QUALITIES["balanced"],
+        "forecast": "linear",
+        "reuse_share": 0.0,
+        "starvation": 0.0,
+        "correction": True,
+        "selective_importance": True,
+    },
+    "paper": {
+        "plan": Plan.warmup(3, cache_ratio=0.9),
+        "forecast": "mean",
+        "reuse_share": 0.1,
+        "starvation": 3.0,
+        "correction": False,
+        "selective_importance": True,
+    },
+}
+IMPORTANCE_QUERIES = 32
+"""Query rows per attention, at most, that importance is measured from."""
+PLAN_OPTIONS = ("method", "cache_ratio", "forecast", "text_steps")
 """Options that a plan may hold."""
+ABLATIONS = (
+    "reuse_share", "starvation", "correction", "selective_importance", "importance_queries",
+)  # fmt: skip
+"""Constants of the methods that experiments change, by the private option `ablation`."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The options that the runtime reads at every evaluation, with no default left open."""
+    """What the runtime reads at every evaluation, with no default left open."""
 
+    accelerated: bool
+    """Whether anything but the model's own graph may run."""
+    plan: Plan
     cache_ratio: float
-    warmup_steps: int
-    speculative_steps: int
-    refresh_interval: int
-    tapered: bool
-    stride: int
-    text_refresh: int
-    selective_importance: bool
-    reuse_share: float
-    starvation: float
-    forecast: str
-    correction: bool
+    text_steps: str
     method: str
+    forecast: str
+    reuse_share: float
+    """Share of the total score held by the lowest-scoring tokens, whose previous output is reused
+    as it is (the paper's class C2) instead of forecast."""
+    starvation: float
+    """Scale s of the starvation factor exp(s * times cached) in the score (equation 2)."""
+    correction: bool
+    """Whether what forecasts have cost the latent is made good when tokens are next computed: the
+    output then is the model's own and what the latent is short of (`runtime.correction`)."""
+    selective_importance: bool
+    """Whether selective evaluations measure importance anew, from the tokens that they compute;
+    otherwise the last that was measured serves. Either has programs of its own."""
     guidance_scale: float | None
     prediction: str
     alphas_cumprod: tuple[float, ...] | None
     max_cache_bytes: int | None
-    plan: Plan | None
+
+
+def why_off(settings: Settings) -> str:
+    """What has switched acceleration off, read anew at each call; empty if nothing has."""
+    if not settings.accelerated:
+        return f"quality={OFF!r}"
+    value = os.environ.get(SWITCH, "")
+    return f"{SWITCH}={value}" if value.lower() == "off" else ""

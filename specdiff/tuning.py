@@ -28,7 +28,8 @@ from specdiff.measure.comparison import psnr
 from specdiff.options import check_overrides
 from specdiff.plan import Plan
 from specdiff.runtime.api import record, session
-from specdiff.runtime.recording import Recording, StepRecord
+from specdiff.runtime.records.recording import Recording, StepRecord
+from specdiff.settings import PLAN_OPTIONS
 
 Places = tuple[int, ...]
 """Indices of the dense evaluations, rising from 0."""
@@ -41,6 +42,8 @@ Tell = Callable[[int, str], None]
 
 TAPER = 1.25
 """How spaced places grow apart: place i of d at (i / (d - 1)) ** TAPER of the way."""
+TUNED_OPTIONS = tuple(name for name in PLAN_OPTIONS if name != "cache_ratio")
+"""Options that a plan may be tuned with: its gaps are skipped."""
 GAIN = 2.5e-4
 """Least gain in score that a move must bring, as a share of the target: 0.01 dB of 40."""
 
@@ -159,7 +162,7 @@ class _Trials:
     draw: Draw
     likeness: Likeness
     budget: float
-    settings: dict[str, Any]
+    options: dict[str, Any]
     tell: Tell
     evaluations: int = 0
     """Of each generation."""
@@ -232,7 +235,7 @@ class _Trials:
     def planned(self, plan: Plan, prompt: int) -> Tensor:
         """The picture by a plan."""
         # Given to the session as well, they outrank what the model was compiled with.
-        with session(self.model, plan=plan, **self.settings), record(self.model) as recording:
+        with session(self.model, plan=plan, **self.options), record(self.model) as recording:
             picture = self.draw(prompt)
         self.steps += recording.steps
         self._count(recording)
@@ -240,7 +243,7 @@ class _Trials:
 
     def plan(self, places: Places, **notes: Any) -> Plan:
         """What to load for these places."""
-        plan = Plan.of(self.evaluations, places, **self.settings)
+        plan = Plan.of(self.evaluations, places, **self.options)
         return Plan(plan.ratios, plan.settings, notes)
 
     def score(self, places: Places, prompts: Sequence[int], references: Sequence[Tensor]) -> float:
@@ -287,7 +290,7 @@ def tune(
     likeness: Likeness = psnr,
     budget: int = 1500,
     tell: Tell = lambda spent, line: None,
-    **settings: Any,
+    **options: Any,
 ) -> Tuned:
     """The fastest plan whose pictures are as close to the dense ones as `target` says.
 
@@ -301,17 +304,21 @@ def tune(
         budget: evaluations of the model to spend, each half of guidance one where they are calls of
             their own; what is found until then is returned.
         tell: told of every candidate.
-        settings: options that a plan may hold, such as `forecast`, tuned with and kept in the plan.
+        options: `TUNED_OPTIONS`, tuned with and kept in the plan.
 
     Raises:
-        OptionError: A setting that a plan cannot hold, or a target that is no number.
+        OptionError: An option that no plan is tuned with, or a target that is no number.
         SpecdiffError: The model's evaluations cannot be skipped, the pictures take different
             numbers of them, or more than the budget; says why.
     """
     if not math.isfinite(target):
         raise OptionError(f"target={target!r}: must be a finite number")
-    check_overrides({"plan": Plan((0.0, 1.0), settings)})
-    trials = _Trials(compiled, draw, likeness, budget, settings, tell)
+    if unknown := [name for name in options if name not in TUNED_OPTIONS]:
+        raise OptionError(
+            f"{unknown[0]}: no plan is tuned with it; options: {', '.join(TUNED_OPTIONS)}"
+        )
+    check_overrides({"plan": Plan((0.0, 1.0), options)})
+    trials = _Trials(compiled, draw, likeness, budget, options, tell)
     numbers, others = range(prompts), range(prompts, prompts + held_back)
     references = trials.references(numbers)
     held = trials.beside(others)

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import specdiff
+from specdiff.plan import Plan
 from specdiff.program import time_names
 from tests.models import ZOO, Builder, Case
 from tests.oracles import small_tables
@@ -59,7 +60,7 @@ def measure(name: str, builder: Builder) -> Row:
     # what a user would do for a time of another name
     time = None if case.time in time_names(None) else case.time
     with small_tables():
-        found = specdiff.verify(case.model, timestep_arg=time, **case.inputs)
+        found = specdiff.verify(case.model, options={"timestep_arg": time}, **case.inputs)
     main = next((g for g in found.graphs if _denoises(g.report, case)), None)
     verdict: Verdict = "rewritten" if main else compiled_verdict(case, found.selective)
     segments = main.report.segments if main else ()
@@ -82,7 +83,8 @@ def compiled_verdict(case: Case, partly: bool) -> Verdict:
     """
     options = {"inner_backend": "eager"}
     compiled = torch.compile(case.model, backend="specdiff", dynamic=False, options=options)
-    specdiff.attach(compiled, cache_ratio=0.3, speculative_steps=0, timestep_arg=case.time)
+    plan = Plan.tapered(lookahead=0)
+    specdiff.attach(compiled, plan=plan, cache_ratio=0.3, timestep_arg=case.time)
     call, selected = case.inputs, 0
     for _ in range(5):
         output, exact = first_tensor(compiled(**call)), first_tensor(case.model(**call))

@@ -13,7 +13,8 @@ from torch._inductor.cudagraph_trees import get_manager
 
 import specdiff
 from specdiff.bench.geometries import Geometry, Sampler, build
-from specdiff.passes.share import share_repeats
+from specdiff.passes.share.outline import share_repeats
+from specdiff.plan import Plan
 from tests.models import flux, sd3
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -111,7 +112,7 @@ def test_max_autotune_changes_nothing(geometry, sizes):
     They round otherwise, so no tokens are chosen here: steps are forecast whole.
     """
     exact = build(geometry, torch.device("cuda"), torch.float32, steps=8, depth=0.3)
-    whole = {"method": "history", "cache_ratio": 1.0}
+    whole = {"method": "history", "plan": Plan.tapered(4), "cache_ratio": 1.0}
     expected = picture(exact, compiled(exact, **whole))
     torch.compiler.reset()
     tuned = compiled(exact, "max-autotune", **whole)

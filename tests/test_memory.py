@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 import specdiff
 from specdiff.options import KV_CACHE_DTYPES
+from specdiff.plan import Plan
 from specdiff.program import CacheSlot
 from tests.models import Inputs, flux, sd3
 from tests.oracles import trace
-from tests.test_lowering import allocations, executed, inductor_code
+from tests.passes.emit.test_lower import allocations, executed, inductor_code
 
-PLAN = {"method": "paper", "cache_ratio": 0.5, "warmup_steps": 2, "speculative_steps": 0}
+PLAN = {"method": "paper", "plan": Plan.warmup(2, lookahead=0), "cache_ratio": 0.5}
 EAGER = {"inner_backend": "eager"}
 MODELS: dict[str, Callable[[], tuple[nn.Module, Inputs]]] = {
     "flux": flux,
@@ -140,12 +141,12 @@ def test_a_budget_that_only_codes_fit(allocated):
 
 
 @pytest.mark.parametrize(("name", "bound"), [("int8", 2e-3), ("fp8_e4m3", 1e-2)])
-@pytest.mark.parametrize("text_refresh", [1, 0])
-def test_pictures_stay_close(name, bound, text_refresh):
+@pytest.mark.parametrize("text_steps", ["all", "dense"])
+def test_pictures_stay_close(name, bound, text_steps):
     model, inputs = flux(layers=2)
-    exact = generation(compiled(copy.deepcopy(model), text_refresh=text_refresh), inputs)
+    exact = generation(compiled(copy.deepcopy(model), text_steps=text_steps), inputs)
     torch.compiler.reset()
-    selective = compiled(model, text_refresh=text_refresh, kv_cache_dtype=name)
+    selective = compiled(model, text_steps=text_steps, kv_cache_dtype=name)
     coded = generation(selective, inputs)
     assert specdiff.stats(selective).selective > 0
     apart = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(coded, exact, strict=True)]
@@ -213,12 +214,12 @@ def test_models_in_16_bits(dtype):
 @pytest.mark.parametrize("name", list(KV_CACHE_DTYPES))
 def test_verify_measures_what_codes_cost(name):
     model, inputs = flux()
-    exact, coded = (specdiff.verify(model, **inputs, **named(n)) for n in (None, name))
+    exact, coded = (specdiff.verify(model, options=named(n), **inputs) for n in (None, name))
     assert exact.passed and coded.passed, coded
     (errors,) = (graph.errors for graph in coded.graphs)
     assert exact.max_error < 1e-5 < errors["idempotence"]
     with pytest.raises(specdiff.OptionError, match="one of 'int8', 'fp8_e4m3'"):
-        specdiff.verify(model, **inputs, kv_cache_dtype="int4")
+        specdiff.verify(model, options={"kv_cache_dtype": "int4"}, **inputs)
 
 
 # What Inductor makes of it ----------------------------------------------------------------------

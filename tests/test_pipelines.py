@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,10 +17,11 @@ from diffusers.callbacks import PipelineCallback
 from torch import Tensor, nn
 
 import specdiff
+from specdiff.plan import Plan
 from tests.models import flux, sd3
 
 STEPS = 10
-PLAN = {"cache_ratio": 0.75, "warmup_steps": 3, "refresh_interval": 0, "stride": 1}
+PLAN = {"plan": Plan.warmup(3), "cache_ratio": 0.75}
 """Three dense evaluations at the start of a generation, then selective ones only."""
 EXACT: dict[str, float] = {"rtol": 1e-4, "atol": 1e-5}
 ROWS, COLUMNS = 4, 6
@@ -519,7 +520,7 @@ def test_pipeline_at_a_second_resolution(model):
 class CutGuidance(PipelineCallback):
     """Guidance ends after some steps: the batch becomes one, as diffusers' own callback has it."""
 
-    tensor_inputs = ["prompt_embeds", "pooled_prompt_embeds"]
+    tensor_inputs: ClassVar = ["prompt_embeds", "pooled_prompt_embeds"]
 
     def __init__(self, after: int) -> None:
         super().__init__()

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 import specdiff
 from specdiff.compiler import CHANGING
-from specdiff.runtime.regional import RootCall
-from specdiff.runtime.shapes import MAX_VALUES
+from specdiff.plan import Plan
+from specdiff.runtime.blocks.block import RootCall
+from specdiff.runtime.step.shapes import MAX_VALUES
 from tests.models import flux, sd3
 from tests.models.case import Inputs
 
 STEPS = 6
-PLAN = {"cache_ratio": 0.5, "warmup_steps": 2, "refresh_interval": 0, "stride": 1}
+PLAN = {"plan": Plan.warmup(2), "cache_ratio": 0.5}
 SELECTIVE = (2, 4, 0, 1)
 """What a generation of STEPS counts: two dense steps, then selective ones; one look ahead."""
 DENSE = (STEPS, 0, 0, 0)

@@ -25,11 +25,11 @@ from specdiff.bench.geometries import build
 from specdiff.measure.comparison import psnr
 from specdiff.models.subject import MODELS, Request, Subject, find_subject, quiet_libraries
 from specdiff.options import KV_CACHE_DTYPES
+from specdiff.plan import Plan
 
 DTYPES = (None, *KV_CACHE_DTYPES)
-METHODS = ("history", "paper")
-EVERY_STEP = {"selective_importance": True}
-"""For both alike: what codes do to the attention that chooses tokens is part of their cost."""
+METHODS = {"history": Plan.tapered(4), "paper": Plan.warmup(3)}
+"""Each with its plan."""
 CPU = torch.device("cpu")
 Figures = dict[str, Any]
 
@@ -39,7 +39,8 @@ class Setting:
 
     def __init__(self, subject: Subject, method: str, dtype: str | None, ratio: float) -> None:
         self.names = {"model": subject.name, "method": method, "kv_cache_dtype": dtype}
-        options = {"method": method, "cache_ratio": ratio, **EVERY_STEP, **subject.options}
+        options = {"method": method, "plan": METHODS[method], "cache_ratio": ratio}
+        options |= subject.options
         options |= {} if dtype is None else {"kv_cache_dtype": dtype}
         self._subject = subject
         self._pipeline = subject.load()

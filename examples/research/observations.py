@@ -24,28 +24,25 @@ from rich.progress import track
 import specdiff
 from specdiff.measure.comparison import psnr
 from specdiff.models.subject import STEPS, Request, Subject, find_subject, quiet_libraries
+from specdiff.plan import Plan
 
 SHARE = 0.25
 """Share of tokens that count as important: a cache ratio of 0.75."""
 WARM_UP = 3
 PAPER: Mapping[str, Any] = {
     "method": "paper",
+    "plan": Plan.warmup(WARM_UP),
     "cache_ratio": 1 - SHARE,
-    "warmup_steps": WARM_UP,
-    "speculative_steps": 2,
-    "refresh_interval": 0,
-    "selective_importance": True,
 }
 RUNS: Mapping[str, Mapping[str, Any]] = {
     "paper": {},
-    "no look-ahead": {"speculative_steps": 0},
-    "3 speculative steps": {"speculative_steps": 3},
-    "4 speculative steps": {"speculative_steps": 4},
-    "no starvation": {"starvation": 0.0},
-    "starvation 0.1": {"starvation": 0.1},
-    "no class C2": {"reuse_share": 0.0},
+    "no look-ahead": {"plan": Plan.warmup(WARM_UP, lookahead=0)},
+    "3 speculative steps": {"plan": Plan.warmup(WARM_UP, lookahead=3)},
+    "4 speculative steps": {"plan": Plan.warmup(WARM_UP, lookahead=4)},
+    "no starvation": {"ablation": {"starvation": 0.0}},
+    "starvation 0.1": {"ablation": {"starvation": 0.1}},
+    "no class C2": {"ablation": {"reuse_share": 0.0}},
     "C3 reuses, too": {"forecast": "reuse"},
-    "C3 in 0..1000": {"forecast": "mean-1000"},
     "own history": {"method": "history"},
 }
 """Changes to `PAPER`: table 4, figure 5a and the ablation of figure 8."""

@@ -25,14 +25,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx
 
-from specdiff.analysis import Analysis
 from specdiff.compiler import ALL_QUERIES, program_compiler
 from specdiff.evaluation.measures import flop_counter
-from specdiff.inspect.explaining import attempt
 from specdiff.models.subject import Subject, find_subject, quiet_libraries
 from specdiff.options import Options
-from specdiff.passes.lower import LoweredPrograms
-from specdiff.runtime.importance import per_sample
+from specdiff.passes.emit.lower import LoweredPrograms
+from specdiff.pipeline import Analysis, attempt
+from specdiff.runtime.tokens.importance import per_sample
+from specdiff.settings import IMPORTANCE_QUERIES
 
 QUERIES = (32, 64, 128, 256, 512)
 KEPT = (0.5, 0.25, 0.1, 0.05)
@@ -101,7 +101,7 @@ def watched(record: Measured, costs: dict[str, Any], timed: bool) -> Callable[..
             if not costs:
                 least = Dense(found, 0).flops(values)
                 costs["flops"] = {q: samples[q].flops(values) / least - 1 for q in QUERIES}
-                costs["default"] = Options().importance_queries
+                costs["default"] = IMPORTANCE_QUERIES
                 if timed:
                     costs["seconds"] = slower(found, costs["default"], values)
             if calls % EVERY == 0:

@@ -30,7 +30,7 @@ from specdiff.measure.methods import (
 )
 from specdiff.measure.timing import in_turns, timed
 from specdiff.models.subject import Request, emoji, quiet_libraries
-from specdiff.runtime.recording import Recording
+from specdiff.runtime.records.recording import Recording
 
 STEPS = 28
 

@@ -25,7 +25,7 @@ from specdiff.models.subject import Subject, find_subject
 
 WEIGHTS = Path("examples/training/textures/textures.safetensors")
 REACH = 0.5
-"""How far a line is followed, as a share of its span; as in `specdiff.runtime.forecast`."""
+"""How far a line is followed, as a share of its span; as in `specdiff.runtime.tokens.forecast`."""
 Point = tuple[float, Tensor]
 """A time and what the model said then."""
 

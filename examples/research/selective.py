@@ -20,10 +20,11 @@ from torch import Tensor
 
 from specdiff.measure.comparison import psnr
 from specdiff.models.subject import find_subject
+from specdiff.plan import Plan
 from specdiff.program import Evaluation, Programs
-from specdiff.runtime.dispatch import Runtime
-from specdiff.runtime.history import History
-from specdiff.runtime.importance import SCORERS
+from specdiff.runtime.step.dispatch import Runtime
+from specdiff.runtime.tokens.history import History
+from specdiff.runtime.tokens.importance import SCORERS
 
 WEIGHTS = Path("examples/training/textures/textures.safetensors")
 STARVATION = 0.1
@@ -146,7 +147,8 @@ def main() -> None:
     subject = find_subject(wanted.model, wanted.weights, torch.device("cpu"))
     pipeline, requests = subject.load(), subject.tuning_requests(wanted.pictures)
     references = [subject.picture(subject.draw(pipeline, request)) for request in requests]
-    options = {"cache_ratio": wanted.cache_ratio, "inner_backend": "eager", **subject.options}
+    options = {"plan": Plan.tapered(4), "cache_ratio": wanted.cache_ratio, "inner_backend": "eager"}
+    options |= subject.options
     untouched, answer, kept = pipeline.transformer, Runtime.__call__, SCORERS["history"]
     for name, scored, strength in trials():
         if wanted.only and name not in wanted.only:

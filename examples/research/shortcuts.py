@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from specdiff.models.subject import find_subject, quiet_libraries
-from specdiff.runtime.importance import per_sample
+from specdiff.runtime.tokens.importance import per_sample
 
 KEPT = (0.5, 0.25, 0.1)
 STEPS = {step + back for step in (3, 11, 21) for back in (0, -1, -2)}

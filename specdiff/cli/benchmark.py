@@ -46,9 +46,8 @@ def bench(
     The method is "paper", whose every later step is selective, unless an option says otherwise.
     """
     options = {"method": "paper", **parse_options(option or [])}
-    for name in ("cache_ratio", "plan", "quality"):
-        if name in options:
-            raise OptionError(f"{name}: the ratios take its place, give --ratio")
+    if "cache_ratio" in options:
+        raise OptionError("cache_ratio: the ratios take its place, give --ratio")
     require_compiler()
     from specdiff.bench.geometries import build, require_known
     from specdiff.bench.measure import measure, type_of

@@ -39,7 +39,8 @@ def demo(
         Path | None, typer.Option("--json", help="Where the figures go, as JSON.")
     ] = None,
     cache_ratio: Annotated[
-        float | None, typer.Option(help="Share of tokens not computed at a selective step.")
+        float | None,
+        typer.Option(help="Share of tokens not computed between dense steps; 1: none is computed."),
     ] = None,
     option: Annotated[
         list[str] | None,

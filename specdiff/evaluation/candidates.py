@@ -23,17 +23,17 @@ SPECDIFF: Mapping[str, Mapping[str, Any]] = {
     "specdiff, near-lossless": {"quality": "near-lossless"},
     "specdiff, balanced": {"quality": "balanced"},
     "specdiff, fast": {"quality": "fast"},
-    "specdiff, dense every 2": {"refresh_interval": 2},
-    "specdiff, dense every 3": {"refresh_interval": 3},
-    "specdiff, dense every 5": {"refresh_interval": 5},
-    "specdiff, dense every 8": {"refresh_interval": 8},
-    "specdiff, no correction": {"correction": False},
-    "specdiff, ratio 0.75": {"cache_ratio": 0.75},
-    "specdiff, ratio 0.9": {"cache_ratio": 0.9},
+    "specdiff, dense every 2": {"plan": Plan.tapered(2).to_json()},
+    "specdiff, dense every 3": {"plan": Plan.tapered(3).to_json()},
+    "specdiff, dense every 5": {"plan": Plan.tapered(5).to_json()},
+    "specdiff, dense every 8": {"plan": Plan.tapered(8).to_json()},
+    "specdiff, no correction": {"ablation": {"correction": False}},
+    "specdiff, ratio 0.75": {"plan": Plan.tapered(4).to_json(), "cache_ratio": 0.75},
+    "specdiff, ratio 0.9": {"plan": Plan.tapered(4).to_json(), "cache_ratio": 0.9},
     "specdiff, paper 0.75": {"method": "paper", "cache_ratio": 0.75},
     "specdiff, paper 0.9": {"method": "paper", "cache_ratio": 0.9},
 }
-"""Options by name; a default that is tuned belongs in `specdiff.options`, not here."""
+"""Options by name; a default that is tuned belongs in `specdiff.settings`, not here."""
 DIGEST = 6
 """Letters of the hash of a plan's file in the name of its method."""
 

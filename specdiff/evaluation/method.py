@@ -10,7 +10,7 @@ import torch
 
 from specdiff.errors import SpecdiffError
 from specdiff.models.subject import STEPS
-from specdiff.runtime.stats import Stats
+from specdiff.runtime.records.stats import Stats
 from specdiff.settings import QUALITIES
 
 OURS = "specdiff"

@@ -17,8 +17,7 @@ from specdiff.measure.comparison import psnr
 from specdiff.measure.machine import usable_device
 from specdiff.measure.progress import progress_bar
 from specdiff.models.subject import Subject, find_subject
-from specdiff.settings import PLAN_SETTINGS
-from specdiff.tuning import Likeness, Tell, Tuned, tune
+from specdiff.tuning import TUNED_OPTIONS, Likeness, Tell, Tuned, tune
 
 
 def _negative_distance(picture: Tensor, reference: Tensor) -> float:
@@ -73,7 +72,7 @@ def _tune(wanted: Tuning, subject: Subject, likeness: Likeness, target: float, t
     pipeline = subject.load()
     requests = subject.tuning_requests(wanted.prompts + wanted.held_back)
     options = {**subject.options, **wanted.options}
-    settings = {name: options.pop(name) for name in PLAN_SETTINGS if name in options}
+    tuned_with = {name: options.pop(name) for name in TUNED_OPTIONS if name in options}
     compiled: Any = torch.compile(
         pipeline.transformer, backend="specdiff", fullgraph=True, options=options
     )
@@ -91,5 +90,5 @@ def _tune(wanted: Tuning, subject: Subject, likeness: Likeness, target: float, t
         likeness=likeness,
         budget=wanted.budget,
         tell=tell,
-        **settings,
+        **tuned_with,
     )

@@ -9,10 +9,10 @@ import torch
 from torch import fx, nn
 
 from specdiff import torch_adapter
-from specdiff.analysis import Analysis, concluded, guarded, module_states, refusal, trace
-from specdiff.inspect.export import publish
+from specdiff.inspect.publish import publish
 from specdiff.inspect.report import Report, report_of
 from specdiff.options import Options
+from specdiff.pipeline import attempt
 
 
 def explain(
@@ -26,7 +26,8 @@ def explain(
     Args:
         model: The model, compiled or not.
         args: Its inputs, and `kwargs` those by name.
-        options: As of `torch.compile(options=...)`, for the schedule and the dumps.
+        options: As of `torch.compile(options=...)`, for the schedule and the dumps; a mapping, as
+            keywords are the model's inputs.
         kwargs: Inputs by name.
 
     Raises:
@@ -36,7 +37,7 @@ def explain(
     reports: list[Report] = []
 
     def collect(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        reports.append(report_of(attempt(module, inputs, known), known))
+        reports.append(report_of(attempt(module, inputs, known, publish=publish), known))
         return module.forward
 
     with torch.no_grad():
@@ -44,21 +45,3 @@ def explain(
     if not reports:
         return Report(False, "the model was not traced: Dynamo found no tensor operation")
     return next((report for report in reports if report.selective), reports[0])
-
-
-def attempt(
-    module: fx.GraphModule, inputs: Sequence[Any], options: Options, verify: bool = False
-) -> Analysis | str:
-    """The analysis of one Dynamo graph of static shapes, or the reason why it runs dense.
-
-    With `verify`, each pass is checked to keep what the graph computes.
-    """
-    reason = refusal(inputs)
-    if reason is not None:
-        return reason
-    traced = guarded(lambda: trace(module, inputs, options, verify))
-    if isinstance(traced, str):
-        return traced
-    analysis = concluded(traced, module_states(module, inputs), options)
-    publish(analysis, traced.dump, options)
-    return analysis

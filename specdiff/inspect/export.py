@@ -5,24 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from specdiff import torch_adapter
-from specdiff.analysis import Analysis
 from specdiff.options import Options
-from specdiff.passes.dump import Dump, unfailing
-
-
-def publish(found: Analysis | str, dump: Dump | None, options: Options) -> None:
-    """Drawings and report of a graph, for the dump and for tlparse; nothing it does can fail."""
-    if dump is None and not torch_adapter.traces_artifacts():
-        return
-
-    def work() -> None:
-        for name, text in texts(found, options):
-            torch_adapter.trace_artifact(f"specdiff_{name}", text)
-            if dump is not None:
-                (dump.folder / name).write_text(text, encoding="utf-8")
-
-    unfailing(work)
+from specdiff.pipeline import Analysis
 
 
 def texts(found: Analysis | str, options: Options) -> Iterator[tuple[str, str]]:

@@ -13,7 +13,7 @@ from specdiff.inspect.drawing import COLOURS, to_dot, to_svg
 from specdiff.inspect.graph import Drawing, block_graph, block_path, region_graph, short_count
 from specdiff.inspect.report import RATIOS, Prediction, Report
 from specdiff.measure.machine import MachineRates
-from specdiff.passes.regions import Region
+from specdiff.passes.plan.regions import Region
 
 HARDLY_SEEN, PLAINLY_SEEN = 40, 30
 """PSNR in dB: a rule of thumb, which the page calls one. Nobody was asked what they see."""

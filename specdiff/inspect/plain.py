@@ -8,8 +8,8 @@ from typing import Any
 
 from specdiff.inspect.report import RATIOS, Report
 from specdiff.measure.machine import MachineRates
-from specdiff.passes.cost import Work
-from specdiff.passes.regions import Region
+from specdiff.passes.plan.cost import Work
+from specdiff.passes.plan.regions import Region
 
 SCHEMA = 1
 """Number of the record's layout; grows when a field changes its meaning or goes away."""

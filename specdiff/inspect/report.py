@@ -9,17 +9,17 @@ from dataclasses import dataclass, field
 import sympy
 from torch import fx
 
-from specdiff.analysis import Analysis
 from specdiff.measure.machine import MachineRates
 from specdiff.options import Options
 from specdiff.passes.base import PassRecord
-from specdiff.passes.cost import CostModel, Sizes, Work
-from specdiff.passes.listing import name_of
-from specdiff.passes.quantize import uncoded
-from specdiff.passes.regions import Region, dense_work, selective_work
-from specdiff.passes.signature import module_path
+from specdiff.passes.graph.listing import name_of
+from specdiff.passes.plan.cost import CostModel, Sizes, Work
+from specdiff.passes.plan.quantize import uncoded
+from specdiff.passes.plan.regions import Region, dense_work, selective_work
+from specdiff.passes.plan.signature import module_path
+from specdiff.pipeline import Analysis
 from specdiff.program import Segment
-from specdiff.runtime.schedule import Place, Schedule, active_tokens
+from specdiff.runtime.tokens.schedule import Place, Schedule, active_tokens
 from specdiff.settings import Settings
 
 RATIOS = (0.5, 0.75, 0.9, 0.95)
@@ -141,7 +141,7 @@ class Report:
         counts = {count for kind, count, _ in plan if kind == "selective"}
         partial = {count: self.step_seconds(rates, count) for count in counts}
         seconds = {self.sizes.tokens: dense, 0: skipped, **partial}
-        ahead = max(self.settings.speculative_steps - 1, 0) * dense if partial else 0.0
+        ahead = max(self.settings.plan.lookahead - 1, 0) * dense if partial else 0.0
         run = sum(seconds[count] for _, count, _ in plan) + ahead
         return Prediction(dense, next(iter(partial.values()), None), skipped, run, steps * dense)
 

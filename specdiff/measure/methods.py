@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import specdiff
 from specdiff import torch_adapter
 from specdiff.measure.comparison import Method
 from specdiff.models.demo import built_in_prompts
 from specdiff.models.subject import Request, Subject
 from specdiff.options import Options
-from specdiff.runtime.recording import StepRecord
+from specdiff.runtime.api import record, stats
+from specdiff.runtime.records.recording import StepRecord
 
 BUILT_IN = 4
 """Built-in prompts drawn when none is given: as many rows as a screen shows."""
@@ -78,7 +78,7 @@ def _selective(setting: Setting, name: str, options: Mapping[str, object]) -> Me
         name,
         setting.steps,
         generate,
-        lambda: specdiff.stats(compiled),
+        lambda: stats(compiled),
         options,
         model=compiled,
     )
@@ -103,7 +103,7 @@ def record_methods(
     for method in methods:
         for request in requests if method.model is not None else ():
             assert method.model is not None
-            with specdiff.record(method.model) as recording:
+            with record(method.model) as recording:
                 method.generate(request)
             recorded.setdefault(method.name, []).append(recording.steps)
     return recorded

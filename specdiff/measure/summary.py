@@ -32,7 +32,7 @@ def _finite(value: float, digits: int = 4) -> float | None:
 def plain(options: Mapping[str, object]) -> dict[str, Json]:
     """Options that are set, as JSON takes them."""
     return {
-        name: value if isinstance(value, bool | int | float | str) else str(value)
+        name: value if isinstance(value, bool | int | float | str | dict) else str(value)
         for name, value in options.items()
         if value is not None
     }

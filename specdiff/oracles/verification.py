@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from specdiff import torch_adapter
-from specdiff.analysis import Analysis, guarded, module_states, trace
 from specdiff.compiler import ALL_QUERIES, program_compiler, programs_of
-from specdiff.inspect.explaining import attempt
+from specdiff.inspect.publish import publish
 from specdiff.inspect.report import Report, report_of
 from specdiff.options import Options
 from specdiff.oracles.checks import (
@@ -32,9 +31,10 @@ from specdiff.oracles.checks import (
     of_block,
     random_active,
 )
-from specdiff.passes.block import plan_block
-from specdiff.passes.lower import BlockPrograms
-from specdiff.passes.quantize import quantized
+from specdiff.passes.emit.lower import BlockPrograms
+from specdiff.passes.plan.block import plan_block
+from specdiff.passes.plan.quantize import quantized
+from specdiff.pipeline import Analysis, attempt, guarded, module_states, trace
 
 TOLERANCES: Mapping[torch.dtype, float] = {
     torch.float64: 1e-9,
@@ -47,6 +47,8 @@ of sums taken in another order, some layers deep."""
 CODED_TOLERANCES: Mapping[str | None, float] = {None: 0.0, "int8": 3e-2, "fp8_e4m3": 1e-1}
 """What is accepted at least where caches hold codes of that `kv_cache_dtype`."""
 ACTIVE_SHARE = 0.3
+EXACT = Options(inner_backend="eager", ablation={"importance_queries": None})
+"""All query rows measure importance, which then is the same whatever rows are computed."""
 
 
 @dataclass(frozen=True)
@@ -110,29 +112,29 @@ def verify(
     model: nn.Module,
     *args: Any,
     tolerance: float | None = None,
-    timestep_arg: str | None = None,
-    kv_cache_dtype: str | None = None,
+    options: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Verification:
     """Run `model` once on these inputs, and oracles 1 to 3 on every graph of it.
 
     Oracles 2 and 3 need the inputs of a later step: the latent moved by a third of its standard
     deviation. `tolerance` is relative to the largest magnitude of a value; by default it follows
-    the dtype of the output (`TOLERANCES`). `timestep_arg` and `kv_cache_dtype` are the options of
-    these names; with the latter, the error of oracle 1 is what the codes cost. Needs memory for two
-    sets of caches. Raises OptionError for a value that is no option's.
+    the dtype of the output (`TOLERANCES`). `options` are those of `torch.compile(options=...)`, as
+    keywords are the model's inputs; with `kv_cache_dtype` the error of oracle 1 is what the
+    codes cost. Needs memory for two sets of caches. Raises
+    OptionError for an unknown option or a value out of range.
     """
-    options = Options(timestep_arg=timestep_arg, kv_cache_dtype=kv_cache_dtype)
+    known, _ = Options.parse(dict(options or {}), torch_adapter.inductor_keys())
     verdicts: list[GraphVerdict] = []
 
     def backend(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        found = attempt(module, inputs, options, verify=True)
+        found = attempt(module, inputs, known, verify=True, publish=publish)
         alone = isinstance(found, Analysis) and found.signature.time is not None
-        blocks = [] if alone else _blocks(module, inputs, options)
+        blocks = [] if alone else _blocks(module, inputs, known)
 
         def run(*values: Any) -> Any:
             pairs = _every_pair(module, found, blocks, values)
-            verdicts.append(_verdict(found, pairs, options, tolerance))
+            verdicts.append(_verdict(found, pairs, known, tolerance))
             return module(*values)
 
         return run
@@ -194,7 +196,7 @@ def _block_pairs(block: BlockPlan, inputs: Sequence[Any]) -> Iterator[Pair]:
 
 
 def _pairs(module: fx.GraphModule, found: Analysis, inputs: Sequence[Any]) -> Iterator[Pair]:
-    programs = programs_of(found, Options(importance_queries=None, inner_backend="eager"), {})
+    programs = programs_of(found, EXACT, {})
     signature = found.signature
     count = max(len(signature.lengths), round(ACTIVE_SHARE * signature.prunable_tokens))
     device = signature.tokens.device

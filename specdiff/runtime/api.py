@@ -12,18 +12,18 @@ from torch import Tensor
 
 from specdiff.errors import NotCompiledError, OptionError
 from specdiff.options import Options, check_overrides
-from specdiff.runtime.attach import Attachment
-from specdiff.runtime.dispatch import Runtime
-from specdiff.runtime.recording import Recording
-from specdiff.runtime.registry import (
+from specdiff.runtime.blocks.attach import Attachment
+from specdiff.runtime.records.recording import Recording
+from specdiff.runtime.records.stats import Counters, Stats
+from specdiff.runtime.step.dispatch import Runtime
+from specdiff.runtime.streams.registry import (
     ModelState,
     Session,
     find_or_create,
     require_module,
     state_of,
 )
-from specdiff.runtime.stats import Counters, Stats
-from specdiff.runtime.times import KnownTimes
+from specdiff.runtime.streams.time_tables import KnownTimes
 
 
 def stats(compiled: torch.nn.Module) -> Stats:
@@ -68,8 +68,8 @@ def reset(compiled: torch.nn.Module) -> None:
         runtime.known_times = KnownTimes()
 
 
-def configure(compiled: torch.nn.Module, **settings: Any) -> None:
-    """Change settings of a model, from the next evaluation on, without recompiling.
+def configure(compiled: torch.nn.Module, **options: Any) -> None:
+    """Change options of a model, from the next evaluation on, without recompiling.
 
     Works before the first call, too. None returns an option to its default.
 
@@ -77,7 +77,7 @@ def configure(compiled: torch.nn.Module, **settings: Any) -> None:
         OptionError: an unknown name, an option fixed at compile time, or a value out of range.
         NotCompiledError: the module has no parameters to be known by.
     """
-    overrides = check_overrides(settings)
+    overrides = check_overrides(options)
     find_or_create(compiled).overrides.update(overrides)
 
 
@@ -126,9 +126,9 @@ def attach(model: torch.nn.Module, **options: Any) -> Attachment:
 def session(
     compiled: torch.nn.Module,
     timesteps: Tensor | Sequence[float] | None = None,
-    **settings: Any,
+    **options: Any,
 ) -> Session:
-    """A context whose calls of the model form streams of their own, under their own settings.
+    """A context whose calls of the model form streams of their own, under their own options.
 
     Args:
         compiled: the compiled model.
@@ -141,15 +141,15 @@ def session(
             stand for the same time inputs of the model in every session, until `reset`: where they
             do not, selective steps give NaN. Without it times are read, and conditions made anew
             at every call are compared by value.
-        settings: override those of the model while the session is active.
+        options: override those of the model while the session is active.
 
     Raises:
-        OptionError: settings as in `configure`, or times that are empty, not finite, or not in
+        OptionError: options as in `configure`, or times that are empty, not finite, or not in
             one direction.
         NotCompiledError: the module has no parameters to be known by.
     """
     times = None if timesteps is None else _checked(timesteps)
-    return Session(find_or_create(compiled), times, settings)
+    return Session(find_or_create(compiled), times, options)
 
 
 def _known_state(compiled: torch.nn.Module) -> ModelState:

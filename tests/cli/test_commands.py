@@ -1,7 +1,5 @@
 """The commands, run as a shell would; the real demo is marked slow."""
 
-import ast
-import dataclasses
 import json
 from importlib.metadata import version
 from pathlib import Path
@@ -14,8 +12,6 @@ from specdiff.cli.common import make_folders, parse_options
 from specdiff.cli.main import main
 from specdiff.errors import OptionError
 from specdiff.inspect import target
-from specdiff.options import Options
-from specdiff.settings import METHOD_DEFAULTS
 from tests.measure.standins import stand_ins
 
 
@@ -30,27 +26,6 @@ def test_options_are_read_as_literals_or_text() -> None:
 def test_wrong_options_are_refused(pair: str) -> None:
     with pytest.raises(OptionError, match=r"cache_ratio|mode='nosuch': must be one of 'default'"):
         parse_options([pair])
-
-
-def test_readme_explains_every_option() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    explained = {line.split("`")[1] for line in readme.splitlines() if line.startswith("| `")}
-    assert explained == {option.name for option in dataclasses.fields(Options)}
-
-
-def test_readme_states_the_defaults() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    fixed = {option.name: option.default for option in dataclasses.fields(Options)}
-    stated = set()
-    for line in readme.splitlines():
-        if not line.startswith("| `") or " Default: " not in line:
-            continue
-        name, said = line.split("`")[1], line.rpartition(" Default: ")[2].rstrip(" |")
-        usual, _, paper = said.partition('; `"paper"`: ')
-        expected = [METHOD_DEFAULTS[m].get(name, fixed[name]) for m in ("history", "paper")]
-        assert [ast.literal_eval(text.strip("`")) for text in (usual, paper or usual)] == expected
-        stated.add(name)
-    assert stated >= set(METHOD_DEFAULTS["history"])
 
 
 def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

@@ -21,12 +21,20 @@ from specdiff.inspect.runs import comparison_page, recording_page
 from specdiff.inspect.steps import VEILS, share_computed, veil
 from specdiff.inspect.terminal import render
 from specdiff.measure.machine import MachineRates
-from specdiff.runtime.recording import COMPUTED, FORECAST, REUSED, Clock, Recording, StepRecord
+from specdiff.plan import Plan
+from specdiff.runtime.records.recording import (
+    COMPUTED,
+    FORECAST,
+    REUSED,
+    Clock,
+    Recording,
+    StepRecord,
+)
 from tests.measure.standins import REQUESTS, SIDE, noise_picture, stand_ins
 from tests.models import ZOO, flux
 
 RATES = MachineRates(flops_per_second=1e9, bytes_per_second=1e12)
-OPTIONS = {"cache_ratio": 0.5, "warmup_steps": 2, "refresh_interval": 0, "method": "paper"}
+OPTIONS = {"method": "paper", "plan": Plan.warmup(2), "cache_ratio": 0.5}
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ def caches_of(found: Traced) -> list[Tensor]:
 
 def importance_of(found: Traced, sample: int | None = None) -> Tensor:
     """What a dense step measures from so many queries, or all, on the first call's inputs."""
-    options = Options(importance_queries=sample, inner_backend="eager")
+    options = Options(ablation={"importance_queries": sample}, inner_backend="eager")
     programs = programs_of(found.analysis, options, {})
     return programs.dense(found.flat[0], caches_of(found)).importance
 
