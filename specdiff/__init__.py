@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from specdiff.compiler import backend
     from specdiff.errors import NotCompiledError, OptionError, SpecdiffError
+    from specdiff.inspect.explaining import explain
+    from specdiff.inspect.report import Report
     from specdiff.options import Options
+    from specdiff.oracles.verification import Verification, verify
     from specdiff.plan import Plan
-    from specdiff.report import Report, explain
     from specdiff.runtime.api import attach, configure, detach, record, reset, session, stats
     from specdiff.runtime.blocks.attach import Attachment
     from specdiff.runtime.records.recording import Recording, StepRecord
     from specdiff.runtime.records.stats import Stats
     from specdiff.runtime.streams.registry import Session
     from specdiff.tuning import Tuned, tune
-    from specdiff.verification import Verification, verify
 
     __version__: str
 
@@ -30,23 +31,23 @@ _HOMES = {
     "backend": "specdiff.compiler",
     "configure": "specdiff.runtime.api",
     "detach": "specdiff.runtime.api",
-    "explain": "specdiff.report",
+    "explain": "specdiff.inspect.explaining",
     "record": "specdiff.runtime.api",
     "reset": "specdiff.runtime.api",
     "session": "specdiff.runtime.api",
     "stats": "specdiff.runtime.api",
     "tune": "specdiff.tuning",
-    "verify": "specdiff.verification",
+    "verify": "specdiff.oracles.verification",
     "Attachment": "specdiff.runtime.blocks.attach",
     "Options": "specdiff.options",
     "Plan": "specdiff.plan",
     "Recording": "specdiff.runtime.records.recording",
-    "Report": "specdiff.report",
+    "Report": "specdiff.inspect.report",
     "Session": "specdiff.runtime.streams.registry",
     "StepRecord": "specdiff.runtime.records.recording",
     "Stats": "specdiff.runtime.records.stats",
     "Tuned": "specdiff.tuning",
-    "Verification": "specdiff.verification",
+    "Verification": "specdiff.oracles.verification",
     "NotCompiledError": "specdiff.errors",
     "OptionError": "specdiff.errors",
     "SpecdiffError": "specdiff.errors",

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specdiff.comparison import psnr
 from specdiff.errors import OptionError, SpecdiffError
+from specdiff.measure.comparison import psnr
 from specdiff.options import check_overrides
 from specdiff.plan import Plan
 from specdiff.runtime.api import record, session

@@ -27,6 +27,9 @@ WALLS = [
     ("runtime.streams", "runtime.step", "a stream remembers what steps did and calls none"),
     ("passes.rules", "passes.plan", "what an operator does is true under every plan"),
     ("passes.plan", "passes.emit", "what to compute is decided before it is written down"),
+    ("models", "measure", "a model is drawn with, whoever measures it"),
+    ("inspect", "evaluation", "what is shown of a model is not what was measured of many methods"),
+    ("evaluation", "cli", "commands hand work on; who does it knows no command line"),
 ]
 
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import specdiff
-from specdiff import cli
-from specdiff.comparison import psnr
-from specdiff.demo import held_out_prompts
+from specdiff.cli.main import main
 from specdiff.errors import OptionError, SpecdiffError
-from specdiff.evaluation.subject import MODELS, TUNING_SEED, emoji, find_subject
+from specdiff.measure.comparison import psnr
+from specdiff.models.demo import held_out_prompts
+from specdiff.models.subject import MODELS, TUNING_SEED, emoji, find_subject
+from specdiff.models.textures import CLASSES
 from specdiff.plan import Plan
-from specdiff.textures import CLASSES
 from specdiff.tuning import Search, Spent, Tuned, spaced, tune
 from tests.runtime.toy import Euler, toy
 
@@ -251,7 +251,7 @@ def test_what_is_measured_is_what_the_readme_says():
 def ran(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["specdiff", "tune", *map(str, arguments)])
     try:
-        cli.main()
+        main()
     except SystemExit as end:
         return end.code
     return 0

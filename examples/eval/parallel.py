@@ -23,11 +23,12 @@ import torch
 import typer
 
 from specdiff.evaluation.campaign import LATENTS, RESULTS
-from specdiff.evaluation.candidates import Candidate, all_candidates
-from specdiff.evaluation.cli import WEIGHTS
-from specdiff.evaluation.subject import find_subject
+from specdiff.evaluation.candidates import all_candidates
+from specdiff.evaluation.method import Candidate
+from specdiff.models.subject import find_subject
 
-COMMAND = (sys.executable, "-c", "from specdiff.cli import main; main()", "eval")
+WEIGHTS = Path("examples/training/textures/textures.safetensors")
+COMMAND = (sys.executable, "-c", "from specdiff.cli.main import main; main()", "eval")
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Wanted:
         """One `specdiff eval` of these methods in a folder of its own, on one thread."""
         folder.mkdir(parents=True, exist_ok=True)
         names = [part for name in methods for part in ("--method", name)]
-        arguments = ["--model", self.model, "--device", self.device, "--out", str(folder)]
+        arguments = ["--model", self.model, "--weights", str(WEIGHTS)]
+        arguments += ["--device", self.device, "--out", str(folder)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         with (folder / "log").open("wb") as log:
             return subprocess.Popen(

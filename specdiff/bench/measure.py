@@ -2,16 +2,16 @@
 
 One process, the methods taking turns (A B A B), real sampling loops, medians. Every program is also
 timed by itself, beside its floor: the larger of its FLOPs over the matrix rate of the machine and
-its bytes over the copy rate (`specdiff.machine`, `specdiff.passes.plan.cost`).
+its bytes over the copy rate (`specdiff.measure.machine`, `specdiff.passes.plan.cost`).
 """
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -21,15 +21,16 @@ import specdiff
 from specdiff import torch_adapter
 from specdiff.bench.geometries import Sampler
 from specdiff.errors import SpecdiffError, Unsupported
-from specdiff.machine import MachineRates, wait
-from specdiff.memory import peak, reset_peak
+from specdiff.inspect.explaining import explain
+from specdiff.measure.machine import MachineRates
+from specdiff.measure.memory import peak, reset_peak
+from specdiff.measure.timing import in_turns, timed
 from specdiff.options import Options
 from specdiff.passes.emit.lower import TIMETABLE, TIMETABLE_ROW, named_for
 from specdiff.passes.plan.cost import Sizes
 from specdiff.passes.plan.regions import dense_work, selective_work
 from specdiff.pipeline import Analysis
 from specdiff.program import Evaluation, Programs
-from specdiff.report import explain
 from specdiff.runtime.step.dispatch import Runtime
 from specdiff.runtime.streams.registry import find_or_create
 
@@ -138,15 +139,6 @@ class TimedPrograms:
         return result
 
 
-def timed(work: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
-    """What `work` returns, and the seconds until the device has done it."""
-    wait(device)
-    start = time.perf_counter()
-    result = work()
-    wait(device)
-    return result, time.perf_counter() - start
-
-
 def measure(
     sampler: Sampler,
     rates: MachineRates,
@@ -172,6 +164,7 @@ def measure(
     _, inductor = Options.parse(options, torch_adapter.inductor_keys())
     inductor = torch_adapter.inductor_settings(inductor, mode)
     torch.compiler.reset()
+    device = sampler.noise.device
     trials = [Trial(0.0, compiled(sampler, backend, inductor))]
     rewritten = compiled(sampler, "specdiff", {**options, **inductor})
     trials += [Trial(ratio, rewritten) for ratio in ratios]
@@ -179,14 +172,19 @@ def measure(
         with torch_adapter.cold_caches():
             for trial in group:
                 on_run(f"compiling {label(trial)}")
-                trial.first_seconds = run(sampler, trial)
-                reset_peak(sampler.noise.device)
+                trial.first_seconds = timed(partial(run, sampler, trial), device)[1]
+                reset_peak(device)
                 run(sampler, trial)  # where CUDA graphs are recorded
-                trial.peak_bytes = peak(sampler.noise.device)
-    for number in range(1, repeats + 1):
-        for trial in trials:
-            on_run(f"round {number}: {label(trial)}")
-            trial.seconds.append(run(sampler, trial))
+                trial.peak_bytes = peak(device)
+    turns = in_turns(
+        trials,
+        range(1, repeats + 1),
+        lambda trial, number: run(sampler, trial),
+        device,
+        before=lambda trial, number: on_run(f"round {number}: {label(trial)}"),
+    )
+    for trial, _, _, seconds in turns:
+        trial.seconds.append(seconds)
     analysis = analysed(sampler)
     for trial in trials[1:]:
         on_run(f"programs of {label(trial)}")
@@ -212,19 +210,18 @@ def compiled(sampler: Sampler, backend: str, options: Mapping[str, Any]) -> Any:
     return torch.compile(sampler.model, backend=backend, fullgraph=True, options=dict(options))
 
 
-def run(sampler: Sampler, trial: Trial) -> float:
-    """Seconds of one run by one method.
+def run(sampler: Sampler, trial: Trial) -> None:
+    """One run by one method.
 
     Its caches stay for the next, as in a pipeline: CUDA graphs are recorded for their addresses.
     """
-    device = sampler.noise.device
     if not trial.ratio:
-        return timed(lambda: sampler.run(trial.compiled), device)[1]
+        sampler.run(trial.compiled)
+        return
     times = sampler.timesteps()
     with specdiff.session(trial.compiled, timesteps=times, cache_ratio=trial.ratio):
-        seconds = timed(lambda: sampler.run(trial.compiled), device)[1]
+        sampler.run(trial.compiled)
         trial.cache_bytes = specdiff.stats(trial.compiled).cache_bytes
-    return seconds
 
 
 def programs_of(

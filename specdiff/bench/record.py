@@ -7,8 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from specdiff.bench.measure import Bench, Program, Trial, label
-from specdiff.memory import MEBIBYTE
-from specdiff.summary import Json, environment, plain
+from specdiff.measure.memory import MEBIBYTE
+from specdiff.measure.summary import Json, environment, plain
 
 SCHEMA = 1
 """Number of the record's layout; grows when a field changes its meaning or goes away."""

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from specdiff.errors import SpecdiffError
-from specdiff.evaluation.candidates import DENSE, Candidate, Refused
 from specdiff.evaluation.findings import Finding, Findings
 from specdiff.evaluation.measuring import (
     Bench,
@@ -23,6 +22,7 @@ from specdiff.evaluation.measuring import (
     measure_flops,
     time_pictures,
 )
+from specdiff.evaluation.method import DENSE, Candidate, Refused
 
 PHASES = ("draw", "compare", "time", "flops")
 """Any of them may be left for later, or for another machine."""

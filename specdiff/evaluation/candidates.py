@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,11 @@ import torch
 
 import specdiff
 from specdiff.errors import SpecdiffError
-from specdiff.evaluation.subject import STEPS, Subject
+from specdiff.evaluation.method import DENSE, OURS, Candidate, Prepared, compile_whole, untouched
+from specdiff.evaluation.peers import peers
+from specdiff.models.subject import STEPS, Subject
 from specdiff.plan import Plan
-from specdiff.runtime.records.stats import Stats
-from specdiff.settings import QUALITIES
 
-OURS = "specdiff"
 FEWER_STEPS = (7, 9, 12, 14, 18)
 SPECDIFF: Mapping[str, Mapping[str, Any]] = {
     "specdiff, closest": {"quality": "closest"},
@@ -38,74 +36,12 @@ SPECDIFF: Mapping[str, Mapping[str, Any]] = {
 """Options by name; a default that is tuned belongs in `specdiff.settings`, not here."""
 DIGEST = 6
 """Letters of the hash of a plan's file in the name of its method."""
-PRESETS = ("dense", *(f"{OURS}, {quality}" for quality in QUALITIES))
-"""Methods that also draw the large set for the distance between sets and the probe."""
-
-
-class Refused(SpecdiffError):
-    """The method cannot be measured on this pipeline; the message says why."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A pipeline ready to draw.
-
-    Attributes:
-        pipeline: What `Subject.draw` takes.
-        compiled: How much of the transformer torch.compile covers: graph, blocks, parts, nothing.
-        usage: Reads specdiff's counters; None for other methods.
-    """
-
-    pipeline: Any
-    compiled: str
-    usage: Callable[[], Stats] | None = None
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One method with one setting.
-
-    Attributes:
-        name: Unique; what tables show.
-        family: What its points are joined by in the plot.
-        steps: Denoising steps of a picture.
-        settings: What was set, as it is to be written down.
-        prepare: Turns a fresh pipeline into one that draws this way; raises for a reason.
-        eager: The same without compiling, for counting FLOPs; None: the runtime's counters serve.
-        is_peer: Others' work: if it fails, the table says why, and the evaluation goes on.
-    """
-
-    name: str
-    family: str
-    steps: int
-    settings: Mapping[str, Any]
-    prepare: Callable[[Any], Prepared]
-    eager: Callable[[Any], Any] | None = None
-    is_peer: bool = False
-
-    @property
-    def in_large_set(self) -> bool:
-        """Whether it is also measured on the large set."""
-        return self.name in PRESETS
-
-
-def compile_whole(pipeline: Any) -> Prepared:
-    """Compile the transformer with Inductor, one graph or an error."""
-    pipeline.transformer = torch.compile(pipeline.transformer, fullgraph=True, dynamic=False)
-    return Prepared(pipeline, "graph")
-
-
-def _untouched(pipeline: Any) -> Any:
-    return pipeline
-
-
-DENSE = Candidate("dense", "dense", STEPS, {}, compile_whole, _untouched)
 
 
 def fewer_steps() -> list[Candidate]:
     """The zero-effort baseline: the dense model, for fewer steps of the same schedule."""
     return [
-        Candidate(f"{n} steps", "fewer steps", n, {"steps": n}, compile_whole, _untouched)
+        Candidate(f"{n} steps", "fewer steps", n, {"steps": n}, compile_whole, untouched)
         for n in FEWER_STEPS
     ]
 
@@ -141,8 +77,6 @@ def _own(name: str, options: Mapping[str, Any]) -> Candidate:
 
 def all_candidates(subject: Subject, plans: Sequence[Path] = ()) -> list[Candidate]:
     """Every method, dense first, and specdiff by these plans."""
-    from specdiff.evaluation.peers import peers
-
     return [DENSE, *fewer_steps(), *own(subject, plans), *peers(subject)]
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from specdiff.errors import SpecdiffError
 from specdiff.evaluation.campaign import PHASES, RESULTS, Campaign
@@ -17,10 +16,11 @@ from specdiff.evaluation.features import Probe
 from specdiff.evaluation.findings import Findings, Plan
 from specdiff.evaluation.measuring import Bench
 from specdiff.evaluation.plot import draw_frontier
-from specdiff.evaluation.subject import STEPS, Subject, find_subject
 from specdiff.evaluation.table import markdown
-from specdiff.methods import usable_device
-from specdiff.summary import environment
+from specdiff.measure.machine import usable_device
+from specdiff.measure.progress import progress_bar
+from specdiff.measure.summary import environment
+from specdiff.models.subject import STEPS, Subject, find_subject
 
 CLOCKS: Mapping[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 TABLE, PLOT = "table.md", "frontier.png"
@@ -55,7 +55,7 @@ class Wanted:
     """The options of `specdiff eval`; see its help."""
 
     model: str
-    weights: Path
+    weights: Path | None
     device: str
     sizes: Sizes
     seed: int
@@ -114,13 +114,10 @@ def evaluate(wanted: Wanted, console: Console) -> int:
     findings = Findings.open(wanted.out / RESULTS, _plan(wanted), environment(device))
     deadline = None if wanted.minutes is None else time.monotonic() + 60 * wanted.minutes
     campaign = Campaign(_bench(wanted, subject), findings, wanted.out, deadline)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    text = TextColumn("{task.description}", markup=False)
-    with Progress(*columns, text, console=console) as progress:
-        task = progress.add_task("loading", total=len(campaign.left(candidates, phases)))
-        campaign.bench.tell = lambda line: progress.update(task, description=line)
+    with progress_bar(console, len(campaign.left(candidates, phases))) as update:
+        campaign.bench.tell = lambda line: update(description=line)
         for _ in campaign.run(candidates, phases):
-            progress.advance(task)
+            update(advance=1)
     write_reports(findings, wanted.out)
     return len(campaign.left(candidates, phases))
 

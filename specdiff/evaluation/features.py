@@ -125,7 +125,7 @@ class Probe:
 
     @classmethod
     def load(cls, file: Path) -> Probe:
-        """Read the probe that `examples/eval/train_probe.py` wrote.
+        """Read the probe that `examples/training/train_probe.py` wrote.
 
         Raises:
             SpecdiffError: There is no such file.

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from specdiff.comparison import quality
 from specdiff.evaluation.features import feature_distance, features
-from specdiff.memory import held, peak, reset_peak
+from specdiff.measure.comparison import quality
+from specdiff.measure.memory import held, peak, reset_peak
 from specdiff.runtime.records.stats import Stats
 
 

@@ -15,9 +15,7 @@ from torch import Tensor
 
 import specdiff
 from specdiff import torch_adapter
-from specdiff.comparison import Request
 from specdiff.errors import SpecdiffError
-from specdiff.evaluation.candidates import DENSE, Candidate, Prepared, Refused
 from specdiff.evaluation.features import Probe, features, kernel_distance
 from specdiff.evaluation.findings import FEATURES, FLOPS, PSNR, SPEEDUP
 from specdiff.evaluation.measures import (
@@ -27,7 +25,9 @@ from specdiff.evaluation.measures import (
     likeness,
     time_ratio,
 )
-from specdiff.evaluation.subject import STEPS, Subject
+from specdiff.evaluation.method import DENSE, Candidate, Prepared, Refused
+from specdiff.measure.timing import in_turns, timed
+from specdiff.models.subject import STEPS, Request, Subject
 
 Values = dict[str, Any]
 Tell = Callable[[str], None]
@@ -83,11 +83,11 @@ def _start(bench: Bench, candidate: Candidate, steps: int) -> tuple[Prepared, fl
     """Compile a fresh pipeline by drawing one picture; returns it and how long that took."""
     bench.tell(f"{candidate.name}: compiling")
     pipeline, request = bench.subject.load(), bench.requests[0]
+    bench.subject.embed(bench.requests)
     with _theirs(candidate):
         prepared = candidate.prepare(pipeline)
-        started = time.perf_counter()
-        bench.subject.draw(prepared.pipeline, request, steps)
-    return prepared, time.perf_counter() - started
+        _, seconds = timed(lambda: bench.subject.draw(prepared.pipeline, request, steps))
+    return prepared, seconds
 
 
 def _require_graphs(candidate: Candidate, prepared: Prepared, graphs: int) -> None:
@@ -153,28 +153,22 @@ def time_pictures(bench: Bench, candidate: Candidate) -> Values:
     shares_dense = candidate.prepare is DENSE.prepare
     dense = prepared if shares_dense else _start(bench, DENSE, steps=2)[0]
     graphs = torch_adapter.graphs_compiled()
-    times = [_pair(bench, candidate, prepared, dense, index) for index in range(bench.pairs)]
+    turns = in_turns(
+        ((DENSE, dense), (candidate, prepared)),
+        range(bench.pairs),
+        lambda one, index: _draw(bench, *one, range(index, index + 1)),
+        clock=bench.clock,
+    )
+    times = [spent for *_, spent in turns]
     if torch_adapter.graphs_compiled() != graphs:
         raise Refused(f"{candidate.name}: a graph compiled while measured")
-    dense_seconds, seconds = zip(*times, strict=True)
+    dense_seconds, seconds = times[::2], times[1::2]
     return {
         SPEEDUP: round(time_ratio(dense_seconds, seconds), 4),
         "seconds": round(statistics.median(seconds), 4),
         "seconds_each": [round(second, 4) for second in seconds],
         "dense_seconds_each": [round(second, 4) for second in dense_seconds],
     }
-
-
-def _pair(
-    bench: Bench, candidate: Candidate, prepared: Prepared, dense: Prepared, index: int
-) -> tuple[float, float]:
-    """Seconds of one request: dense, and by the method."""
-    only = range(index, index + 1)
-    started = bench.clock()
-    _draw(bench, DENSE, dense, only)
-    between = bench.clock()
-    _draw(bench, candidate, prepared, only)
-    return between - started, bench.clock() - between
 
 
 def _draw(bench: Bench, candidate: Candidate, prepared: Prepared, indices: range) -> list[Tensor]:

@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdiff.comparison import Request
-from specdiff.evaluation.candidates import Candidate, Prepared, Refused
-from specdiff.evaluation.subject import STEPS, Subject
+from specdiff.evaluation.method import Candidate, Prepared, Refused
+from specdiff.models.subject import STEPS, Request, Subject
 
 CALIBRATION_SEED = 9_000
 """Far from the seeds of the measured pictures."""

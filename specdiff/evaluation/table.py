@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from specdiff.evaluation.findings import FEATURES, FLOPS, PSNR, SPEEDUP, Finding, Findings, frontier
-from specdiff.memory import MEBIBYTE
+from specdiff.measure.memory import MEBIBYTE
 
 Cell = Callable[[Mapping[str, Any]], str]
 

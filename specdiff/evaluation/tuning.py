@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from specdiff.comparison import psnr
 from specdiff.errors import SpecdiffError
 from specdiff.evaluation.features import feature_distance, features
-from specdiff.evaluation.subject import Subject, find_subject
-from specdiff.methods import usable_device
+from specdiff.measure.comparison import psnr
+from specdiff.measure.machine import usable_device
+from specdiff.measure.progress import progress_bar
+from specdiff.models.subject import Subject, find_subject
 from specdiff.tuning import TUNED_OPTIONS, Likeness, Tell, Tuned, tune
 
 
@@ -38,7 +38,7 @@ class Tuning:
     """The options of `specdiff tune`; see its help."""
 
     model: str
-    weights: Path
+    weights: Path | None
     device: str
     measure: str
     target: float | None
@@ -60,13 +60,10 @@ def tune_subject(wanted: Tuning, console: Console) -> Tuned:
     likeness, sign, usual = MEASURES[wanted.measure]
     target = sign * (usual if wanted.target is None else wanted.target)
     subject = find_subject(wanted.model, wanted.weights, usable_device(wanted.device))
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    text = TextColumn("{task.description}", markup=False)
-    with Progress(*columns, text, console=console) as progress:
-        task = progress.add_task("compiling", total=wanted.budget)
+    with progress_bar(console, wanted.budget, "compiling") as update:
 
         def tell(spent: int, line: str) -> None:
-            progress.update(task, completed=spent, description=line)
+            update(completed=spent, description=line)
 
         return _tune(wanted, subject, likeness, target, tell)
 

@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-import networkx
-
-from specdiff.inspect.graph import block_graph, block_path, region_graph
-from specdiff.inspect.page import report_page
-from specdiff.inspect.plain import to_json
-from specdiff.inspect.svg import to_dot, to_svg
 from specdiff.options import Options
 from specdiff.pipeline import Analysis
-from specdiff.report import report_of
 
 
 def texts(found: Analysis | str, options: Options) -> Iterator[tuple[str, str]]:
-    """Names and contents of everything there is to look at; of a refused graph, the reason."""
+    """Names and contents of everything there is to look at; of a refused graph, the reason.
+
+    Drawings are missing where Graphviz is: the report says so, and holds what they are made of.
+    """
+    # here, as the compiler runs without what the pages need
+    import networkx
+
+    from specdiff.inspect.drawing import to_dot, to_svg
+    from specdiff.inspect.graph import block_graph, block_path, region_graph
+    from specdiff.inspect.page import report_page
+    from specdiff.inspect.plain import to_json
+    from specdiff.inspect.report import report_of
+
     report = report_of(found, options)
     yield "report.json", json.dumps(to_json(report), indent=2) + "\n"
     if report.analysis is None:
@@ -26,6 +31,7 @@ def texts(found: Analysis | str, options: Options) -> Iterator[tuple[str, str]]:
     block = block_graph(report.analysis, block_path(report.analysis))
     for name, graph in (("regions", regions), ("block", block)):
         yield f"{name}.dot", to_dot(graph)
-        yield f"{name}.svg", to_svg(graph)
+        if drawn := to_svg(graph):
+            yield f"{name}.svg", drawn
         yield f"{name}.graphml", "\n".join(networkx.generate_graphml(graph))
     yield "report.html", report_page(report)

@@ -9,11 +9,11 @@ import sympy
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from specdiff.inspect.graph import block_graph, block_path, region_graph, short_count
-from specdiff.inspect.svg import COLOURS, to_svg
-from specdiff.machine import MachineRates
+from specdiff.inspect.drawing import COLOURS, to_dot, to_svg
+from specdiff.inspect.graph import Drawing, block_graph, block_path, region_graph, short_count
+from specdiff.inspect.report import RATIOS, Prediction, Report
+from specdiff.measure.machine import MachineRates
 from specdiff.passes.plan.regions import Region
-from specdiff.report import RATIOS, Prediction, Report
 
 HARDLY_SEEN, PLAINLY_SEEN = 40, 30
 """PSNR in dB: a rule of thumb, which the page calls one. Nobody was asked what they see."""
@@ -84,23 +84,20 @@ def report_page(
 ) -> str:
     """What `explain` found, as HTML."""
     template = environment().get_template("explain.html")
-    return template.render(name=name, found=found_context(report, rates, steps))
+    return template.render(
+        name=name, found=found_context(report, rates, steps), drawings=drawings(report)
+    )
 
 
 def found_context(report: Report, rates: MachineRates | None, steps: int) -> dict[str, Any]:
     """What the templates show of a report."""
     if report.analysis is None:
         return {"report": report}
-    path = block_path(report.analysis)
-    regions, block = region_graph(report.analysis), block_graph(report.analysis, path)
     prediction = report.predict(rates, steps) if rates else None
     return {
         "report": report,
         "kinds": _kinds(report),
         "colours": COLOURS,
-        "regions_svg": Markup(to_svg(regions)),
-        "block_svg": Markup(to_svg(block)),
-        "block_path": path,
         "costs": _costs(report, rates),
         "rates": rates,
         "steps": steps,
@@ -109,6 +106,24 @@ def found_context(report: Report, rates: MachineRates | None, steps: int) -> dic
         "counts": count_kinds([kind for kind, _, _ in report.schedule(steps)]),
         "evaluate": report.sizes.evaluate,
     }
+
+
+def drawings(report: Report) -> dict[str, Any]:
+    """What the templates draw of a report."""
+    if report.analysis is None:
+        return {}
+    path = block_path(report.analysis)
+    return {
+        "regions": _drawn(region_graph(report.analysis)),
+        "block": _drawn(block_graph(report.analysis, path)),
+        "block_path": path,
+    }
+
+
+def _drawn(graph: Drawing[str]) -> dict[str, Any]:
+    """The drawing, or what it is to be made from where Graphviz is not installed."""
+    svg = to_svg(graph)
+    return {"svg": svg and Markup(svg), "dot": to_dot(graph)}
 
 
 def _kinds(report: Report) -> list[dict[str, Any]]:

@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from specdiff.machine import MachineRates
+from specdiff.inspect.report import RATIOS, Report
+from specdiff.measure.machine import MachineRates
 from specdiff.passes.plan.cost import Work
 from specdiff.passes.plan.regions import Region
-from specdiff.report import RATIOS, Report
 
 SCHEMA = 1
 """Number of the record's layout; grows when a field changes its meaning or goes away."""

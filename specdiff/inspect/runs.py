@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from specdiff.comparison import Comparison, Trials
-from specdiff.inspect.page import environment, found_context
+from specdiff.inspect.page import drawings, environment, found_context
+from specdiff.inspect.report import Report
 from specdiff.inspect.steps import (
     CLASS_NAMES,
     VEILS,
@@ -20,8 +20,8 @@ from specdiff.inspect.steps import (
     recorded_steps,
     share_computed,
 )
-from specdiff.machine import MachineRates
-from specdiff.report import Report
+from specdiff.measure.comparison import Comparison, Trials
+from specdiff.measure.machine import MachineRates
 from specdiff.runtime.records.recording import Recording, StepRecord
 
 Runs = Mapping[str, Sequence[Sequence[StepRecord]]]
@@ -71,6 +71,7 @@ def comparison_page(
     template = environment().get_template("demo.html")
     return template.render(
         found=found_context(report, rates, reference.method.steps),
+        drawings=drawings(report),
         prompts=[request.prompt for request in comparison.requests],
         methods=[_method(comparison, trials) for trials in comparison.trials],
         ours=_method(comparison, ours),

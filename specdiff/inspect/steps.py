@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from specdiff.inspect.page import count_kinds, with_heights
-from specdiff.picture import difference, token_map
+from specdiff.inspect.picture import difference, token_map
 from specdiff.runtime.records.recording import COMPUTED, FORECAST, REUSED, StepRecord
 
 VEILS = {

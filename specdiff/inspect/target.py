@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from specdiff.errors import SpecdiffError
-from specdiff.report import Report, explain
+from specdiff.inspect.explaining import explain
+from specdiff.inspect.report import Report
 
 DEMO = "demo"
 
@@ -121,7 +122,12 @@ def _require_running(call: Call) -> None:
 
 def demo_call(device: torch.device) -> Call:
     """The demo model and what its pipeline calls it with at the first step."""
-    from specdiff.demo import PIPELINE_SIDE, built_in_prompts, load_pipeline, prompt_embeddings
+    from specdiff.models.demo import (
+        PIPELINE_SIDE,
+        built_in_prompts,
+        load_pipeline,
+        prompt_embeddings,
+    )
 
     pipeline: Any = load_pipeline(device)
     pipeline.set_progress_bar_config(disable=True)

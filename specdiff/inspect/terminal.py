@@ -12,8 +12,8 @@ from rich.text import Text
 
 from specdiff.inspect.graph import short_count
 from specdiff.inspect.page import STEP_KINDS, found_context, pretty_formula
-from specdiff.machine import MachineRates
-from specdiff.report import Report
+from specdiff.inspect.report import Report
+from specdiff.measure.machine import MachineRates
 
 Row = tuple[object, ...]
 LETTERS = {"dense": "█", "selective": "▄", "skipped": "·"}

@@ -14,14 +14,7 @@ import torch
 from specdiff import plan as plans
 from specdiff.errors import SpecdiffError
 from specdiff.evaluation.campaign import PHASES, RESULTS, Campaign
-from specdiff.evaluation.candidates import (
-    DENSE,
-    Candidate,
-    Prepared,
-    all_candidates,
-    choose,
-    fewer_steps,
-)
+from specdiff.evaluation.candidates import all_candidates, choose, fewer_steps
 from specdiff.evaluation.findings import (
     FEATURES,
     PSNR,
@@ -32,6 +25,7 @@ from specdiff.evaluation.findings import (
     frontier,
 )
 from specdiff.evaluation.measuring import Bench
+from specdiff.evaluation.method import DENSE, Candidate, Prepared
 from specdiff.evaluation.plot import draw_frontier, frontier_figure
 from specdiff.evaluation.table import markdown
 from specdiff.settings import QUALITIES

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from specdiff.cli import app
+from specdiff.cli.main import app
 from specdiff.errors import SpecdiffError
 from specdiff.plan import Plan
 from tests.evaluation.toy import flux_subject, toy_subject

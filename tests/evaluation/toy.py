@@ -10,8 +10,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from torch import Tensor, nn
 
-from specdiff.evaluation.candidates import Candidate, Prepared
-from specdiff.evaluation.subject import STEPS, Subject
+from specdiff.evaluation.method import Candidate, Prepared
+from specdiff.models.subject import STEPS, Subject
 from tests.models import flux
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specdiff import oracles
 from specdiff.compiler import programs_of
 from specdiff.options import Options
-from specdiff.oracles import Pair, pick, random_active
+from specdiff.oracles import checks as oracles
+from specdiff.oracles.checks import Pair, pick, random_active
 from tests.models import Inputs
 from tests.oracles import Traced
 

@@ -15,9 +15,9 @@ from torch import fx, nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from specdiff import oracles
 from specdiff.errors import Unsupported
-from specdiff.oracles import Pair, random_active
+from specdiff.oracles import checks as oracles
+from specdiff.oracles.checks import Pair, random_active
 from tests.models import changed
 from tests.oracles import Traced, analyse_graph, trace
 from tests.passes.programs import Block, Spec, build, inputs_of, specs

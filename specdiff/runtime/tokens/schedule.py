@@ -16,7 +16,7 @@ from specdiff.settings import Settings
 
 ROWS = 8
 """Tokens are computed in multiples of it: matrix kernels are slower for what falls short of one
-(H100, bf16: 717 rows take 151 µs where 720 take 136; `examples/kernels.py`)."""
+(H100, bf16: 717 rows take 151 µs where 720 take 136; `examples/research/kernels.py`)."""
 UNSELECTABLE = "no tokens can be selected"
 """Why a step is dense that should compute some tokens."""
 MANY_ROWS = 8 * ROWS

@@ -14,7 +14,7 @@ from torch._inductor.graph import GraphLowering
 
 from specdiff import torch_adapter
 from specdiff.errors import Fault
-from specdiff.oracles import pick, random_active
+from specdiff.oracles.checks import pick, random_active
 from specdiff.passes.emit.lower import LoweredPrograms
 from specdiff.passes.emit.rows import emit_selective
 from specdiff.runtime.streams.caches import CachePool

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree
@@ -20,7 +21,6 @@ from torch import Tensor, fx, nn
 import specdiff
 from specdiff import pipeline, torch_adapter
 from specdiff.compiler import specdiff_backend
-from specdiff.inspect import export
 from specdiff.passes.base import PassRecord
 from specdiff.passes.graph.dump import Dump
 from specdiff.plan import Plan
@@ -166,10 +166,11 @@ def test_drawings_and_report_lie_beside_the_code(dumped):
     folder, _, _ = dumped
     for name in ("regions", "block"):
         graph = networkx.read_graphml(folder / f"{name}.graphml")
-        root = xml.etree.ElementTree.parse(folder / f"{name}.svg").getroot()
-        drawn = [e for e in root.iter() if e.tag.endswith("}rect")]
-        assert len(drawn) == len(graph) > 8
-        assert (folder / f"{name}.dot").read_text().count("fillcolor") == len(graph)
+        assert (folder / f"{name}.dot").read_text().count("fillcolor") == len(graph) > 8
+        if shutil.which("dot"):
+            root = xml.etree.ElementTree.parse(folder / f"{name}.svg").getroot()
+            drawn = [e for e in root.iter() if e.get("class", "").startswith("node")]
+            assert len(drawn) == len(graph)
     assert json.loads((folder / "report.json").read_text())["selective"] is True
     assert "What was found" in (folder / "report.html").read_text()
 
@@ -204,7 +205,7 @@ def test_a_fault_in_a_drawing_stops_nothing(tmp_path, caplog, monkeypatch):
     def broken(*_: Any) -> str:
         raise RuntimeError("no such colour")
 
-    monkeypatch.setattr(export, "to_svg", broken)
+    monkeypatch.setattr("specdiff.inspect.drawing.to_svg", broken)
     model, inputs = flux(1, 0, rows=4, columns=5, batch=1)
     with caplog.at_level(logging.WARNING, logger="specdiff"):
         run(model, inputs, dump_dir=tmp_path)
@@ -282,7 +283,7 @@ def test_torch_logs_and_torch_trace(tmp_path):
     text = log.read_text()
     for name in (
         *PASSES,
-        "regions.svg",
+        "regions.graphml",
         "block.dot",
         "report.json",
         "program_selective_10_measured",

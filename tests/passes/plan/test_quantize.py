@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from specdiff import pipeline
 from specdiff.options import KV_CACHE_DTYPES, Options
-from specdiff.oracles import all_active, coded, idempotence, random_active
+from specdiff.oracles.checks import all_active, coded, idempotence, random_active
 from specdiff.passes.emit.rows import emit_selective
 from specdiff.passes.emit.whole import emit_dense
 from specdiff.passes.graph.writer import GraphWriter

@@ -17,7 +17,7 @@ from torch._inductor.graph import GraphLowering
 
 from specdiff import compiler, torch_adapter
 from specdiff.options import Options
-from specdiff.oracles import random_active
+from specdiff.oracles.checks import random_active
 from specdiff.passes.emit.rows import emit_selective
 from specdiff.passes.emit.whole import emit_dense, emit_probe
 from specdiff.passes.emit.without_text import emit_frozen

@@ -1,1 +1,0 @@
-"""Data preparation and pictures for `examples/train_emoji.py`."""

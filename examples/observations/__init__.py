@@ -1,1 +1,0 @@
-"""What `examples/observations.py` records, computes and draws."""

@@ -1,0 +1,1 @@
+"""What `examples/research/observations.py` records, computes and draws."""

@@ -1,1 +1,0 @@
-"""Data and configuration for `examples/train_sd3.py`."""

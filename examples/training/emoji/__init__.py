@@ -1,0 +1,1 @@
+"""Data preparation and pictures for `examples/training/train_emoji.py`."""

@@ -1,0 +1,1 @@
+"""Data and configuration for `examples/training/train_sd3.py`."""

@@ -1,0 +1,224 @@
+"""What the compiler found in a model, without compiling or running anything selective."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import sympy
+from torch import fx
+
+from specdiff.measure.machine import MachineRates
+from specdiff.options import Options
+from specdiff.passes.base import PassRecord
+from specdiff.passes.graph.listing import name_of
+from specdiff.passes.plan.cost import CostModel, Sizes, Work
+from specdiff.passes.plan.quantize import uncoded
+from specdiff.passes.plan.regions import Region, dense_work, selective_work
+from specdiff.passes.plan.signature import module_path
+from specdiff.pipeline import Analysis
+from specdiff.program import Segment
+from specdiff.runtime.tokens.schedule import Place, Schedule, active_tokens
+from specdiff.settings import Settings
+
+RATIOS = (0.5, 0.75, 0.9, 0.95)
+"""Shares of tokens left out for which costs are shown."""
+FORECAST_PASSES = 5
+"""Times that a skipped step reads or writes the token-level output: a line through two outputs is
+written, handed through the tail and copied."""
+
+
+@dataclass(frozen=True)
+class WholeOp:
+    """Ops of one kind that hold image tokens and that a selective step computes for all of them."""
+
+    op: str
+    count: int
+    why: str
+    where: str
+    """Module path of the first."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What steps should take by the rates of a machine: bounds that real programs stay behind."""
+
+    dense: float
+    """Seconds of a dense step."""
+    selective: float | None
+    """Seconds of a selective step, if the schedule has any."""
+    skipped: float
+    """Seconds of a step that is forecast whole."""
+    run: float
+    """Seconds of a generation by the schedule, look-ahead included."""
+    dense_run: float
+    """Seconds of a generation whose steps are all dense."""
+
+    @property
+    def speedup(self) -> float:
+        """Of a generation."""
+        return self.dense_run / self.run
+
+
+@dataclass(frozen=True)
+class Report:
+    """The verdict on one model and one set of input shapes."""
+
+    selective: bool
+    reason: str
+    """Why the model runs dense; empty if it does not."""
+    latents: tuple[str, ...] = ()
+    """Inputs that are denoised, by their names in the caller's frame."""
+    segments: tuple[Segment, ...] = ()
+    regions: tuple[Region, ...] = ()
+    cache_bytes: int = 0
+    """Bytes of the caches of one generation."""
+    uncoded: Mapping[str, int] = field(default_factory=dict)
+    """Caches that stay in the model's dtype against `kv_cache_dtype`, counted by the reason."""
+    whole: tuple[WholeOp, ...] = ()
+    """Ops that mix tokens and therefore stay whole."""
+    sizes: Sizes = field(default_factory=lambda: Sizes(0, 0, 0))
+    """What B, N and T stand for."""
+    passes: tuple[PassRecord, ...] = ()
+    settings: Settings = field(default_factory=lambda: Options().resolve())
+    """Those that the schedule follows."""
+    analysis: Analysis | None = field(default=None, repr=False)
+    """What the drawings are made of."""
+
+    @property
+    def dense_work(self) -> Work:
+        """Of a dense step, in B, N and T."""
+        return dense_work(self.regions)
+
+    @property
+    def selective_work(self) -> Work:
+        """Of a selective step, in B, N, K and T."""
+        return selective_work(self.regions)
+
+    @property
+    def cache_formula(self) -> sympy.Expr:
+        """Bytes of the caches of one generation, in B, N and T: `cache_bytes` at these sizes."""
+        assert self.analysis is not None, self.reason
+        plan = self.analysis.plan
+        return CostModel(plan).caches((*plan.cached, *plan.known))
+
+    @property
+    def speedup(self) -> sympy.Expr:
+        """How many times fewer FLOPs a selective step has, in B, N, K and T."""
+        return sympy.cancel(self.dense_work.flops / self.selective_work.flops)
+
+    def step_flops(self, active: int | None = None) -> int:
+        """FLOPs of a dense step, or of a selective one with `active` tokens."""
+        work = self.dense_work if active is None else self.selective_work
+        return int(self.sizes.evaluate(work.flops, active))
+
+    def active_at(self, ratio: float) -> int:
+        """Tokens that a selective step computes if this share is left out."""
+        return active_tokens(self.sizes.tokens, ratio)
+
+    def schedule(self, steps: int) -> list[tuple[str, int, str]]:
+        """Kind, tokens computed and reason of each step of a generation."""
+        lengths = [segment.length for segment in self.segments if segment.prunable]
+        plan = Schedule.of(self.settings, lengths)
+        found = []
+        for index in range(steps):
+            count, reason = plan.decide(Place.known(index, steps))
+            kind = "dense" if count == plan.tokens else "selective" if count else "skipped"
+            found.append((kind, count, reason))
+        return found
+
+    def predict(self, rates: MachineRates, steps: int) -> Prediction:
+        """Time of each program and of a generation: each region by the slower of its two bounds.
+
+        Work that overlaps between regions, and what a library's kernels lose, is not in it.
+        """
+        assert self.analysis is not None, self.reason
+        tokens = self.analysis.signature.tokens
+        skipped = rates.seconds(0, FORECAST_PASSES * tokens.nbytes)
+        dense = self.step_seconds(rates, None)
+        plan = self.schedule(steps)
+        counts = {count for kind, count, _ in plan if kind == "selective"}
+        partial = {count: self.step_seconds(rates, count) for count in counts}
+        seconds = {self.sizes.tokens: dense, 0: skipped, **partial}
+        ahead = max(self.settings.plan.lookahead - 1, 0) * dense if partial else 0.0
+        run = sum(seconds[count] for _, count, _ in plan) + ahead
+        return Prediction(dense, next(iter(partial.values()), None), skipped, run, steps * dense)
+
+    def step_seconds(self, rates: MachineRates, active: int | None) -> float:
+        """Least time of a dense step, or of a selective one with `active` tokens."""
+        evaluate = self.sizes.evaluate
+        works = (r.dense if active is None else r.selective for r in self.regions)
+        return sum(
+            rates.seconds(evaluate(work.flops, active), evaluate(work.moved, active))
+            for work in works
+        )
+
+    def __str__(self) -> str:
+        """A page for a person."""
+        if not self.selective:
+            return f"dense: {self.reason}"
+        lines = ["selective", f"denoises: {', '.join(self.latents)}", "segments:"]
+        for segment in self.segments:
+            kind = "prunable" if segment.prunable else "always computed"
+            lines.append(f"  {segment.name}: {segment.length} tokens, {kind}")
+        kinds = Counter(region.kind for region in self.regions)
+        lines.append("regions: " + ", ".join(f"{n} {kind}" for kind, n in kinds.items()))
+        mebibytes = f"{self.cache_bytes / 2**20:.1f} MiB"
+        lines.append(f"caches: {mebibytes} a generation, {self.cache_formula} bytes")
+        lines += [f"  {n} in the model's dtype: {why}" for why, n in self.uncoded.items()]
+        lines.append(f"dense step: {self.step_flops() / 1e9:.2f} GFLOP")
+        for ratio in RATIOS:
+            gain = self.step_flops() / self.step_flops(self.active_at(ratio))
+            lines.append(f"  {ratio:.0%} cached: a selective step has {gain:.1f}x fewer FLOPs")
+        if self.whole:
+            lines.append("whole:")
+            lines += [f"  {w.count} {w.op} from {w.where or '-'}: {w.why}" for w in self.whole]
+        return "\n".join(lines)
+
+
+def report_of(found: Analysis | str, options: Options | None = None) -> Report:
+    """What `explain` says of one graph, given its analysis or why it has none."""
+    if isinstance(found, str):
+        return Report(False, found)
+    if found.signature.time is None:
+        return Report(False, "no time input was found: name it by the option timestep_arg")
+    known = options or Options()
+    code = known.kv_cache_code
+    return Report(
+        selective=True,
+        reason="",
+        latents=tuple(
+            found.signature.inputs[pair.latent].name for pair in found.signature.denoised
+        ),
+        segments=found.signature.segments,
+        regions=found.regions,
+        cache_bytes=found.signature.cache_bytes,
+        uncoded=Counter(uncoded(found.plan, code).values()) if code is not None else {},
+        whole=_whole_ops(found),
+        sizes=Sizes.of(found.plan),
+        passes=found.records,
+        settings=known.resolve(),
+        analysis=found,
+    )
+
+
+def _whole_ops(found: Analysis) -> tuple[WholeOp, ...]:
+    """Ops on whole prunable tokens that the selective program still runs, tables left out."""
+    plan = found.plan
+    groups: dict[tuple[str, str], list[fx.Node]] = {}
+    for node in plan.axes.graph.nodes:
+        if (
+            node.op == "call_function"
+            and node in plan.whole
+            and node not in plan.cached
+            and node in plan.attention_dependent
+            and any(plan.carries(operand) for operand in node.all_input_nodes)
+            and plan.extracted_from(node) is None
+        ):
+            why = plan.why_whole(node) or "what reads it needs all of its tokens"
+            groups.setdefault((name_of(node.target), why), []).append(node)
+    ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
+    return tuple(
+        WholeOp(op, len(nodes), why, module_path(nodes[0])) for (op, why), nodes in ordered
+    )

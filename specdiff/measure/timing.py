@@ -1,0 +1,69 @@
+"""Timing: what one piece of work takes, and contestants that take turns (A B A B)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import TypeVar
+
+import torch
+
+Contestant = TypeVar("Contestant")
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+CPU = torch.device("cpu")
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def timed(
+    work: Callable[[], Result],
+    device: torch.device = CPU,
+    clock: Callable[[], float] | None = None,
+) -> tuple[Result, float]:
+    """What `work` returns, and the seconds until the device has done it.
+
+    Args:
+        work: What to do.
+        device: Where it runs; waited for before and after.
+        clock: Tells seconds; None: `time.perf_counter`.
+    """
+    now = clock or time.perf_counter
+    wait(device)
+    start = now()
+    result = work()
+    wait(device)
+    return result, now() - start
+
+
+def in_turns(
+    contestants: Sequence[Contestant],
+    tasks: Iterable[Task],
+    run: Callable[[Contestant, Task], Result],
+    device: torch.device = CPU,
+    clock: Callable[[], float] | None = None,
+    before: Callable[[Contestant, Task], None] = lambda contestant, task: None,
+) -> Iterator[tuple[Contestant, Task, Result, float]]:
+    """Each task done by every contestant before the next task, so that all meet the same machine.
+
+    Args:
+        contestants: Who takes turns.
+        tasks: What each of them does, in order.
+        run: Does a task; what is timed.
+        device: Where it runs.
+        clock: As of `timed`.
+        before: Told who begins what; not timed.
+
+    Yields:
+        Contestant, task, what `run` returned, and its seconds.
+    """
+    for task in tasks:
+        for one in contestants:
+            before(one, task)
+            result, seconds = timed(partial(run, one, task), device, clock)
+            yield one, task, result, seconds

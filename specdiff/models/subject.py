@@ -1,0 +1,192 @@
+"""Subject: a trained pipeline, how to call it, and the pictures that are asked of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdiff.errors import SpecdiffError
+from specdiff.models import demo, textures
+
+MODELS = ("emoji", "textures")
+STEPS = 28
+TUNED_ON = 24
+"""Stored prompts at the start of the demo's list that its defaults may have been tuned on."""
+TUNING_SEED = 10_000
+"""Seed of the first picture to tune on; evaluations count theirs up from far below."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture to make."""
+
+    prompt: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A pipeline with everything that calling it takes.
+
+    Attributes:
+        name: One of `MODELS`.
+        load: Makes a fresh pipeline, nothing compiled or hooked.
+        prompts: What to draw, in turn.
+        arguments: The pipeline's arguments for a prompt, without steps, generator and output type.
+        to_pixels: Turns latents into pictures `[B, 3, H, W]` in 0..1.
+        options: Options that specdiff needs for this pipeline, whatever else is set.
+        tuning_prompts: What to tune on; empty: the same, from other seeds.
+    """
+
+    name: str
+    load: Callable[[], Any]
+    prompts: tuple[str, ...]
+    arguments: Callable[[str], Mapping[str, Any]]
+    to_pixels: Callable[[Tensor], Tensor]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    tuning_prompts: tuple[str, ...] = ()
+
+    def requests(self, count: int, seed: int) -> list[Request]:
+        """The prompts in turn, each with a seed of its own, counted up from `seed`."""
+        return [
+            Request(self.prompts[index % len(self.prompts)], seed + index) for index in range(count)
+        ]
+
+    def tuning_requests(self, count: int) -> list[Request]:
+        """What may be tuned on: none of it is ever measured on."""
+        prompts = self.tuning_prompts or self.prompts
+        return [
+            Request(prompts[index % len(prompts)], TUNING_SEED + index) for index in range(count)
+        ]
+
+    def embed(self, requests: Iterable[Request]) -> None:
+        """Embed every prompt before any clock runs.
+
+        Raises:
+            SpecdiffError: A prompt needs the text encoder, which is not installed.
+        """
+        for request in requests:
+            self.arguments(request.prompt)
+
+    @torch.no_grad()
+    def draw(self, pipeline: Any, request: Request, steps: int = STEPS) -> Tensor:
+        """Make one picture; returns its final latents on the CPU, so that their time is whole."""
+        result: Tensor = pipeline(
+            **self.arguments(request.prompt),
+            num_inference_steps=steps,
+            generator=torch.Generator("cpu").manual_seed(request.seed),
+            output_type="latent",
+        ).images
+        return result.cpu()
+
+    def picture(self, latents: Tensor) -> Tensor:
+        """The picture `[H, W, 3]` in 0..1 of one request's latents."""
+        return self.to_pixels(latents)[0].permute(1, 2, 0)
+
+
+def quiet_libraries() -> None:
+    """Keep remarks of diffusers and transformers about parts the demo does not use off the bar."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _silent(pipeline: Any) -> Any:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def emoji(device: torch.device) -> Subject:
+    """The demo model, on the stored prompts that come after those its defaults were tuned on."""
+
+    def arguments(prompt: str) -> dict[str, Any]:
+        try:
+            tokens, pooled = demo.prompt_embeddings([prompt])
+        except ModuleNotFoundError as error:
+            raise SpecdiffError(f"{prompt!r}: {error}") from error
+        return {
+            "prompt_embeds": tokens.to(device),
+            "pooled_prompt_embeds": pooled.to(device),
+            "height": demo.PIPELINE_SIDE,
+            "width": demo.PIPELINE_SIDE,
+        }
+
+    return Subject(
+        "emoji",
+        lambda: _silent(demo.load_pipeline(device)),
+        tuple(demo.stored_prompts()[TUNED_ON:]),
+        _remembered(arguments),
+        demo.to_pixels,
+        tuning_prompts=tuple(demo.stored_prompts()[:TUNED_ON]),
+    )
+
+
+def texture(device: torch.device, weights: Path | None) -> Subject:
+    """The texture model, guided: both halves in one batch.
+
+    Raises:
+        SpecdiffError: Its weights are missing.
+    """
+    if weights is None or not weights.is_file():
+        given = "not given" if weights is None else f"not at {weights}"
+        raise SpecdiffError(
+            f"weights of the textures model: {given}. They do not ship with the package: pass"
+            " --weights the path of textures.safetensors, which a clone of the repository has in"
+            " examples/training/textures"
+        )
+
+    def arguments(prompt: str) -> dict[str, Any]:
+        tokens, pooled = (code.to(device) for code in textures.class_codes([prompt]))
+        return {
+            "prompt_embeds": tokens,
+            "pooled_prompt_embeds": pooled,
+            "negative_prompt_embeds": torch.zeros_like(tokens),
+            "negative_pooled_prompt_embeds": torch.zeros_like(pooled),
+            "guidance_scale": textures.GUIDANCE_SCALE,
+            "height": textures.PIPELINE_SIDE,
+            "width": textures.PIPELINE_SIDE,
+        }
+
+    return Subject(
+        "textures",
+        lambda: _silent(textures.wrap_pipeline(textures.load_transformer(weights, device))),
+        textures.CLASSES,
+        _remembered(arguments),
+        textures.to_pixels,
+        {"guidance_scale": textures.GUIDANCE_SCALE},
+    )
+
+
+def _remembered(
+    arguments: Callable[[str], Mapping[str, Any]],
+) -> Callable[[str], Mapping[str, Any]]:
+    """Embed each prompt once, so that no method pays for it."""
+    known: dict[str, Mapping[str, Any]] = {}
+
+    def recall(prompt: str) -> Mapping[str, Any]:
+        if prompt not in known:
+            known[prompt] = arguments(prompt)
+        return known[prompt]
+
+    return recall
+
+
+def find_subject(model: str, weights: Path | None, device: torch.device) -> Subject:
+    """The subject of that name.
+
+    Raises:
+        SpecdiffError: There is none, or its weights are missing.
+    """
+    if model == "emoji":
+        return emoji(device)
+    if model == "textures":
+        return texture(device, weights)
+    raise SpecdiffError(f"no model {model!r}: choose from {', '.join(MODELS)}")

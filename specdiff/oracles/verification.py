@@ -1,0 +1,218 @@
+"""`specdiff.verify`: the oracles on a user's own model and inputs.
+
+The gate before a compiled plan goes live: every graph of the model is traced, rewritten and held
+to oracles 1 to 3, in the model's own dtype and on its own device, with the programs run eagerly.
+A graph without a time or a plan is held to them as a block, which `specdiff.attach` may make it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from specdiff import torch_adapter
+from specdiff.compiler import ALL_QUERIES, program_compiler, programs_of
+from specdiff.inspect.publish import publish
+from specdiff.inspect.report import Report, report_of
+from specdiff.options import Options
+from specdiff.oracles.checks import (
+    BlockPlan,
+    Pair,
+    all_active,
+    frozen_text,
+    idempotence,
+    masked_dense,
+    of_block,
+    random_active,
+)
+from specdiff.passes.emit.lower import BlockPrograms
+from specdiff.passes.plan.block import plan_block
+from specdiff.passes.plan.quantize import quantized
+from specdiff.pipeline import Analysis, attempt, guarded, module_states, trace
+
+TOLERANCES: Mapping[torch.dtype, float] = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-4,
+    torch.float16: 2e-2,
+    torch.bfloat16: 1e-1,
+}
+"""Largest error accepted, relative to the largest magnitude, by dtype of the model's output: that
+of sums taken in another order, some layers deep."""
+CODED_TOLERANCES: Mapping[str | None, float] = {None: 0.0, "int8": 3e-2, "fp8_e4m3": 1e-1}
+"""What is accepted at least where caches hold codes of that `kv_cache_dtype`."""
+ACTIVE_SHARE = 0.3
+EXACT = Options(inner_backend="eager", ablation={"importance_queries": None})
+"""All query rows measure importance, which then is the same whatever rows are computed."""
+
+
+@dataclass(frozen=True)
+class GraphVerdict:
+    """One graph of the model: what was found, and the largest relative error by oracle."""
+
+    report: Report
+    errors: Mapping[str, float]
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """A graph that runs dense is the model itself, and nothing is held against it."""
+        return all(error <= self.tolerance for error in self.errors.values())
+
+    def __str__(self) -> str:
+        """A few lines for a person."""
+        lines = [str(self.report)]
+        for oracle, error in self.errors.items():
+            verdict = "ok" if error <= self.tolerance else f"FAILED (at most {self.tolerance:.0e})"
+            lines.append(f"{oracle}: error {error:.1e} {verdict}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The verdict on a model: all of its graphs, in the order in which they ran."""
+
+    graphs: tuple[GraphVerdict, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether no graph disagrees with an oracle."""
+        return all(graph.passed for graph in self.graphs)
+
+    @property
+    def selective(self) -> bool:
+        """Whether any graph of the model was rewritten."""
+        return any(graph.report.selective for graph in self.graphs)
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why graphs run dense, each reason once."""
+        return tuple(dict.fromkeys(g.report.reason for g in self.graphs if g.report.reason))
+
+    @property
+    def max_error(self) -> float:
+        """Largest relative error of any oracle on any graph."""
+        return max((e for g in self.graphs for e in g.errors.values()), default=0.0)
+
+    def __str__(self) -> str:
+        """A page for a person."""
+        head = "passed" if self.passed else "FAILED"
+        texts = [str(graph) for graph in self.graphs]
+        if len(texts) > 1:
+            texts = [f"graph {i}: {text}" for i, text in enumerate(texts)]
+        return "\n".join([head, *texts])
+
+
+def verify(
+    model: nn.Module,
+    *args: Any,
+    tolerance: float | None = None,
+    options: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> Verification:
+    """Run `model` once on these inputs, and oracles 1 to 3 on every graph of it.
+
+    Oracles 2 and 3 need the inputs of a later step: the latent moved by a third of its standard
+    deviation. `tolerance` is relative to the largest magnitude of a value; by default it follows
+    the dtype of the output (`TOLERANCES`). `options` are those of `torch.compile(options=...)`, as
+    keywords are the model's inputs; with `kv_cache_dtype` the error of oracle 1 is what the
+    codes cost. Needs memory for two sets of caches. Raises
+    OptionError for an unknown option or a value out of range.
+    """
+    known, _ = Options.parse(dict(options or {}), torch_adapter.inductor_keys())
+    verdicts: list[GraphVerdict] = []
+
+    def backend(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        found = attempt(module, inputs, known, verify=True, publish=publish)
+        alone = isinstance(found, Analysis) and found.signature.time is not None
+        blocks = [] if alone else _blocks(module, inputs, known)
+
+        def run(*values: Any) -> Any:
+            pairs = _every_pair(module, found, blocks, values)
+            verdicts.append(_verdict(found, pairs, known, tolerance))
+            return module(*values)
+
+        return run
+
+    with torch.no_grad():
+        torch_adapter.trace_once(getattr(model, "_orig_mod", model), backend, args, kwargs)
+    return Verification(tuple(verdicts))
+
+
+def _blocks(module: fx.GraphModule, inputs: Sequence[Any], options: Options) -> list[BlockPlan]:
+    """What a root may make of a graph: a plan for each number of tokens of its output."""
+    states = module_states(module, inputs)
+    traced = guarded(lambda: trace(module, inputs, Options()))
+    if isinstance(traced, str):
+        return []
+    axes = traced.axes
+    sizes = sorted({axes.classes.size(segment) for segment in axes.segments})
+    plans = [guarded(partial(plan_block, axes, size, states)) for size in sizes]
+    code = options.kv_cache_code
+    return [BlockPlan(traced.module, quantized(p, code)) for p in plans if not isinstance(p, str)]
+
+
+def _every_pair(
+    module: fx.GraphModule,
+    found: Analysis | str,
+    blocks: Sequence[BlockPlan],
+    inputs: Sequence[Any],
+) -> Iterator[Pair]:
+    yield from chain.from_iterable(_block_pairs(block, inputs) for block in blocks)
+    if not isinstance(found, str):
+        yield from _pairs(module, found, inputs)
+
+
+def _verdict(
+    found: Analysis | str, pairs: Iterable[Pair], options: Options, tolerance: float | None
+) -> GraphVerdict:
+    errors: dict[str, float] = {}
+    dtype = torch.float32
+    for pair in pairs:
+        errors[pair.oracle] = max(errors.get(pair.oracle, 0.0), pair.error)
+        dtype = pair.expected.dtype
+    if tolerance is None:
+        dtype = dtype if isinstance(found, str) else found.signature.tokens.dtype
+        of_dtype = TOLERANCES.get(dtype, TOLERANCES[torch.float32])
+        tolerance = max(of_dtype, CODED_TOLERANCES[options.kv_cache_dtype])
+    return GraphVerdict(report_of(found, options), errors, tolerance)
+
+
+def _block_pairs(block: BlockPlan, inputs: Sequence[Any]) -> Iterator[Pair]:
+    options = Options(inner_backend="eager")
+    compiler = program_compiler(None, options, {})
+    programs = BlockPrograms(block.module, block.plan, ALL_QUERIES, compiler)
+    placeholders = block.module.graph.find_nodes(op="placeholder")
+    later = list(inputs)
+    for index, node in enumerate(placeholders):
+        if node in block.plan.stale and later[index].is_floating_point():
+            later = _later(later, index)
+    yield from of_block(block, programs, inputs, later)
+
+
+def _pairs(module: fx.GraphModule, found: Analysis, inputs: Sequence[Any]) -> Iterator[Pair]:
+    programs = programs_of(found, EXACT, {})
+    signature = found.signature
+    count = max(len(signature.lengths), round(ACTIVE_SHARE * signature.prunable_tokens))
+    device = signature.tokens.device
+    active = random_active(signature.batch, signature.lengths, count, device)
+    later = _later(inputs, signature.latent)
+    outputs = module(*later)
+    yield from idempotence(found, programs, inputs, active)
+    yield from masked_dense(found, programs, inputs, later, active)
+    yield from frozen_text(found, programs, inputs, later, active)
+    yield from all_active(found, programs, inputs, later, outputs)
+
+
+def _later(inputs: Sequence[Any], latent: int) -> list[Any]:
+    moved = list(inputs)
+    value: Tensor = inputs[latent]
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(value.shape, generator=generator).to(value)
+    moved[latent] = value + noise * value.float().std().to(value.dtype) / 3
+    return moved
