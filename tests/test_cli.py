@@ -144,6 +144,12 @@ def test_record_is_strict_json_with_all_methods(comparison: Comparison) -> None:
     assert [len(one["seconds"]) for one in default["pictures"]] == [2, 2]
 
 
+def test_plans_are_recorded_as_their_files_are() -> None:
+    options = {"plan": Plan.tapered(3), "cache_ratio": 0.9, "dump_dir": Path("x"), "quality": None}
+    rule = {"specdiff_plan": 1, "rule": {"tapered": 3}}
+    assert summary.plain(options) == {"plan": rule, "cache_ratio": 0.9, "dump_dir": "x"}
+
+
 def test_table_names_every_method(comparison: Comparison) -> None:
     with cli.console.capture() as captured:
         cli.console.print(summary.table(comparison))
