@@ -25,14 +25,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx
 
-from specdiff.analysis import Analysis, attempt
 from specdiff.compiler import ALL_QUERIES, program_compiler
 from specdiff.evaluation.measures import flop_counter
 from specdiff.evaluation.subject import Subject, find_subject
 from specdiff.methods import quiet_libraries
 from specdiff.options import Options
-from specdiff.passes.lower import LoweredPrograms
-from specdiff.runtime.importance import per_sample
+from specdiff.passes.emit.lower import LoweredPrograms
+from specdiff.pipeline import Analysis, attempt
+from specdiff.runtime.tokens.importance import per_sample
 from specdiff.settings import IMPORTANCE_QUERIES
 
 QUERIES = (32, 64, 128, 256, 512)

@@ -33,7 +33,7 @@ from specdiff.methods import (
     picture_maker,
     quiet_libraries,
 )
-from specdiff.runtime.recording import Recording
+from specdiff.runtime.records.recording import Recording
 
 STEPS = 28
 

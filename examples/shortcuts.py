@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from specdiff.evaluation.subject import find_subject
 from specdiff.methods import quiet_libraries
-from specdiff.runtime.importance import per_sample
+from specdiff.runtime.tokens.importance import per_sample
 
 KEPT = (0.5, 0.25, 0.1)
 STEPS = {step + back for step in (3, 11, 21) for back in (0, -1, -2)}

@@ -22,7 +22,6 @@ from rich.console import Console
 from torch import Tensor
 
 from specdiff import torch_adapter
-from specdiff.analysis import Analysis
 from specdiff.bench.geometries import build
 from specdiff.bench.measure import (
     TimedPrograms,
@@ -38,8 +37,8 @@ from specdiff.compiler import programs_of
 from specdiff.methods import quiet_libraries, usable_device
 from specdiff.options import Options
 from specdiff.oracles import random_active
-from specdiff.passes.selective import propagate
-from specdiff.passes.signature import cache_slots
+from specdiff.passes.plan.signature import cache_slots
+from specdiff.pipeline import Analysis
 from specdiff.program import Evaluation
 from specdiff.summary import environment
 
@@ -58,8 +57,7 @@ class Inputs(TimedPrograms):
 
 def computed(found: Analysis) -> Analysis:
     """The same with nothing looked up by timestep: a selective step computes it."""
-    plan = replace(found.plan, rows=set(found.plan.slots), whole=set(), cached=[], timetable=None)
-    propagate(plan)
+    plan = replace(found.plan, timetable=None).replan()
     signature = replace(found.signature, caches=cache_slots(plan), tabulated_from=None)
     return replace(found, plan=plan, signature=signature)
 

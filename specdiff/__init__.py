@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from specdiff.plan import Plan
     from specdiff.report import Report, explain
     from specdiff.runtime.api import attach, configure, record, reset, session, stats
-    from specdiff.runtime.attach import Attachment
-    from specdiff.runtime.recording import Recording, StepRecord
-    from specdiff.runtime.registry import Session
-    from specdiff.runtime.stats import Stats
+    from specdiff.runtime.blocks.attach import Attachment
+    from specdiff.runtime.records.recording import Recording, StepRecord
+    from specdiff.runtime.records.stats import Stats
+    from specdiff.runtime.streams.registry import Session
     from specdiff.tuning import Tuned, tune
     from specdiff.verification import Verification, verify
 
@@ -36,14 +36,14 @@ _HOMES = {
     "stats": "specdiff.runtime.api",
     "tune": "specdiff.tuning",
     "verify": "specdiff.verification",
-    "Attachment": "specdiff.runtime.attach",
+    "Attachment": "specdiff.runtime.blocks.attach",
     "Options": "specdiff.options",
     "Plan": "specdiff.plan",
-    "Recording": "specdiff.runtime.recording",
+    "Recording": "specdiff.runtime.records.recording",
     "Report": "specdiff.report",
-    "Session": "specdiff.runtime.registry",
-    "StepRecord": "specdiff.runtime.recording",
-    "Stats": "specdiff.runtime.stats",
+    "Session": "specdiff.runtime.streams.registry",
+    "StepRecord": "specdiff.runtime.records.recording",
+    "Stats": "specdiff.runtime.records.stats",
     "Tuned": "specdiff.tuning",
     "Verification": "specdiff.verification",
     "NotCompiledError": "specdiff.errors",

@@ -1,6 +1,6 @@
 """The entry point: what `torch.compile(model, backend="specdiff")` calls for each graph.
 
-analysis -> lower -> runtime. A graph that has no token-selective form runs as it came, through the
+pipeline -> lower -> runtime. A graph that has no token-selective form runs as it came, through the
 same inner compiler, and the reason is kept and logged.
 """
 
@@ -14,7 +14,18 @@ from typing import Any
 from torch import fx
 
 from specdiff import torch_adapter
-from specdiff.analysis import (
+from specdiff.errors import Unsupported
+from specdiff.inspect.publish import publish
+from specdiff.options import Options
+from specdiff.passes.base import PassRecord
+from specdiff.passes.emit.lower import TIMETABLE, BlockPrograms, LoweredPrograms
+from specdiff.passes.emit.lower import Compiler as ProgramCompiler
+from specdiff.passes.graph.dump import Dump
+from specdiff.passes.normalize.specialise import floats_of, specialise
+from specdiff.passes.plan.block import plan_block, work_of
+from specdiff.passes.plan.quantize import quantized
+from specdiff.passes.share.outline import share_repeats
+from specdiff.pipeline import (
     Analysis,
     Traced,
     concluded,
@@ -24,19 +35,9 @@ from specdiff.analysis import (
     refusal,
     trace,
 )
-from specdiff.errors import Unsupported
-from specdiff.options import Options
-from specdiff.passes.base import PassRecord
-from specdiff.passes.block import plan_block, work_of
-from specdiff.passes.dump import Dump
-from specdiff.passes.lower import TIMETABLE, BlockPrograms, LoweredPrograms
-from specdiff.passes.lower import Compiler as ProgramCompiler
-from specdiff.passes.quantize import quantized
-from specdiff.passes.share import share_repeats
-from specdiff.passes.specialise import floats_of, specialise
-from specdiff.runtime.dispatch import DenseOnly, Runtime
-from specdiff.runtime.regional import Block
-from specdiff.runtime.shapes import PerShape
+from specdiff.runtime.blocks.block import Block
+from specdiff.runtime.step.dispatch import DenseOnly, Runtime
+from specdiff.runtime.step.shapes import PerShape
 from specdiff.settings import IMPORTANCE_QUERIES
 
 log = logging.getLogger(__name__)
@@ -103,6 +104,7 @@ def answer(
     parameters = parameters_among(states)
     dense = when_needed(module, options, settings)
     found = concluded(traced, states, options)
+    publish(found, traced.dump, options)
     alone: Callable[..., Any]
     if isinstance(found, Analysis):
         alone = Runtime(programs_of(found, options, settings), options, dense)

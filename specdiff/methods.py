@@ -21,7 +21,7 @@ from specdiff.demo import (
 )
 from specdiff.errors import SpecdiffError
 from specdiff.options import Options
-from specdiff.runtime.recording import StepRecord
+from specdiff.runtime.records.recording import StepRecord
 
 BUILT_IN = 4
 """Built-in prompts drawn when none is given: as many rows as a screen shows."""

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from specdiff.analysis import Analysis
-from specdiff.passes.lower import BlockPrograms, LoweredPrograms
-from specdiff.passes.selective import SelectivePlan, cache_order
-from specdiff.passes.writer import STRIDED_VIEWS
+from specdiff.passes.emit.lower import BlockPrograms, LoweredPrograms
+from specdiff.passes.graph.writer import STRIDED_VIEWS
+from specdiff.passes.plan.selective_plan import SelectivePlan
+from specdiff.pipeline import Analysis
 from specdiff.program import Programs, share_out
 
 aten = torch.ops.aten
@@ -117,7 +117,7 @@ def frozen_text(
         for kept, node in zip(
             kept_values(analysis.plan, caches), analysis.plan.cached, strict=False
         ):
-            expected = second.values[node.name].permute(cache_order(analysis.plan, node))
+            expected = second.values[node.name].permute(analysis.plan.cache_order(node))
             yield Pair(name, kept, expected)
 
 

@@ -12,17 +12,18 @@ import torch
 from torch import fx, nn
 
 from specdiff import torch_adapter
-from specdiff.analysis import Analysis, attempt
+from specdiff.inspect.publish import publish
 from specdiff.machine import MachineRates
 from specdiff.options import Options
 from specdiff.passes.base import PassRecord
-from specdiff.passes.cost import CostModel, Sizes, Work
-from specdiff.passes.listing import name_of
-from specdiff.passes.quantize import uncoded
-from specdiff.passes.regions import Region, dense_work, selective_work
-from specdiff.passes.signature import module_path
+from specdiff.passes.graph.listing import name_of
+from specdiff.passes.plan.cost import CostModel, Sizes, Work
+from specdiff.passes.plan.quantize import uncoded
+from specdiff.passes.plan.regions import Region, dense_work, selective_work
+from specdiff.passes.plan.signature import module_path
+from specdiff.pipeline import Analysis, attempt
 from specdiff.program import Segment
-from specdiff.runtime.schedule import Place, Schedule, active_tokens
+from specdiff.runtime.tokens.schedule import Place, Schedule, active_tokens
 from specdiff.settings import Settings
 
 RATIOS = (0.5, 0.75, 0.9, 0.95)
@@ -202,7 +203,7 @@ def explain(
     reports: list[Report] = []
 
     def collect(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        reports.append(report_of(attempt(module, inputs, known), known))
+        reports.append(report_of(attempt(module, inputs, known, publish=publish), known))
         return module.forward
 
     with torch.no_grad():

@@ -28,7 +28,7 @@ from specdiff.errors import OptionError, SpecdiffError
 from specdiff.options import check_overrides
 from specdiff.plan import Plan
 from specdiff.runtime.api import record, session
-from specdiff.runtime.recording import Recording, StepRecord
+from specdiff.runtime.records.recording import Recording, StepRecord
 from specdiff.settings import PLAN_OPTIONS
 
 Places = tuple[int, ...]

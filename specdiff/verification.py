@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from specdiff import torch_adapter
-from specdiff.analysis import Analysis, attempt, guarded, module_states, trace
 from specdiff.compiler import ALL_QUERIES, program_compiler, programs_of
+from specdiff.inspect.publish import publish
 from specdiff.options import Options
 from specdiff.oracles import (
     BlockPlan,
@@ -30,9 +30,10 @@ from specdiff.oracles import (
     of_block,
     random_active,
 )
-from specdiff.passes.block import plan_block
-from specdiff.passes.lower import BlockPrograms
-from specdiff.passes.quantize import quantized
+from specdiff.passes.emit.lower import BlockPrograms
+from specdiff.passes.plan.block import plan_block
+from specdiff.passes.plan.quantize import quantized
+from specdiff.pipeline import Analysis, attempt, guarded, module_states, trace
 from specdiff.report import Report, report_of
 
 TOLERANCES: Mapping[torch.dtype, float] = {
@@ -127,7 +128,7 @@ def verify(
     verdicts: list[GraphVerdict] = []
 
     def backend(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        found = attempt(module, inputs, known, verify=True)
+        found = attempt(module, inputs, known, verify=True, publish=publish)
         alone = isinstance(found, Analysis) and found.signature.time is not None
         blocks = [] if alone else _blocks(module, inputs, known)
 

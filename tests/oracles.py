@@ -12,17 +12,17 @@ from unittest.mock import patch
 import torch
 from torch import fx, nn
 
-from specdiff import analysis, compiler
-from specdiff.analysis import Analysis
+from specdiff import compiler, pipeline
 from specdiff.options import Options
-from specdiff.passes.lower import LoweredPrograms
-from specdiff.passes.quantize import quantized
-from specdiff.passes.signature import cache_slots
+from specdiff.passes.emit.lower import LoweredPrograms
+from specdiff.passes.plan.quantize import quantized
+from specdiff.passes.plan.signature import cache_slots
+from specdiff.pipeline import Analysis
 
 
 def small_tables() -> AbstractContextManager[object]:
     """In here a small model looks up by timestep whatever a large one would."""
-    return patch.multiple("specdiff.passes.timetable", LEAST=1, MOST=inf)
+    return patch.multiple("specdiff.passes.plan.timetable", LEAST=1, MOST=inf)
 
 
 @dataclass
@@ -46,8 +46,8 @@ class Traced:
 
 def analyse_graph(module: fx.GraphModule, values: Sequence[Any]) -> Analysis:
     """Every pass on one Dynamo graph, each verified."""
-    traced = analysis.trace(module, values, Options(), verify=True)
-    return analysis.analyse(traced, analysis.module_states(module, values), Options())
+    traced = pipeline.trace(module, values, Options(), verify=True)
+    return pipeline.analyse(traced, pipeline.module_states(module, values), Options())
 
 
 def trace(model: nn.Module, *calls: dict[str, Any]) -> Traced:

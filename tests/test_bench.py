@@ -81,7 +81,7 @@ def test_large_geometries_have_the_published_sizes():
 def test_programs_are_left_as_they_were():
     sampler = toy("flux-toy")
     bench = measure(sampler, RATES, [0.75], 1, EAGER, backend="eager")
-    from specdiff.runtime.registry import find_or_create
+    from specdiff.runtime.streams.registry import find_or_create
 
     for graph in find_or_create(bench.trials[1].compiled).graphs:
         assert not isinstance(graph.programs, TimedPrograms)

@@ -32,7 +32,7 @@ from specdiff.methods import (
 )
 from specdiff.options import NO_LONGER, OPTIONS, Options
 from specdiff.plan import Plan
-from specdiff.runtime.schedule import Place, Schedule
+from specdiff.runtime.tokens.schedule import Place, Schedule
 
 SIDE = 32
 REQUESTS = [Request("a red apple", 0), Request("a black cat that sits among many [brackets]", 1)]

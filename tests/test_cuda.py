@@ -13,7 +13,7 @@ from torch._inductor.cudagraph_trees import get_manager
 
 import specdiff
 from specdiff.bench.geometries import Geometry, Sampler, build
-from specdiff.passes.share import share_repeats
+from specdiff.passes.share.outline import share_repeats
 from specdiff.plan import Plan
 from tests.models import flux, sd3
 

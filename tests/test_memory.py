@@ -20,7 +20,7 @@ from specdiff.plan import Plan
 from specdiff.program import CacheSlot
 from tests.models import Inputs, flux, sd3
 from tests.oracles import trace
-from tests.test_lowering import allocations, executed, inductor_code
+from tests.passes.emit.test_lower import allocations, executed, inductor_code
 
 PLAN = {"method": "paper", "plan": Plan.warmup(2, lookahead=0), "cache_ratio": 0.5}
 EAGER = {"inner_backend": "eager"}

@@ -3,13 +3,9 @@
 import itertools
 import math
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent / "runtime"))
-from toy import Euler, toy
 
 import specdiff
 from specdiff import cli
@@ -20,6 +16,7 @@ from specdiff.evaluation.subject import MODELS, TUNING_SEED, emoji, find_subject
 from specdiff.plan import Plan
 from specdiff.textures import CLASSES
 from specdiff.tuning import Search, Spent, Tuned, spaced, tune
+from tests.runtime.toy import Euler, toy
 
 
 def gaps(places, end):
@@ -187,7 +184,7 @@ def test_a_tuned_plan_goes_through_a_file(tmp_path):
 
 
 def test_what_cannot_be_tuned_says_why():
-    from toy import ToyPrograms
+    from tests.runtime.toy import ToyPrograms
 
     model = toy(programs=ToyPrograms(time=False))
     with pytest.raises(SpecdiffError, match="nothing to tune: no time input"):

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import specdiff
 from specdiff.compiler import CHANGING
 from specdiff.plan import Plan
-from specdiff.runtime.regional import RootCall
-from specdiff.runtime.shapes import MAX_VALUES
+from specdiff.runtime.blocks.block import RootCall
+from specdiff.runtime.step.shapes import MAX_VALUES
 from tests.models import flux, sd3
 from tests.models.case import Inputs
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import specdiff
-from specdiff.passes.lower import BlockPrograms
+from specdiff.passes.emit.lower import BlockPrograms
 from tests.models import flux, sd3
 
 ORACLES = ("dense", "idempotence", "masked dense", "all active")

@@ -25,7 +25,7 @@ from specdiff.evaluation.cli import WEIGHTS
 from specdiff.evaluation.subject import Subject, find_subject
 
 REACH = 0.5
-"""How far a line is followed, as a share of its span; as in `specdiff.runtime.forecast`."""
+"""How far a line is followed, as a share of its span; as in `specdiff.runtime.tokens.forecast`."""
 Point = tuple[float, Tensor]
 """A time and what the model said then."""
 

@@ -23,9 +23,9 @@ from specdiff.evaluation.cli import WEIGHTS
 from specdiff.evaluation.subject import find_subject
 from specdiff.plan import Plan
 from specdiff.program import Evaluation, Programs
-from specdiff.runtime.dispatch import Runtime
-from specdiff.runtime.history import History
-from specdiff.runtime.importance import SCORERS
+from specdiff.runtime.step.dispatch import Runtime
+from specdiff.runtime.tokens.history import History
+from specdiff.runtime.tokens.importance import SCORERS
 
 STARVATION = 0.1
 """RAS's weight of how often a token was left out."""

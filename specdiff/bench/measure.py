@@ -2,7 +2,7 @@
 
 One process, the methods taking turns (A B A B), real sampling loops, medians. Every program is also
 timed by itself, beside its floor: the larger of its FLOPs over the matrix rate of the machine and
-its bytes over the copy rate (`specdiff.machine`, `specdiff.passes.cost`).
+its bytes over the copy rate (`specdiff.machine`, `specdiff.passes.plan.cost`).
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from torch import Tensor
 
 import specdiff
 from specdiff import torch_adapter
-from specdiff.analysis import Analysis
 from specdiff.bench.geometries import Sampler
 from specdiff.errors import SpecdiffError, Unsupported
 from specdiff.machine import MachineRates, wait
 from specdiff.memory import peak, reset_peak
 from specdiff.options import Options
-from specdiff.passes.cost import Sizes
-from specdiff.passes.lower import TIMETABLE, TIMETABLE_ROW, named_for
-from specdiff.passes.regions import dense_work, selective_work
+from specdiff.passes.emit.lower import TIMETABLE, TIMETABLE_ROW, named_for
+from specdiff.passes.plan.cost import Sizes
+from specdiff.passes.plan.regions import dense_work, selective_work
+from specdiff.pipeline import Analysis
 from specdiff.program import Evaluation, Programs
 from specdiff.report import explain
-from specdiff.runtime.dispatch import Runtime
-from specdiff.runtime.registry import find_or_create
+from specdiff.runtime.step.dispatch import Runtime
+from specdiff.runtime.streams.registry import find_or_create
 
 Result = TypeVar("Result")
 

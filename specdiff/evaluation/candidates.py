@@ -15,7 +15,7 @@ import specdiff
 from specdiff.errors import SpecdiffError
 from specdiff.evaluation.subject import STEPS, Subject
 from specdiff.plan import Plan
-from specdiff.runtime.stats import Stats
+from specdiff.runtime.records.stats import Stats
 from specdiff.settings import QUALITIES
 
 OURS = "specdiff"

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from specdiff.comparison import quality
 from specdiff.evaluation.features import feature_distance, features
 from specdiff.memory import held, peak, reset_peak
-from specdiff.runtime.stats import Stats
+from specdiff.runtime.records.stats import Stats
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 import networkx
 
-from specdiff.analysis import Analysis
 from specdiff.inspect.graph import block_graph, block_path, region_graph
 from specdiff.inspect.page import report_page
 from specdiff.inspect.plain import to_json
 from specdiff.inspect.svg import to_dot, to_svg
 from specdiff.options import Options
+from specdiff.pipeline import Analysis
 from specdiff.report import report_of
 
 

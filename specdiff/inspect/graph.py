@@ -11,13 +11,13 @@ import re
 import networkx
 from torch import fx
 
-from specdiff.analysis import Analysis
-from specdiff.passes.cost import Sizes
-from specdiff.passes.listing import name_of
-from specdiff.passes.regions import Region
+from specdiff.passes.graph.listing import name_of
+from specdiff.passes.plan.cost import Sizes
+from specdiff.passes.plan.regions import Region
+from specdiff.passes.plan.signature import module_path
 from specdiff.passes.rules.attention import ATTENTION
 from specdiff.passes.rules.registry import is_tensor, shape_of
-from specdiff.passes.signature import module_path
+from specdiff.pipeline import Analysis
 
 Drawing = networkx.DiGraph
 BLOCK = re.compile(r"^(.*?\.\d+)(\.|$)")

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from specdiff.inspect.graph import block_graph, block_path, region_graph, short_count
 from specdiff.inspect.svg import COLOURS, to_svg
 from specdiff.machine import MachineRates
-from specdiff.passes.regions import Region
+from specdiff.passes.plan.regions import Region
 from specdiff.report import RATIOS, Prediction, Report
 
 HARDLY_SEEN, PLAINLY_SEEN = 40, 30

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from specdiff.machine import MachineRates
-from specdiff.passes.cost import Work
-from specdiff.passes.regions import Region
+from specdiff.passes.plan.cost import Work
+from specdiff.passes.plan.regions import Region
 from specdiff.report import RATIOS, Report
 
 SCHEMA = 1

@@ -22,7 +22,7 @@ from specdiff.inspect.steps import (
 )
 from specdiff.machine import MachineRates
 from specdiff.report import Report
-from specdiff.runtime.recording import Recording, StepRecord
+from specdiff.runtime.records.recording import Recording, StepRecord
 
 Runs = Mapping[str, Sequence[Sequence[StepRecord]]]
 """By the name of a method: the steps of each picture that it drew."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from specdiff.inspect.page import count_kinds, with_heights
 from specdiff.picture import difference, token_map
-from specdiff.runtime.recording import COMPUTED, FORECAST, REUSED, StepRecord
+from specdiff.runtime.records.recording import COMPUTED, FORECAST, REUSED, StepRecord
 
 VEILS = {
     COMPUTED: (0, 0, 0, 0),

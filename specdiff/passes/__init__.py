@@ -1,5 +1,6 @@
-"""The compiler, one pass per file, in the order of `specdiff.analysis`.
+"""The passes: from one traced graph to the programs that replace it.
 
-normalize, axes, selective, timetable, invariant, quantize, regions; then `lower` has `emit` and
-`rows` write the programs.
+In the order of `specdiff.pipeline`: `normalize` (one form), `plan` (what each step computes),
+`emit` (programs of the plan), `share` (repeated blocks compiled once). `rules` are the facts per
+ATen operator and `graph` writes and prints graphs; all use both. `base` runs a pass.
 """

@@ -1,8 +1,6 @@
-"""The runtime: decides for every evaluation of a compiled graph which of its programs runs."""
+"""The runtime: decides for every evaluation of a compiled graph which of its programs runs.
 
-from specdiff.runtime.api import configure, reset, session, stats
-from specdiff.runtime.dispatch import DenseOnly, Runtime
-from specdiff.runtime.registry import Session
-from specdiff.runtime.stats import Stats
-
-__all__ = ["DenseOnly", "Runtime", "Session", "Stats", "configure", "reset", "session", "stats"]
+`api` is what a user calls. `step` answers one evaluation, for a trajectory of `streams`, with what
+`tokens` to compute and what the `sampler` is seen to do; `blocks` do so for a model compiled block
+by block; `records` tell of it.
+"""

@@ -12,18 +12,18 @@ from torch import Tensor
 
 from specdiff.errors import NotCompiledError, OptionError
 from specdiff.options import Options, check_overrides
-from specdiff.runtime.attach import Attachment
-from specdiff.runtime.dispatch import Runtime
-from specdiff.runtime.recording import Recording
-from specdiff.runtime.registry import (
+from specdiff.runtime.blocks.attach import Attachment
+from specdiff.runtime.records.recording import Recording
+from specdiff.runtime.records.stats import Counters, Stats
+from specdiff.runtime.step.dispatch import Runtime
+from specdiff.runtime.streams.registry import (
     ModelState,
     Session,
     find_or_create,
     require_module,
     state_of,
 )
-from specdiff.runtime.stats import Counters, Stats
-from specdiff.runtime.times import KnownTimes
+from specdiff.runtime.streams.time_tables import KnownTimes
 
 
 def stats(compiled: torch.nn.Module) -> Stats:

@@ -25,7 +25,7 @@ from specdiff.evaluation.measures import (
     likeness,
     time_ratio,
 )
-from specdiff.runtime.stats import Stats
+from specdiff.runtime.records.stats import Stats
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:

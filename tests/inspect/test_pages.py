@@ -21,7 +21,14 @@ from specdiff.inspect.terminal import render
 from specdiff.machine import MachineRates
 from specdiff.plan import Plan
 from specdiff.report import Report
-from specdiff.runtime.recording import COMPUTED, FORECAST, REUSED, Clock, Recording, StepRecord
+from specdiff.runtime.records.recording import (
+    COMPUTED,
+    FORECAST,
+    REUSED,
+    Clock,
+    Recording,
+    StepRecord,
+)
 from tests.models import ZOO, flux
 from tests.test_cli import REQUESTS, SIDE, noise_picture, stand_ins
 

@@ -8,7 +8,17 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from toy import (
+
+import specdiff
+import specdiff as sd
+from specdiff.errors import NotCompiledError, OptionError
+from specdiff.options import FORECASTS, NO_LONGER, OPTIONS, RUNTIME_OPTIONS, Options
+from specdiff.plan import Plan
+from specdiff.runtime.sampler.remains import Awaited
+from specdiff.runtime.tokens.forecast import FORECASTERS
+from specdiff.runtime.tokens.importance import SCORERS
+from specdiff.settings import METHODS, Settings
+from tests.runtime.toy import (
     UNCORRECTED,
     Euler,
     ToyPrograms,
@@ -19,16 +29,6 @@ from toy import (
     streams_of,
     toy,
 )
-
-import specdiff
-import specdiff.runtime as sd
-from specdiff.errors import NotCompiledError, OptionError
-from specdiff.options import FORECASTS, NO_LONGER, OPTIONS, RUNTIME_OPTIONS, Options
-from specdiff.plan import Plan
-from specdiff.runtime.forecast import FORECASTERS
-from specdiff.runtime.importance import SCORERS
-from specdiff.runtime.remains import Awaited
-from specdiff.settings import METHODS, Settings
 
 PLAN = {"plan": Plan.every(4, warmup=3), "cache_ratio": 0.75}
 

@@ -4,9 +4,21 @@ import math
 
 import pytest
 import torch
-from toy import CHANNELS, LAYERS, SIDE, WIDTH, Euler, N, ToyPrograms, noise, prompt, sigmas, toy
 
 from specdiff.plan import Plan
+from tests.runtime.toy import (
+    CHANNELS,
+    LAYERS,
+    SIDE,
+    WIDTH,
+    Euler,
+    N,
+    ToyPrograms,
+    noise,
+    prompt,
+    sigmas,
+    toy,
+)
 
 STEPS, WARMUP = 9, 3
 

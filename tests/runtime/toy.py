@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from specdiff.options import Options
 from specdiff.program import CacheSlot, Denoised, Evaluation, InputSpec, Segment, Signature
-from specdiff.runtime import Runtime
+from specdiff.runtime.step.dispatch import Runtime
 
 UNCORRECTED = {"ablation": {"correction": False}}
 SIDE, CHANNELS, WIDTH, LAYERS, TEXT = 4, 3, 8, 2, 3
@@ -206,7 +206,7 @@ class Euler:
 
 def streams_of(model: Toy) -> list:
     """The streams of the model outside sessions."""
-    from specdiff.runtime.registry import state_of
+    from specdiff.runtime.streams.registry import state_of
 
     state = state_of(model.parameters())
     return state.table(model.runtime)._streams

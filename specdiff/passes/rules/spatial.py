@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from specdiff.passes.listing import name_of
+from specdiff.passes.graph.listing import name_of
 from specdiff.passes.rules.registry import (
     Facts,
     Link,

@@ -1,0 +1,92 @@
+"""Output: find what a model computes per token, and what it makes of that for its caller."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import fx
+
+from specdiff.errors import Unsupported
+from specdiff.passes.plan.axes import AxisFacts, ClassId, Layout
+from specdiff.passes.rules.attention import ATTENTION
+from specdiff.passes.rules.registry import is_tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenOutput:
+    """The token-level output of a graph."""
+
+    slots: tuple[fx.Node, ...]
+    """What the model computes per token before the tail."""
+    segments: tuple[ClassId, ...]
+    """Those of the slots, in their order; tokens are numbered through all of them."""
+    tail: tuple[fx.Node, ...]
+    """Nodes from the slots to the outputs, in order."""
+
+
+def find_output(axes: AxisFacts) -> TokenOutput:
+    """Walk back from the outputs to the last values that still have segments along one axis.
+
+    Raises Unsupported if none is there, or if they have tokens in common.
+    """
+    slots: dict[fx.Node, frozenset[ClassId]] = {}
+    tail: set[fx.Node] = set()
+    _walk_back(axes, list(axes.outputs()), slots, tail)
+    attended = {n for n in axes.graph.nodes if n.target is ATTENTION}
+    if tail & attended or not slots:
+        raise Unsupported("no token segment reaches the output of the model token by token")
+    names = ", ".join(sorted(node.name for node in slots))
+    order = {node: i for i, node in enumerate(axes.graph.nodes)}
+    while shared := _sharing(slots):
+        # several outputs may come from one value: what lies between it and them is tail too
+        last = max(shared, key=order.__getitem__)
+        if last in attended:
+            raise Unsupported(f"the output is made of several token-level values: {names}")
+        del slots[last]
+        tail.add(last)
+        _walk_back(axes, last.all_input_nodes, slots, tail)
+    ordered = tuple(sorted(slots, key=order.__getitem__))
+    if len({slot.meta["val"].dtype for slot in ordered}) > 1:
+        raise Unsupported(f"{names} have different dtypes")
+    pieces = [piece.segment for slot in ordered for piece in _token_layout(axes, slot)]
+    if len(set(pieces)) < len(pieces):
+        raise Unsupported(f"{names} hold some of their tokens twice")
+    return TokenOutput(ordered, tuple(pieces), tuple(n for n in order if n in tail))
+
+
+def _walk_back(
+    axes: AxisFacts,
+    start: list[fx.Node],
+    slots: dict[fx.Node, frozenset[ClassId]],
+    tail: set[fx.Node],
+) -> None:
+    """From `start` to values with segments (`slots`); what is passed on the way is `tail`."""
+    pending = list(start)
+    while pending:
+        node = pending.pop()
+        if node in slots or node in tail:
+            continue
+        layout = _token_layout(axes, node)
+        if layout:
+            slots[node] = frozenset(piece.segment for piece in layout)
+        elif node.op == "call_function":
+            tail.add(node)
+            pending += node.all_input_nodes
+
+
+def _sharing(slots: dict[fx.Node, frozenset[ClassId]]) -> set[fx.Node]:
+    """Slots that have a segment in common with another."""
+    return {
+        one
+        for one, here in slots.items()
+        for other, there in slots.items()
+        if one is not other and here & there
+    }
+
+
+def _token_layout(axes: AxisFacts, node: fx.Node) -> Layout:
+    """The pieces of the one axis with segments, of a value that also counts samples."""
+    if not is_tensor(node) or node.op != "call_function" or axes.batch_axis(node) is None:
+        return ()
+    found = axes.axes_with(node, *axes.segments)
+    return axes.layout(node, found[0]) if len(found) == 1 else ()

@@ -1,0 +1,1 @@
+"""Blocks that repeat: `repeats` finds them, `outline` has each compiled once."""

@@ -1,0 +1,185 @@
+"""Repeats: stretches of a program that do the same work on other operands, such as its blocks.
+
+Two nodes are alike if they have the same op, the same constants, and operands and results of the
+same shapes, strides, dtypes and devices. Blocks that follow one another are a stretch of nodes in
+which each is alike the one a period later. The first block often holds more, namely what all
+blocks use; up to where it does not, it stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from specdiff.passes.plan.residuals import PROJECTIONS
+from specdiff.passes.rules.attention import ATTENTION
+from specdiff.passes.rules.registry import argument, operands
+
+aten = torch.ops.aten
+FEWEST_COPIES = 3
+FEWEST_NODES = 16
+"""In one copy: less is not worth a call of its own."""
+PERIODS = 64
+"""Candidates for the length of a block that are tried, the likeliest."""
+ALIGNMENT = 16
+"""Bytes; code made for an operand that begins at a multiple of it may rely on that."""
+MATRIX = (*PROJECTIONS, ATTENTION, aten.matmul.default, aten.bmm.default, aten.addmm.default)
+"""Ops whose operands and results are in memory in any case: no fusion is lost at their border."""
+
+Copy = tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """`length` nodes from `start` on, each alike the one `period` later if that is among them."""
+
+    start: int
+    length: int
+    period: int
+
+    @property
+    def saved(self) -> int:
+        """Nodes that need not be compiled."""
+        return (self.length // self.period - 1) * self.period
+
+
+def find_repeats(graph: fx.Graph) -> list[tuple[Copy, ...]]:
+    """Alike copies, in graph order; no node is in two of them."""
+    nodes = [node for node in graph.nodes if node.op == "call_function"]
+    keys = interned([alike(node) for node in nodes])
+    found, free = [], [True] * len(nodes)
+    while (stretch := longest(keys, free)) is not None:
+        copies = split(nodes, stretch)
+        free[stretch.start : stretch.start + stretch.length] = [False] * stretch.length
+        if len(copies) >= FEWEST_COPIES:
+            found.append(copies)
+    return found
+
+
+def interned(values: Sequence[Hashable]) -> list[int]:
+    """The same numbers for equal values."""
+    numbers: dict[Hashable, int] = {}
+    return [numbers.setdefault(value, len(numbers)) for value in values]
+
+
+def alike(node: fx.Node) -> Hashable:
+    """What nodes have in common that are alike."""
+    anywhere = starts_anywhere(node)
+    args = node.args[:2] if anywhere else node.args
+    step = argument(node, 4, "step", 1) if anywhere else None
+    return node.target, _frozen(args), _frozen(node.kwargs), step, described(node.meta.get("val"))
+
+
+def starts_anywhere(node: fx.Node) -> bool:
+    """Whether a node takes every so many rows: from which one on may be told from outside."""
+    return node.target is aten.slice.Tensor and argument(node, 4, "step", 1) != 1
+
+
+def described(value: Any) -> Hashable:
+    """Whatever code compiled for one value may rely on in another."""
+    if isinstance(value, Tensor):
+        aligned = value.storage_offset() * value.element_size() % ALIGNMENT == 0
+        return (value.dtype, tuple(value.shape), value.stride(), value.device, aligned)
+    if isinstance(value, list | tuple):
+        return tuple(described(part) for part in value)
+    return str(type(value))
+
+
+def _frozen(value: Any) -> Hashable:
+    if isinstance(value, fx.Node):
+        return described(value.meta.get("val"))
+    if isinstance(value, list | tuple):
+        return tuple(_frozen(part) for part in value)
+    if isinstance(value, dict):
+        return tuple((name, _frozen(value[name])) for name in sorted(value))
+    # 1, 1.0 and True are equal to Python but not to an op's dtype
+    return type(value), str(value)
+
+
+def longest(keys: Sequence[int], free: Sequence[bool]) -> Stretch | None:
+    """The stretch that saves most, of the shortest period that does."""
+    best = None
+    for period in sorted(likely_periods(keys, free)):
+        for stretch in stretches(keys, free, period):
+            if best is None or stretch.saved > best.saved:
+                best = stretch
+    return best
+
+
+def likely_periods(keys: Sequence[int], free: Sequence[bool]) -> list[int]:
+    """Distances between neighbours that are alike, the most frequent ones."""
+    last: dict[int, int] = {}
+    distances: Counter[int] = Counter()
+    for i, key in enumerate(keys):
+        if free[i]:
+            distances[i - last.get(key, i)] += 1
+            last[key] = i
+    return [d for d, _ in distances.most_common() if d >= FEWEST_NODES][:PERIODS]
+
+
+def stretches(keys: Sequence[int], free: Sequence[bool], period: int) -> Iterator[Stretch]:
+    """All stretches of one period that hold two copies or more."""
+    start = 0
+    for i in range(len(keys) - period + 1):
+        inside = i + period < len(keys) and free[i] and free[i + period]
+        if inside and keys[i] == keys[i + period]:
+            continue
+        if i - start >= period:
+            yield Stretch(start, i - start + period, period)
+        start = i + 1
+
+
+def split(nodes: Sequence[fx.Node], stretch: Stretch) -> tuple[Copy, ...]:
+    """The copies in a stretch that are wired alike, cut where a border costs least."""
+    period, stop = stretch.period, stretch.start + stretch.length
+    starts = range(stretch.start + cheapest_cut(nodes, stretch), stop - period + 1, period)
+    copies = [tuple(nodes[start : start + period]) for start in starts]
+    like = wiring(copies[len(copies) // 2])
+    return tuple(copy for copy in copies if wiring(copy) == like)
+
+
+def cheapest_cut(nodes: Sequence[fx.Node], stretch: Stretch) -> int:
+    """Where in a period a border separates least that could be fused, measured in the second copy.
+
+    What an op could be fused with is of the same depth in matrix products: in front of one, its
+    operand is in memory anyway.
+    """
+    depth = matrix_depths(nodes)
+    position = {node: i for i, node in enumerate(nodes)}
+    middle = stretch.start + min(stretch.period, stretch.length - stretch.period)
+    lost, crossing = [0] * (stretch.period + 1), [0] * (stretch.period + 1)
+    for node in nodes[stretch.start :]:
+        users = [user for user in node.users if user in position]
+        fusable = [u for u in users if u.target not in MATRIX and depth[u] == depth[node]]
+        for ends, cost in ((fusable if node.target not in MATRIX else [], lost), (users, crossing)):
+            last = max((position[user] for user in ends), default=-1)
+            for i in range(max(position[node] + 1, middle), min(last, middle + stretch.period) + 1):
+                cost[i - middle] += bytes_of(node)
+    order = [(lost[i], crossing[i], i) for i in range(stretch.period)]
+    return (min(order)[2] + middle - stretch.start) % stretch.period
+
+
+def bytes_of(node: fx.Node) -> int:
+    """Memory of a value."""
+    value = node.meta.get("val")
+    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
+
+
+def matrix_depths(nodes: Sequence[fx.Node]) -> dict[fx.Node, int]:
+    """Of each node, the most matrix products on a way to it."""
+    depth: dict[fx.Node, int] = {}
+    for node in nodes:
+        before = max((depth.get(operand, 0) for operand in node.all_input_nodes), default=0)
+        depth[node] = before + (node.target in MATRIX)
+    return depth
+
+
+def wiring(copy: Copy) -> list[list[int | None]]:
+    """For each node, which nodes of the copy its operands are; None: one from outside."""
+    index = {node: i for i, node in enumerate(copy)}
+    return [[index.get(operand) for operand in operands(node)] for node in copy]

@@ -1,0 +1,123 @@
+"""Root: the programs of a whole model whose blocks are compiled, as the runtime takes them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from specdiff.program import Evaluation, Signature
+from specdiff.runtime.blocks.block import Kind, RootCall, Visit, identities, numbered, under
+from specdiff.runtime.blocks.patchify import Patches
+
+
+class RootPrograms:
+    """The programs of a whole model whose blocks are compiled: forwards of the root.
+
+    Implements `specdiff.program.Programs`. Flat inputs are the leaves of the call's arguments, then
+    the root's parameters.
+
+    Args:
+        root: the model.
+        arguments: structure of the call's arguments.
+        patches: how its output is tokens.
+        visits: the block calls of one forward.
+        signature: what flat inputs mean.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        arguments: pytree.TreeSpec,
+        patches: Patches,
+        visits: Sequence[Visit],
+        signature: Signature,
+    ) -> None:
+        self.signature = signature
+        self._root = root
+        self._arguments = arguments
+        self._patches = patches
+        self._visits = numbered(visits, patches.tokens)
+
+    @property
+    def compile_seconds(self) -> Mapping[str, float]:
+        """Of every block's programs, those that blocks share counted once."""
+        seconds: Counter[str] = Counter()
+        for block in {visit.block for visit in self._visits}:
+            if self._patches.tokens in block.lengths:
+                seconds.update(block.planned(self._patches.tokens).compile_seconds)
+        return seconds
+
+    def probe(self, inputs: Sequence[object]) -> Tensor:
+        """Every token computed by every block, no cache read or written."""
+        return self._tokens(inputs, self._call("probe", inputs))
+
+    def dense(self, inputs: Sequence[object], caches: Sequence[Tensor]) -> Evaluation:
+        """Every token computed; the caches are overwritten in place."""
+        return self._evaluation(inputs, self._call("dense", inputs, caches))
+
+    def tabulate(
+        self, inputs: Sequence[object], caches: Sequence[Tensor], later: Sequence[Tensor] = ()
+    ) -> None:
+        """Nothing to fill: a block is given what time makes, not time."""
+
+    def selective(
+        self,
+        inputs: Sequence[object],
+        caches: Sequence[Tensor],
+        active: Tensor,
+        text: bool = True,
+        importance: bool = True,
+        row: int | None = None,
+    ) -> Evaluation:
+        """Only `active` computed by the blocks; what lies around them computes every token.
+
+        Text always is: a block hands it on to the next.
+        """
+        call = self._call("selective", inputs, caches, active, importance)
+        found = self._evaluation(inputs, call)
+        rows = active.unsqueeze(-1).expand(-1, -1, found.tokens.shape[2])
+        return Evaluation(found.tokens.gather(1, rows), found.importance)
+
+    def tail(self, inputs: Sequence[object], tokens: Tensor) -> list[Tensor]:
+        """The model's output of its tokens."""
+        return [self._patches.join(tokens)]
+
+    def idle(self, inputs: Sequence[object]) -> RootCall:
+        """A call in which blocks compute nothing."""
+        return self._call("skip", inputs)
+
+    def plain(self, *inputs: object) -> list[Any]:
+        """The leaves of the model's output, its blocks as they were traced, compiled."""
+        return forward(self._root, inputs, self._arguments, self._call("plain", inputs))[0]
+
+    def _call(
+        self,
+        kind: Kind,
+        inputs: Sequence[object],
+        caches: Sequence[Tensor] = (),
+        active: Tensor | None = None,
+        importance: bool = True,
+    ) -> RootCall:
+        parameters, tokens = identities(inputs[self._arguments.num_leaves :]), self._patches.tokens
+        return RootCall(kind, parameters, tokens, self._visits, caches, active, importance)
+
+    def _evaluation(self, inputs: Sequence[object], call: RootCall) -> Evaluation:
+        return Evaluation(self._tokens(inputs, call), call.importance)
+
+    def _tokens(self, inputs: Sequence[object], call: RootCall) -> Tensor:
+        (output,), _ = forward(self._root, inputs, self._arguments, call)
+        call.finish()
+        return self._patches.split(output)
+
+
+def forward(
+    root: nn.Module, inputs: Sequence[object], arguments: pytree.TreeSpec, call: RootCall
+) -> tuple[list[Any], pytree.TreeSpec]:
+    """The leaves of the root's output and their structure, its blocks answering to `call`."""
+    args, kwargs = pytree.tree_unflatten(list(inputs[: arguments.num_leaves]), arguments)
+    with under(call):
+        return pytree.tree_flatten(root.forward(*args, **kwargs))

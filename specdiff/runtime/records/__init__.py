@@ -1,0 +1,1 @@
+"""What is told of a run: `stats` counts, `recording` keeps one record per step."""

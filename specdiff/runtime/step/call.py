@@ -1,0 +1,91 @@
+"""One call of a graph that belongs to a stream: what it was given, and what that says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from specdiff.program import Programs
+from specdiff.runtime.records.recording import StepRecord
+from specdiff.runtime.sampler.noise import Process
+from specdiff.runtime.sampler.observation import Reading
+from specdiff.runtime.sampler.sampler_fit import Displacement
+from specdiff.runtime.streams.caches import CachePool
+from specdiff.runtime.streams.registry import ModelState
+from specdiff.runtime.streams.streams import Stream, StreamTable
+from specdiff.runtime.streams.time_tables import KnownTimes
+from specdiff.runtime.tokens.schedule import Schedule
+from specdiff.settings import Settings
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one evaluation has to work with; only its stream, counters and record change."""
+
+    programs: Programs
+    pool: CachePool
+    table: StreamTable
+    stream: Stream
+    state: ModelState
+    settings: Settings
+    schedule: Schedule
+    inputs: Sequence[object]
+    time: float
+    """Time of this evaluation: the model's input, or the session's list if it gave one."""
+    reading: Reading | None
+    """What was read from the device; None if the session gave the times."""
+    given: tuple[float, ...] | None
+    """All times of the run, if the session gave them."""
+    candidates: tuple[Process, ...]
+    """What the sampler may be doing."""
+    known: KnownTimes
+    """Time inputs of earlier generations."""
+    record: StepRecord | None = None
+    """What is to be kept of this evaluation, if anything records."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether the batch is the two halves of classifier-free guidance."""
+        return self.settings.guidance_scale is not None
+
+    @property
+    def latent(self) -> Tensor:
+        """The main input that is denoised."""
+        latent = self.inputs[self.programs.signature.latent]
+        assert isinstance(latent, Tensor)
+        return latent
+
+    @property
+    def corrects(self) -> bool:
+        """Whether what forecasts cost the latent can be made good."""
+        return (
+            self.settings.correction
+            and self.stream.first_order
+            and self.schedule.forecasts
+            and self.programs.signature.additive
+        )
+
+    @property
+    def seen(self) -> Displacement | None:
+        """The sampler's step since the previous evaluation, by both halves of guidance if known."""
+        if self.reading is None:
+            return None
+        return self.reading.joint.moved if self.reading.joint else self.reading.moved
+
+    @property
+    def wants_future(self) -> bool:
+        """Whether this generation has yet to look ahead."""
+        return (
+            self.settings.plan.lookahead > 1
+            and not self.stream.looked_ahead
+            and self.schedule.selects
+            and self.programs.signature.time is not None
+        )
+
+    def keep(self, **found: object) -> None:
+        """Fill in fields of the record, if there is one."""
+        if self.record is not None:
+            for name, value in found.items():
+                setattr(self.record, name, value)

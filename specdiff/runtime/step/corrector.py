@@ -1,0 +1,83 @@
+"""Corrector: when the latent may be corrected, and with what.
+
+Only where the sampler's steps are of first order: a solver of higher order uses earlier predictions
+again, what was put on top of them too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from specdiff.runtime.sampler.sampler_fit import Displacement
+from specdiff.runtime.sampler.timeline import next_time
+from specdiff.runtime.step.call import Call
+from specdiff.runtime.tokens.correction import Correction, on_top
+from specdiff.runtime.tokens.history import ComputedOutput
+
+FIRST_ORDER_FIT = 5e-3
+"""Relative residual of a first-order step, from float32 inner products."""
+PROOF = 4.0
+"""Change of a prediction, as a multiple of what a first-order step may miss, that shows in the step
+of a sampler that uses the one before it again: half of it in Adams-Bashforth's."""
+
+
+def settle(call: Call) -> None:
+    """Note what the sampler's step since the previous evaluation has made of its forecasts."""
+    stream = call.stream
+    if not call.corrects:
+        stream.correction = None  # what it knows grows old while nothing keeps it up
+    if stream.correction is None or stream.sampler is None:
+        return
+    if call.seen is not None and not _is_first_order(call, call.seen):
+        stream.correction, stream.first_order = None, False
+    else:
+        step = stream.sampler.step(stream.times[-1], call.time, call.seen)
+        stream.correction.settle(*step)
+        if call.reading is not None and (joint := call.reading.joint):
+            stream.proven |= joint.news.item() > PROOF * _allowed(call, joint.moved)
+
+
+def _is_first_order(call: Call, seen: Displacement) -> bool:
+    """Whether the last step follows from the last prediction alone, as far as rounding shows."""
+    allowed, start = _allowed(call, seen), call.stream.times[-1]
+    chosen = call.stream.sampler.chosen if call.stream.sampler is not None else None
+    # The usual case, in a few numbers of the host.
+    if chosen and seen.misfit(*chosen, start, call.time) <= allowed:
+        return True
+    return seen.residual(call.candidates, start, call.time) <= allowed
+
+
+def _allowed(call: Call, seen: Displacement) -> float:
+    """What a first-order step may miss, relative to its length."""
+    assert call.reading is not None  # or nothing would have been seen
+    return FIRST_ORDER_FIT + call.reading.rounding(seen)
+
+
+def corrected(
+    call: Call, before: Sequence[ComputedOutput], tokens: Tensor, *, computed: bool
+) -> Tensor:
+    """`tokens`, and on top of those just computed what their forecasts had cost the latent."""
+    stream, newest = call.stream, call.stream.history.computed[0]
+    if stream.correction is None:
+        stream.correction = Correction.none(newest)
+    elif stream.sampler is not None and computed:
+        older = before[1] if len(before) > 1 else None
+        missing = stream.correction.collect(before[0], older, newest)
+        due = next_time([*stream.times, call.time], call.given)
+        more = on_top(missing, *stream.sampler.step(call.time, due))
+        if not _doubted(call):  # else it stays missing, to be put on top later
+            tokens = (tokens.float() + more).to(tokens.dtype)
+    stream.correction.hand_out(newest, tokens, call.time)
+    return tokens
+
+
+def _doubted(call: Call) -> bool:
+    """Whether the sampler may be one that uses earlier predictions again, for all that is seen.
+
+    With two predictions a step is explained more easily, and a wrong correction costs more than
+    the wait: nothing is put on top until a step could have shown another order.
+    """
+    paired = call.reading is not None and call.reading.joint is not None
+    return paired and not call.stream.proven

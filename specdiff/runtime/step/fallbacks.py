@@ -1,0 +1,63 @@
+"""Guards: why a call runs dense, each a reason that is counted and said once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from specdiff.program import Signature
+from specdiff.runtime.sampler.noise import Process
+from specdiff.runtime.sampler.observation import Reading
+from specdiff.runtime.step.step import BUDGET
+from specdiff.runtime.streams.streams import MAX_STREAMS, Stream, returns
+from specdiff.runtime.tokens.schedule import Schedule
+
+NO_TIME = "no time input"
+FEW_TOKENS = "too few tokens"
+ROWS_DIFFER = "time differs between batch rows"
+NOT_FINITE = "latent is not finite"
+TIME_NOT_FINITE = "time is not finite"
+AMBIGUOUS = "ambiguous stream"
+AMBIGUOUS_HINT = (
+    "a latent came from nowhere: give two generations that share a prompt tensor a session each;"
+    " if batches hold both halves of classifier-free guidance, give guidance_scale"
+)
+STILL = "latent does not move with time"
+CROWDED = f"more than {MAX_STREAMS} generations at once"
+HINTS = {AMBIGUOUS: AMBIGUOUS_HINT, CROWDED: f"{CROWDED}: give each a session"}
+
+
+def of_graph(
+    signature: Signature, schedule: Schedule, max_cache_bytes: int | None, *, timed: bool
+) -> str | None:
+    """Why no call of a graph can be anything but dense under these settings, if so."""
+    if signature.time is None and not timed:
+        return NO_TIME
+    if signature.prunable_tokens < 2:
+        return FEW_TOKENS
+    if schedule.selects and max_cache_bytes is not None:
+        return BUDGET if max_cache_bytes < signature.cache_bytes else None
+    return None
+
+
+def of_call(
+    stream: Stream | None, reading: Reading, candidates: Sequence[Process]
+) -> tuple[str | None, bool]:
+    """Why an evaluation may belong to no trajectory, or None; whether it begins a generation."""
+    if stream is not None and stream.ambiguous and not returns(stream.times, reading.time):
+        return AMBIGUOUS, False
+    if not reading.finite:
+        return NOT_FINITE, False
+    if not math.isfinite(reading.time):
+        return TIME_NOT_FINITE, False
+    if not reading.same_time:
+        return ROWS_DIFFER, False
+    if stream is None:
+        return None, True
+    relation = stream.relation(reading, candidates)
+    if relation == "foreign":
+        return AMBIGUOUS, False
+    begins = relation == "restarts"
+    if reading.change == 0 and reading.time != stream.times[-1] and not begins:
+        return STILL, False  # a part of a broken model, whose conditions were taken for a latent
+    return None, begins

@@ -1,0 +1,94 @@
+"""Look-ahead: infer how the sampler moves the latent, and speculate once that is known."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from specdiff.runtime.sampler.remains import DEPTH, Seen
+from specdiff.runtime.sampler.sampler_fit import Displacement, Prediction, Ways, guided
+from specdiff.runtime.sampler.timeline import time_unit
+from specdiff.runtime.step.call import Call
+from specdiff.runtime.step.speculation import landings, model_time, speculate
+
+logger = logging.getLogger(__name__)
+
+NO_FIT = (
+    "no speculation or correction: the sampler's steps fit neither a flow nor DDIM on a usual noise"
+    " schedule"
+    " (if batches hold both halves of classifier-free guidance, give guidance_scale;"
+    " for another schedule, give its alphas_cumprod)"
+)
+
+
+def look_ahead(call: Call, outputs: Sequence[Tensor]) -> None:
+    """Keep what the next evaluation's fit needs, and speculate once time has moved."""
+    stream, times = call.stream, call.stream.times
+    pending = call.wants_future or (call.corrects and stream.sampler is None)
+    before = stream.latents, stream.predictions, stream.model_time
+    if pending or call.schedule.forecasts or call.reading is not None:
+        signature = call.programs.signature
+        latents = tuple(p.clone() for p in signature.moving_parts(call.inputs))
+        predicted = (pair.part(outputs[pair.velocity]) for pair in signature.denoised)
+        scale = call.settings.guidance_scale
+        predictions = tuple(zip(*(guided(p, scale) for p in predicted), strict=True))
+        stream.trail = (Seen(call.time, latents, predictions), *stream.trail)[:DEPTH]
+        stream.model_time = _model_time(call) if pending else None
+    if pending and len(times) > 1 and times[-1] != times[-2]:
+        _infer(call, *before)
+
+
+def _model_time(call: Call) -> Tensor:
+    index = call.programs.signature.time
+    time = call.inputs[index] if index is not None else call.time
+    value = torch.as_tensor(time).float().flatten()[0].clone()
+    return value.to(call.latent.device, non_blocking=True)
+
+
+def _infer(call: Call, latents: tuple[Tensor, ...], predictions: Ways, time: Tensor | None) -> None:
+    """Infer the sampler from the previous evaluation, given by its parts; look ahead."""
+    stream = call.stream
+    if not latents or time is None or stream.model_time is None:
+        return
+    if len(predictions) != len(stream.predictions):
+        return  # guidance was set or unset in between
+    stream.sampler = _inferred(call, latents, predictions)
+    if call.reading is not None and not stream.sampler.trusted:
+        call.state.say(logger, NO_FIT)
+    elif call.wants_future:
+        stream.looked_ahead = True
+        _speculate(call, stream.sampler, time)
+
+
+def _speculate(call: Call, prediction: Prediction, time: Tensor) -> None:
+    """Look ahead; `time` was the previous evaluation's time input."""
+    stream, times = call.stream, call.stream.times
+    landed = landings(times, call.settings.plan.lookahead, call.given)
+    places = [(landing, _input_at(call, landing, time)) for landing in landed]
+    scratch = call.pool.scratch()
+    speculate(call.programs, scratch, call.inputs, stream, prediction, places, call.shared)
+    call.state.counters.speculative += len(places)
+    call.keep(speculative=len(places))
+    tokens = call.programs.signature.batch * call.schedule.tokens
+    call.state.counters.tokens_computed += len(places) * tokens
+
+
+def _inferred(call: Call, latents: tuple[Tensor, ...], predictions: Ways) -> Prediction:
+    """What the sampler did since the previous evaluation, given by its parts."""
+    stream, (start, end) = call.stream, call.stream.times[-2:]
+    seen = call.seen
+    if seen is None:
+        seen = Displacement.of(stream.latents, latents, predictions)
+    unit, exact = time_unit(call.given or stream.times), call.given is not None
+    return Prediction.infer(seen, call.candidates, start, end, unit, exact=exact)
+
+
+def _input_at(call: Call, landing: float, previous: Tensor) -> float | Tensor:
+    """The time input at a landing; `previous` was that of the previous evaluation."""
+    start, end = call.stream.times[-2:]
+    if call.reading is not None or call.stream.model_time is None:
+        return landing
+    return model_time(landing, (start, end), (previous, call.stream.model_time))

@@ -1,0 +1,188 @@
+"""One evaluation of one stream: run the program that the schedule picks, merge, remember."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from specdiff.errors import Fault
+from specdiff.runtime.sampler.timeline import time_unit
+from specdiff.runtime.step.call import Call
+from specdiff.runtime.step.corrector import corrected, settle
+from specdiff.runtime.step.lookahead import look_ahead
+from specdiff.runtime.tokens.forecast import forecast
+from specdiff.runtime.tokens.importance import (
+    least_important,
+    log_scores,
+    most_important,
+    per_sample,
+)
+from specdiff.runtime.tokens.schedule import Place
+
+logger = logging.getLogger(__name__)
+
+BUDGET = "cache budget exceeded"
+STRAYED = "unexplained step"
+STRAYED_HINT = (
+    "unexplained step: the latent moved where neither earlier latents nor predictions lead, as if"
+    " the sampler drew noise or a callback changed the latent; an evaluation after such a step runs"
+    " dense (a sampler that draws no noise is accelerated)"
+)
+
+
+def answer(call: Call) -> list[Tensor]:
+    """Answer the call: the graph's outputs, safe from later evaluations."""
+    stream, counters = call.stream, call.state.counters
+    batch, count = call.programs.signature.batch, _decide(call)
+    before = stream.history.computed
+    settle(call)
+    if count == call.schedule.tokens:
+        tokens = _dense(call)
+        counters.dense += 1
+    elif count:
+        tokens = _selective(call, count)
+        counters.selective += 1
+    else:
+        tokens = _skip(call)
+        counters.skipped += 1
+    stream.joint = call.reading.joint if call.reading is not None else None
+    if call.corrects and before:
+        tokens = corrected(call, before, tokens, computed=count > 0)
+    stream.times.append(call.time)
+    call.table.touch(stream)
+    counters.tokens_computed += batch * count
+    counters.tokens_total += batch * call.schedule.tokens
+    counters.token_counts = stream.history.counts
+    # Tail may return a view of the history, or a buffer that its next run overwrites.
+    outputs = [output.clone() for output in call.programs.tail(call.inputs, tokens)]
+    look_ahead(call, outputs)
+    return outputs
+
+
+def _decide(call: Call) -> int:
+    """Tokens to compute; all of them if a selective step would have no caches."""
+    tokens, times = call.schedule.tokens, [*call.stream.times, call.time]
+    place = Place.of(times, call.given, call.schedule.usual)
+    count, reason = call.schedule.decide(place)
+    if 0 < count < tokens and not call.stream.lease:
+        count, reason = tokens, "no caches yet"
+    if count < tokens and call.stream.strays:
+        count, reason = tokens, STRAYED
+        call.state.counters.fallbacks[STRAYED] += 1
+        call.state.say(logger, STRAYED_HINT)
+    call.keep(
+        batch=call.programs.signature.batch,
+        tokens=tokens,
+        kind="dense" if count == tokens else "selective" if count else "skipped",
+        reason=reason,
+        generation=call.stream.number,
+        index=place.index,
+        time=call.time,
+    )
+    return count
+
+
+def _dense(call: Call) -> Tensor:
+    stream = call.stream
+    # A key seen once costs nothing: caches are for trajectories that go on.
+    if call.schedule.selects and stream.history.evaluations > 0:
+        _ensure_lease(call)
+    if call.schedule.selects:
+        caches = stream.lease.caches if stream.lease else call.pool.scratch()
+        if stream.lease:
+            stream.lease.rows.renew(call.programs.signature, call.inputs)
+        evaluation = call.programs.dense(call.inputs, caches)
+        tokens = evaluation.tokens
+        assert evaluation.importance is not None  # a dense run measures it
+        stream.importance = per_sample(evaluation.importance, call.shared)
+        call.keep(importance=stream.importance)
+    else:
+        tokens = call.programs.probe(call.inputs)
+        stream.lease = None  # what it holds is older than this step
+    tokens = tokens.clone()  # the program's next run may overwrite them
+    if stream.strays:
+        stream.history.break_off()
+        stream.correction = None
+    stream.history.record_dense(call.time, tokens)
+    return tokens
+
+
+def _ensure_lease(call: Call) -> None:
+    if call.stream.lease is None:
+        call.table.release_idle(call.stream)
+        call.stream.lease = call.pool.lease(call.settings.max_cache_bytes)
+    if call.stream.lease is None:
+        call.state.counters.fallbacks[BUDGET] += 1
+        call.state.say(logger, f"max_cache_bytes={call.settings.max_cache_bytes}: {BUDGET}")
+
+
+def _selective(call: Call, count: int) -> Tensor:
+    stream, settings = call.stream, call.settings
+    assert stream.importance is not None  # measured when the caches were filled
+    future = stream.future(call.time)
+    scores = log_scores(settings, stream.importance, future, stream.history, call.time)
+    active = most_important(scores, count, call.shared, call.programs.signature.lengths)
+    merged = _with_computed(call, _predicted(call, scores, active), active)
+    call.keep(active=active, scores=scores)
+    stream.history.record_selective(call.time, merged, active)
+    return merged
+
+
+def _predicted(call: Call, scores: Tensor, active: Tensor) -> Tensor:
+    """Every token forecast; those of the lowest scores as they were (class C2 of the paper)."""
+    predicted, share = _forecast(call), call.settings.reuse_share
+    if share > 0:
+        reused = least_important(scores, share, active)
+        previous = call.stream.history.steps[0].tokens
+        predicted = torch.where(reused.unsqueeze(-1), previous, predicted)
+        call.keep(reused=reused)
+    return predicted
+
+
+def _with_computed(call: Call, predicted: Tensor, active: Tensor) -> Tensor:
+    """`predicted` [B, N, C], and the active tokens computed."""
+    stream, programs, moment = call.stream, call.programs, (call.given, call.time)
+    assert stream.lease is not None  # no name for it here: tracebacks would keep it
+    caches, tables = stream.lease.caches, stream.lease.rows
+    row = tables.look_up(programs, call.inputs, caches, moment, call.known)
+    evaluation = programs.selective(
+        call.inputs,
+        caches,
+        active,
+        text=call.settings.text_steps == "all",
+        importance=call.settings.selective_importance,
+        row=row,
+    )
+    if evaluation.tokens.shape[:2] != active.shape:
+        raise Fault(f"{list(evaluation.tokens.shape)} for {active.shape[1]} active tokens")
+    rows = active.unsqueeze(-1).expand_as(evaluation.tokens)
+    merged = predicted.scatter(1, rows, evaluation.tokens.to(predicted.dtype))
+    merged = _with_invalid_rows(call, merged)
+    if row is not None and call.reading is None:
+        merged = tables.checked(merged, programs.signature, call.inputs, moment)
+    if evaluation.importance is not None:
+        stream.importance = per_sample(evaluation.importance, call.shared)
+        call.keep(importance=stream.importance)
+    return merged
+
+
+def _skip(call: Call) -> Tensor:
+    predicted = _with_invalid_rows(call, _forecast(call))
+    call.stream.history.record_skipped(call.time, predicted)
+    return predicted
+
+
+def _forecast(call: Call) -> Tensor:
+    unit = time_unit([*(call.given or call.stream.times), call.time])
+    return forecast(call.settings.forecast, call.stream.history, call.time, unit)
+
+
+def _with_invalid_rows(call: Call, tokens: Tensor) -> Tensor:
+    """`tokens` [B, N, C], NaN where the model would be: in rows whose latent is not finite."""
+    if call.reading is not None:
+        return tokens  # the latent was read and is finite
+    batch, latent = len(tokens), call.latent.float()
+    rows = latent.reshape(batch if len(latent) == batch else 1, -1).sum(1) * 0
+    return tokens + rows.to(tokens.dtype)[:, None, None]

@@ -1,0 +1,97 @@
+"""Progress: how far a session that was given its times has come, counted, so that nothing is read.
+
+An evaluation of a pipeline may call several graphs, or one with several sets of conditions, such as
+the halves of guidance, and not each of them in every evaluation: guidance may end early, an adapter
+be switched on half way. Each has a stream of its own. While they keep their order, they are
+counted; where one turns up, or falls behind one that it used to lead, its time input is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from specdiff.runtime.streams.keys import StreamKey
+from specdiff.runtime.streams.streams import Stream
+
+
+class Progress:
+    """Where the generation of a session is, by the stream that has come furthest.
+
+    Args:
+        times: of all evaluations of a generation.
+    """
+
+    def __init__(self, times: tuple[float, ...]) -> None:
+        self.times = times
+        self._generation = 0
+        self._done = 0
+        """Evaluations that the furthest stream has made in this generation."""
+        self._first = self._latest = _key(None)
+        """Time input of this generation's first evaluation, and of the latest; None before it."""
+
+    def start(self, stream: Stream | None, time: object) -> int | None:
+        """The evaluation with which a call's stream begins anew; None if the stream goes on.
+
+        Args:
+            stream: of the call's conditions, if the graph has one.
+            time: its time input, None if the graph takes none.
+        """
+        if stream is not None and self._goes_on(stream, time):
+            return None
+        if self._done == len(self.times) or self._is_first(time):
+            self._generation, self._done = self._generation + 1, 0
+        return self._done - self._is_alongside(time)
+
+    def begin(self, stream: Stream, index: int) -> None:
+        """A new stream, from this evaluation on."""
+        stream.generation, stream.first = self._generation, index
+        stream.given = self.times[index:]
+
+    def pass_over(self, before: Stream | None, after: Callable[[], Stream], time: object) -> None:
+        """Count an evaluation that no stream made; the stream `after` begins with the next one.
+
+        Arguments as of `start`.
+        """
+        index = self.start(before, time)
+        if index is None:
+            assert before is not None  # it goes on
+            index = before.index
+        stream = after()
+        self.begin(stream, index + 1)
+        self.advance(stream, time)
+
+    def advance(self, stream: Stream, time: object) -> None:
+        """A stream has made an evaluation."""
+        stream.leads = stream.index > self._done
+        if stream.leads:
+            self._done, self._latest = stream.index, _key(time)
+        if self._done == 1:
+            self._first = self._latest
+
+    def _goes_on(self, stream: Stream, time: object) -> bool:
+        index = stream.index
+        if stream.generation != self._generation or index >= len(self.times):
+            return False
+        follows = index == self._done - 1 and (not stream.leads or self._is_alongside(time))
+        return index == self._done or follows
+
+    def _is_alongside(self, time: object) -> bool:
+        """Whether a call that fits no order belongs to the latest evaluation."""
+        return self._done > 0 and (time is None or _is_same(self._latest, time))
+
+    def _is_first(self, time: object) -> bool:
+        """Whether such a call begins a generation, as the one before it was cut short."""
+        moved = self._done > 1 and self.times[0] != self.times[self._done - 1]
+        return moved and time is not None and _is_same(self._first, time)
+
+
+def _key(time: object) -> StreamKey:
+    """Of a time input; of a copy where no version would tell that it has been rewritten."""
+    kept = time.clone() if isinstance(time, Tensor) and time.is_inference() else time
+    return StreamKey([kept], keep_values=True)
+
+
+def _is_same(key: StreamKey, time: object) -> bool:
+    return key.is_same([time]) or key.is_equal([time])

@@ -1,0 +1,86 @@
+"""Predicting the outputs of tokens that are not computed; each forecaster is one function."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from specdiff.runtime.tokens.history import ComputedOutput, History
+
+Forecaster = Callable[[History, float, float], Tensor]
+"""(history, time, time unit) -> [B, N, C]; the unit is the time at which sigma is 1."""
+
+REACH = 0.5
+"""How far a line is followed, as a share of the span between the two outputs it goes through."""
+
+FORECASTERS: dict[str, Forecaster] = {}
+
+
+def _register(name: str) -> Callable[[Forecaster], Forecaster]:
+    def add(forecaster: Forecaster) -> Forecaster:
+        FORECASTERS[name] = forecaster
+        return forecaster
+
+    return add
+
+
+def forecast(name: str, history: History, time: float, unit: Literal[1, 1000]) -> Tensor:
+    """Predict every token's output at `time`.
+
+    Args:
+        name: one of `FORECASTERS`.
+        history: at least one evaluation.
+        time: in the model's own unit.
+        unit: the time at which sigma is 1.
+
+    Returns:
+        [B, N, C] in the dtype of the outputs.
+    """
+    return FORECASTERS[name](history, time, unit).to(history.steps[0].tokens.dtype)
+
+
+@_register("reuse")
+def _reuse(history: History, time: float, unit: float) -> Tensor:
+    return history.computed[0].tokens
+
+
+@_register("linear")
+def _linear(history: History, time: float, unit: float) -> Tensor:
+    newest, *older = history.computed
+    if not older:
+        return newest.tokens
+    # A slope measured over a short span is mostly curvature and noise: follow it no further than a
+    # share of that span (sigmas of a shifted schedule start close together and end far apart).
+    reach = REACH * (newest.times - older[0].times).abs()
+    return _along(newest, older[0], (time - newest.times).clamp(-reach, reach))
+
+
+@_register("mean")
+def _mean(history: History, time: float, unit: float) -> Tensor:
+    """Equation 6: W_i = exp(-i (T_{t+i} - T_t)) / sum over the last three steps, T in [0, 1]."""
+    weights = [
+        math.exp(-age * abs(step.time - time) / unit)
+        for age, step in enumerate(history.steps, start=1)
+    ]
+    total = sum(weights)
+    terms = [
+        step.tokens.float() * (weight / total)
+        for weight, step in zip(weights, history.steps, strict=True)
+    ]
+    return torch.stack(terms).sum(0)
+
+
+def _along(newer: ComputedOutput, older: ComputedOutput, ahead: Tensor) -> Tensor:
+    """The line through two outputs, `ahead` (float32 [B, N], in time) of the newer."""
+    span, start = newer.times - older.times, newer.tokens.float()
+    share = torch.where(span != 0, ahead / nonzero(span), 0.0)
+    return torch.addcmul(start, start - older.tokens.float(), share.unsqueeze(-1))
+
+
+def nonzero(span: Tensor) -> Tensor:
+    """`span` to divide by, 1 where it is 0."""
+    return torch.where(span == 0, 1.0, span)

@@ -1,0 +1,137 @@
+"""What each evaluation runs: every token, K of them, or none.
+
+A `Plan` says which evaluations are dense, and the cache ratio what fills its gaps: selective steps
+always (the paper's method), none (whole-step caching), or any mixture that a list states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+from specdiff.plan import Plan
+from specdiff.runtime.sampler.timeline import evaluations_left, evaluations_planned
+from specdiff.settings import Settings
+
+ROWS = 8
+"""Tokens are computed in multiples of it: matrix kernels are slower for what falls short of one
+(H100, bf16: 717 rows take 151 µs where 720 take 136; `examples/kernels.py`)."""
+MANY_ROWS = 8 * ROWS
+"""Fewer tokens stay as they are: filling them up would take more of a step than it gives."""
+
+
+def active_tokens(tokens: int, ratio: float) -> int:
+    """Of so many, those that a step computes which leaves out this share."""
+    active = round((1 - ratio) * tokens)
+    return min(-(-active // ROWS) * ROWS, tokens) if active >= MANY_ROWS else active
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in its generation an evaluation is."""
+
+    index: int
+    """From 0."""
+    left: float
+    """Evaluations left, this one included, as far as is known."""
+    total: float
+    """Evaluations of the generation until time ends, as far as is known; only lists ask."""
+    before: float
+    """The same, as it was known at the previous evaluation."""
+
+    @classmethod
+    def of(cls, times: Sequence[float], given: Sequence[float] | None, usual: int) -> Place:
+        """From the times so far, this evaluation's included.
+
+        Args:
+            times: of the evaluations.
+            given: all times of the run, if known.
+            usual: evaluations to expect while the times do not tell; 0: the total is not needed.
+        """
+        left, seen = evaluations_left(times, given), (times, times[:-1])
+        totals = (evaluations_planned(s, given, usual) if usual else 0 for s in seen)
+        return cls(len(times) - 1, left, *totals)
+
+    @classmethod
+    def known(cls, index: int, total: int) -> Place:
+        """Of a generation that has `total` evaluations."""
+        return cls(index, total - index, total, total)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The plan of one generation over N tokens."""
+
+    tokens: int
+    """N"""
+    segments: int
+    """Prunable segments that the tokens belong to; each has its share of the active ones."""
+    cache_ratio: float
+    """Share of tokens that a step in a gap of the plan does not compute; 1: it computes nothing."""
+    plan: Plan
+
+    @classmethod
+    def of(cls, settings: Settings, lengths: Sequence[int]) -> Schedule:
+        """For segments of these lengths."""
+        return _schedule(sum(lengths), len(lengths), settings.cache_ratio, settings.plan)
+
+    @property
+    def active(self) -> int:
+        """K: tokens that a step in a gap of the plan computes; 0: it computes nothing."""
+        return self._active(self.cache_ratio)
+
+    @cached_property
+    def selects(self) -> bool:
+        """Whether any step computes some but not all tokens, so that caches are needed."""
+        return any(0 < count < self.tokens for count in self._counts)
+
+    @cached_property
+    def forecasts(self) -> bool:
+        """Whether any token is ever forecast."""
+        return any(count < self.tokens for count in self._counts)
+
+    @property
+    def usual(self) -> int:
+        """Evaluations that it is made for; 0: any number."""
+        return len(self.plan.ratios)
+
+    def decide(self, place: Place) -> tuple[int, str]:
+        """Tokens to compute at an evaluation of a generation, and why so many."""
+        if self.plan.rule is not None:
+            why = self.plan.rule.why_dense(place.index, place.left)
+            return (self.tokens, why) if why else self._in_gap()
+        entry = self._list.due(place.index, place.total, place.before)
+        if entry is None:
+            return self._in_gap()
+        count = self._active(self._list.ratios[entry])
+        return count, f"the plan's evaluation {entry + 1} of {self.usual}"
+
+    def _in_gap(self) -> tuple[int, str]:
+        if self.active == self.tokens:
+            return self.tokens, "no token may be left out"
+        if self.active:
+            return self.active, f"the {self.active} highest scores"
+        return 0, "forecast from earlier steps"
+
+    @cached_property
+    def _list(self) -> Plan:
+        """The plan with the ratio of its gaps."""
+        return self.plan.filled(self.cache_ratio)
+
+    @cached_property
+    def _counts(self) -> set[int]:
+        """Tokens that steps which are not dense may compute."""
+        rule = self.plan.rule
+        gap = {self.cache_ratio} if rule is None or rule.has_gaps else set()
+        return {self._active(ratio) for ratio in gap.union(self._list.ratios)}
+
+    def _active(self, ratio: float) -> int:
+        active = active_tokens(self.tokens, ratio)
+        return max(active, self.segments) if active else 0
+
+
+@lru_cache(maxsize=64)
+def _schedule(tokens: int, segments: int, cache_ratio: float, plan: Plan) -> Schedule:
+    """One object for equal fields, as every evaluation asks."""
+    return Schedule(tokens, segments, cache_ratio, plan)
