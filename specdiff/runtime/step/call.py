@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -73,6 +74,13 @@ class Call:
         if self.reading is None:
             return None
         return self.reading.joint.moved if self.reading.joint else self.reading.moved
+
+    @cached_property
+    def strays(self) -> bool:
+        """Whether the latest step that was looked at is unexplained, even by known noise."""
+        if not self.stream.strays or self.reading is None:
+            return self.stream.strays
+        return not self.reading.is_known_noise(self.candidates, self.stream.times[-1])
 
     @property
     def wants_future(self) -> bool:

@@ -68,7 +68,7 @@ def _decide(call: Call) -> int:
     count, reason = call.schedule.decide(place)
     if 0 < count < tokens and not call.stream.lease:
         count, reason = tokens, "no caches yet"
-    if count < tokens and call.stream.strays:
+    if count < tokens and call.strays:
         count, reason = tokens, STRAYED
         call.state.counters.fallbacks[STRAYED] += 1
         call.state.say(logger, STRAYED_HINT)
@@ -102,7 +102,7 @@ def _dense(call: Call) -> Tensor:
         tokens = call.programs.probe(call.inputs)
         stream.lease = None  # what it holds is older than this step
     tokens = tokens.clone()  # the program's next run may overwrite them
-    if stream.strays:
+    if call.strays:
         stream.history.break_off()
         stream.correction = None
     stream.history.record_dense(call.time, tokens)

@@ -273,21 +273,16 @@ def test_a_model_that_breaks_into_graphs(name):
         compiled = torch.compile(case.model, backend="specdiff", dynamic=False, options=EAGER)
         attachment = specdiff.attach(compiled, plan=FROM_THE_FOURTH, cache_ratio=0.1)
         inputs, errors = case.inputs, []
-        for step in range(5):
-            exact = case.model(**inputs)[0]
-            errors.append((compiled(**inputs)[0] - exact).abs().median() / exact.abs().max())
-            noise = torch.randn(inputs["hidden_states"].shape, generator=seeded(step))
-            latent = inputs["hidden_states"] + 0.05 * noise
+        for _ in range(5):
+            exact, output = case.model(**inputs)[0], compiled(**inputs)[0]
+            errors.append((output - exact).abs().median() / exact.abs().max())
+            latent = inputs["hidden_states"] + 0.05 * output
             inputs = {**inputs, "hidden_states": latent, "timestep": inputs["timestep"] * 0.9}
     assert attachment.reasons() == ()
     assert evaluations(compiled)[1] == 2
     assert max(errors[:3]) < 1e-6
     # nine tokens of ten are computed, from caches in which the tenth is stale
     assert 0 < max(errors[3:]) < 0.02
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize("shape", [(2, 30, 5), (2, 4, 8, 12), (2, 3, 2, 8, 12), (1, 4, 4, 16, 8)])

@@ -23,7 +23,7 @@ import specdiff
 from specdiff.plan import Plan
 from specdiff.runtime.sampler.noise import Diffusion, usual_tables
 from specdiff.runtime.sampler.sampler_fit import Prediction
-from specdiff.runtime.step.step import lookahead
+from specdiff.runtime.step import lookahead
 from tests.models.image import dit_transformer, hunyuan_dit, pixart_transformer
 from tests.test_pipelines import apart, compiled, counts
 
