@@ -27,6 +27,8 @@ TOUCHED = 0.9
 UNEXPLAINED = 0.1
 """Remains, relative to the step, from which on a step is unexplained. On the demo model noise of
 any sampler leaves 0.3 to 0.75, and no sampler without noise leaves 0.001."""
+EXPLAINED = 0.02
+"""Remains up to which a latent is that of a trajectory whose conditions have changed."""
 ROUNDED = 0.5
 """Remains that rounding of two latents may leave, in units of their precision."""
 RIDGE = 1e-13
