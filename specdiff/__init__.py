@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from specdiff.options import Options
     from specdiff.oracles.verification import Verification, verify
     from specdiff.plan import Plan
-    from specdiff.runtime.api import attach, configure, record, reset, session, stats
+    from specdiff.runtime.api import attach, configure, detach, record, reset, session, stats
     from specdiff.runtime.blocks.attach import Attachment
     from specdiff.runtime.records.recording import Recording, StepRecord
     from specdiff.runtime.records.stats import Stats
@@ -30,6 +30,7 @@ _HOMES = {
     "attach": "specdiff.runtime.api",
     "backend": "specdiff.compiler",
     "configure": "specdiff.runtime.api",
+    "detach": "specdiff.runtime.api",
     "explain": "specdiff.inspect.explaining",
     "record": "specdiff.runtime.api",
     "reset": "specdiff.runtime.api",
@@ -56,6 +57,7 @@ __all__ = [
     "attach",
     "backend",
     "configure",
+    "detach",
     "explain",
     "record",
     "reset",

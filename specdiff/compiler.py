@@ -14,6 +14,7 @@ from typing import Any
 from torch import fx
 
 from specdiff import torch_adapter
+from specdiff.boundary import Leaf, step_signature
 from specdiff.errors import Unsupported
 from specdiff.inspect.publish import publish
 from specdiff.options import Options
@@ -21,11 +22,14 @@ from specdiff.passes.base import PassRecord
 from specdiff.passes.emit.lower import TIMETABLE, BlockPrograms, LoweredPrograms
 from specdiff.passes.emit.lower import Compiler as ProgramCompiler
 from specdiff.passes.graph.dump import Dump
+from specdiff.passes.graph.in_place import writes_to_inputs
 from specdiff.passes.normalize.specialise import floats_of, specialise
 from specdiff.passes.plan.block import plan_block, work_of
+from specdiff.passes.plan.input_roles import short_name
 from specdiff.passes.plan.quantize import quantized
 from specdiff.passes.share.outline import share_repeats
 from specdiff.pipeline import (
+    GRADIENTS,
     Analysis,
     Traced,
     concluded,
@@ -35,14 +39,17 @@ from specdiff.pipeline import (
     refusal,
     trace,
 )
-from specdiff.runtime.blocks.block import Block
+from specdiff.runtime.blocks.block import Block, OneGraph
 from specdiff.runtime.step.dispatch import DenseOnly, Runtime
 from specdiff.runtime.step.shapes import PerShape
+from specdiff.runtime.step.step_programs import StepPrograms
 from specdiff.settings import IMPORTANCE_QUERIES
 
 log = logging.getLogger(__name__)
 
 ALL_QUERIES = 1 << 62
+MUST_RUN = (GRADIENTS, torch_adapter.WRITES_TO_INPUTS)
+"""Why no call of a graph may be left out."""
 CHANGING = "numbers in the graph, such as an adapter's strength, change too often to compile for"
 
 
@@ -72,7 +79,7 @@ def specdiff_backend(
     if isinstance(traced, Traced):
         return answer(module, traced, states, known, settings)
     compiled = torch_adapter.compile_untouched(module, inputs, known.inner_backend, settings)
-    return DenseOnly(compiled, traced, parameters_among(states))
+    return whole_steps(module, compiled, inputs, states, known, traced)
 
 
 def at_shape(
@@ -87,7 +94,41 @@ def at_shape(
     traced = guarded(lambda: trace(static, torch_adapter.static_fakes(inputs), options))
     if isinstance(traced, Traced):
         return answer(static, traced, states, options, settings)
-    return DenseOnly(when_needed(static, options, settings), traced, parameters_among(states))
+    dense = when_needed(static, options, settings)
+    return whole_steps(static, dense, inputs, states, options, traced)
+
+
+def whole_steps(
+    module: fx.GraphModule,
+    dense: Callable[..., Any],
+    inputs: Sequence[Any],
+    states: Sequence[bool],
+    options: Options,
+    reason: str,
+) -> Callable[..., Any]:
+    """What answers a graph whose tokens cannot be selected: steps computed or forecast whole.
+
+    Args:
+        module: the graph as it came.
+        dense: the same, compiled.
+        inputs: an example of them.
+        states: which of them are parameters or buffers.
+        options: of the backend.
+        reason: why no tokens can be selected; also why it runs dense, where it has no boundary.
+    """
+    parameters = parameters_among(states)
+    refused = OneGraph(DenseOnly(dense, reason, parameters), dense)
+    if reason in MUST_RUN or writes_to_inputs(module.graph):
+        return refused
+    try:
+        names = [short_name(source) for source in torch_adapter.sources(module)]
+        leaves = [Leaf(*leaf) for leaf in zip(names, inputs, states, strict=True)]
+        outputs = torch_adapter.example_outputs(module)
+        signature = step_signature(leaves, outputs, options.timestep_arg, reason)
+    except Unsupported:
+        return refused
+    programs = StepPrograms(lambda values: dense(*values), signature)
+    return OneGraph(Runtime(programs, options, dense), dense)
 
 
 def answer(
@@ -109,7 +150,8 @@ def answer(
     if isinstance(found, Analysis):
         alone = Runtime(programs_of(found, options, settings), options, dense)
     else:
-        alone = DenseOnly(dense, found, parameters)
+        examples = [node.meta["val"] for node in traced.module.graph.find_nodes(op="placeholder")]
+        alone = whole_steps(module, dense, examples, states, options, found)
     compiler = program_compiler(traced.dump, options, settings)
 
     def planned(tokens: int) -> BlockPrograms:

@@ -36,6 +36,8 @@ from specdiff.program import Signature
 
 log = logging.getLogger(__name__)
 
+GRADIENTS = "gradients are required: run under torch.no_grad() to make this model selective"
+
 Found = TypeVar("Found")
 
 
@@ -138,7 +140,7 @@ def refusal(inputs: Sequence[Any]) -> str | None:
     """Why a graph is not even analysed, or None."""
     tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return "gradients are required: run under torch.no_grad() to make this model selective"
+        return GRADIENTS
     return None
 
 

@@ -156,6 +156,8 @@ class Signature:
     tabulated_from: TableSources | None = None
     """What goes with time and conditions into values that selective steps look up in tables, the
     last of the caches; None if nothing is looked up."""
+    unselectable: str = ""
+    """Why no tokens can be selected; steps are computed or forecast whole. Empty if they can."""
 
     @property
     def batch(self) -> int:

@@ -28,11 +28,14 @@ from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from specdiff.errors import OptionError, Unsupported, described
 
 InductorSettings = Mapping[str, Any]
+
+WRITES_TO_INPUTS = "the graph writes to one of its inputs"
 
 SHARED_CALL = torch.ops.higher_order.invoke_subgraph
 """`(graph, its name, *operands)`: what `torch.compiler.nested_compile_region` makes of a function.
@@ -59,7 +62,7 @@ def export_functional(module: fx.GraphModule, inputs: Sequence[Any]) -> fx.Graph
         )
     assert isinstance(exported, fx.GraphModule)
     if signature.buffers_to_mutate or getattr(signature, "user_inputs_to_mutate", None):
-        raise Unsupported("the graph writes to one of its inputs")
+        raise Unsupported(WRITES_TO_INPUTS)
     _restore_attributes(module, exported, signature)
     _restore_placeholders(module, exported, inputs)
     _remove_autocast(exported.graph)
@@ -152,6 +155,19 @@ def source_name(placeholder: fx.Node) -> str:
     name = source.name
     # a method in torch 2.11, a property since
     return str(name() if callable(name) else name)
+
+
+def sources(module: fx.GraphModule) -> list[str]:
+    """Where Dynamo took each flat input of its graph from."""
+    return [source_name(node) for node in module.graph.find_nodes(op="placeholder")]
+
+
+def example_outputs(module: fx.GraphModule) -> list[Any]:
+    """A fake of each flat output of a Dynamo graph; None of what is no tensor."""
+    (output,) = module.graph.find_nodes(op="output")
+    values = pytree.tree_leaves(output.args[0])
+    metas = [value.meta if isinstance(value, fx.Node) else {} for value in values]
+    return [meta.get("example_value", meta.get("val")) for meta in metas]
 
 
 def is_module_state(placeholder: fx.Node, value: Any) -> bool:

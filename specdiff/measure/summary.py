@@ -15,6 +15,7 @@ from rich.table import Table
 
 from specdiff.measure.comparison import Comparison, Trials
 from specdiff.measure.memory import MEBIBYTE
+from specdiff.plan import Plan
 
 SCHEMA = 1
 """Number of the JSON record's layout; grows when a field changes its meaning or goes away."""
@@ -31,11 +32,13 @@ def _finite(value: float, digits: int = 4) -> float | None:
 
 def plain(options: Mapping[str, object]) -> dict[str, Json]:
     """Options that are set, as JSON takes them."""
-    return {
-        name: value if isinstance(value, bool | int | float | str | dict) else str(value)
-        for name, value in options.items()
-        if value is not None
-    }
+    return {name: _plain(value) for name, value in options.items() if value is not None}
+
+
+def _plain(value: object) -> Json:
+    if isinstance(value, Plan):
+        return value.to_json()
+    return value if isinstance(value, bool | int | float | str | dict) else str(value)
 
 
 def _pictures(comparison: Comparison, trials: Trials) -> list[Json]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 from specdiff.errors import NotCompiledError, OptionError
 from specdiff.options import Options, check_overrides
 from specdiff.runtime.blocks.attach import Attachment
+from specdiff.runtime.blocks.watched import unwatch
 from specdiff.runtime.records.recording import Recording
 from specdiff.runtime.records.stats import Counters, Stats
 from specdiff.runtime.step.dispatch import Runtime
@@ -93,34 +93,40 @@ def record(compiled: torch.nn.Module) -> Recording:
 
 
 def attach(model: torch.nn.Module, **options: Any) -> Attachment:
-    """Select tokens in a model whose blocks are compiled one by one.
+    """Accelerate the calls of a module from outside, whatever runs inside it.
+
+        specdiff.attach(pipe.transformer)
+
+    For models that `backend="specdiff"` cannot accelerate in one graph: compiled by others or not
+    at all, broken into graphs, quantised, offloaded, sharded. Whole steps are computed or forecast.
+    Where the blocks were compiled one by one, tokens can be selected, too:
 
         model.compile_repeated_blocks(backend="specdiff", fullgraph=True)
-        attachment = specdiff.attach(model, cache_ratio=0.75)
+        specdiff.attach(model, cache_ratio=0.75)
 
-    Hooks on `model` run each call as the whole-graph backend would; its blocks compute the active
-    tokens only. `stats`, `reset`, `configure` and `session` take `model`. What lies around the
-    blocks runs twice a call. Each call shape is looked at once, by a forward with uncompiled
-    blocks; if its output cannot be seen as tokens, it runs dense and `reasons()` says why.
+    Attach before or after compiling in place (`model.compile()`) and before or after hooks; where
+    `torch.compile(model)` returned another module, attach that one. `stats`, `reset`, `configure`
+    and `session` take `model`. Each call shape is looked at once, by one forward more.
 
     Args:
-        model: the root, itself not compiled.
+        model: the module that is called at every step.
         options: as of `configure`, and `timestep_arg`.
 
     Returns:
-        What `detach()` undoes; so does attaching again.
+        What `detach()` undoes; so do `specdiff.detach(model)` and attaching again.
 
     Raises:
         OptionError: an unknown option or a value out of range.
     """
     check_overrides({k: v for k, v in options.items() if k != "timestep_arg"})
-    state = find_or_create(model)
-    before = state.attachment() if state.attachment is not None else None
-    if before is not None:
-        before.detach()
-    attachment = Attachment(model, Options.parse(options, frozenset())[0])
-    state.attachment = weakref.ref(attachment)
-    return attachment
+    detach(model)
+    return Attachment(model, Options.parse(options, frozenset())[0], find_or_create(model))
+
+
+def detach(model: torch.nn.Module) -> None:
+    """Undo `attach`; nothing if the module is not attached."""
+    require_module(model)
+    unwatch(model)
 
 
 def session(
@@ -154,7 +160,7 @@ def session(
 
 def _known_state(compiled: torch.nn.Module) -> ModelState:
     require_module(compiled)
-    state = state_of(compiled.parameters())
+    state = state_of([compiled, *compiled.parameters()])
     if state is None:
         raise NotCompiledError(
             f"{type(compiled).__name__} has not run under torch.compile(backend='specdiff')"

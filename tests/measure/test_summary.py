@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from rich.console import Console
 
 from specdiff.measure import summary
 from specdiff.measure.comparison import Comparison, compare
+from specdiff.plan import Plan
 from tests.measure.standins import REQUESTS, stand_ins
 
 
@@ -30,6 +32,12 @@ def test_record_is_strict_json_with_all_methods(comparison: Comparison) -> None:
     assert paper["options"] == {"cache_ratio": 0.5, "method": "paper"}
     assert default["program_seconds"] == {"dense": 1.5}
     assert [len(one["seconds"]) for one in default["pictures"]] == [2, 2]
+
+
+def test_plans_are_recorded_as_their_files_are() -> None:
+    options = {"plan": Plan.tapered(3), "cache_ratio": 0.9, "dump_dir": Path("x"), "quality": None}
+    rule = {"specdiff_plan": 1, "rule": {"tapered": 3}}
+    assert summary.plain(options) == {"plan": rule, "cache_ratio": 0.9, "dump_dir": "x"}
 
 
 def test_table_names_every_method(comparison: Comparison) -> None:

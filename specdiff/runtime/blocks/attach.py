@@ -1,9 +1,11 @@
-"""Attach: token selection for a model whose blocks are compiled one by one.
+"""Attach: watch the calls of a module, whatever runs inside it.
 
-Two hooks on the root, nothing patched. The one before a call runs the evaluation, by the same
-runtime that answers a whole graph, its programs being forwards of the root under which the blocks
-compute all tokens or the active ones. The call itself then passes through idle blocks, and the hook
-behind it hands out the result.
+Compiled or not, in one graph or many, by blocks, quantised, offloaded, sharded: of the module only
+the boundary counts (`specdiff.boundary`), by which whole steps are forecast. Where its blocks are
+compiled by specdiff, each on its own, they compute the active tokens alone, as a whole graph would.
+
+    call of the module -> look once at each form of call -> programs of the root, or whole steps
+                       -> the runtime that answers a graph, too
 """
 
 from __future__ import annotations
@@ -11,8 +13,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from specdiff.boundary import Leaf, step_signature
 from specdiff.errors import Unsupported
 from specdiff.options import Options
 from specdiff.program import (
@@ -27,100 +29,94 @@ from specdiff.program import (
     Denoised,
     InputRole,
     InputSpec,
+    Programs,
     Segment,
     Signature,
     time_names,
 )
-from specdiff.runtime.blocks.block import Diverged, RootCall, Visit, enter, identities, leave
+from specdiff.runtime.blocks.block import Diverged, RootCall, Visit, identities, under
 from specdiff.runtime.blocks.patchify import Patches, possible
-from specdiff.runtime.blocks.root_programs import RootPrograms, forward
+from specdiff.runtime.blocks.root_programs import Own, RootPrograms, forward
+from specdiff.runtime.blocks.watched import answer_of, unwatch, watch
 from specdiff.runtime.step.dispatch import Runtime
 from specdiff.runtime.step.shapes import remember
+from specdiff.runtime.step.step_programs import StepPrograms
+from specdiff.runtime.streams.registry import ModelState
 
 logger = logging.getLogger(__name__)
 
+OTHER_BLOCKS = "the model calls other blocks each time"
+NO_BLOCKS = "no block of the model is compiled by specdiff"
 MAX_SHAPES = 8
 """Call shapes that are remembered, each with caches of its own."""
 MAX_LOOKS = 4
 """Looks at calls of one shape, before calls that go through other blocks each time run dense."""
 FORGIVEN = 8
 """Calls answered for one look more."""
-_RESULT: ContextVar[tuple[object, Any] | None] = ContextVar("specdiff_result", default=None)
-"""The attachment whose root is being called, and what that call is to return."""
 
 
 @dataclass(frozen=True)
-class Found:
+class Form:
     """What answers calls of one shape."""
 
     runtime: Runtime
-    programs: RootPrograms
-    structure: pytree.TreeSpec
-    """Of the model's output."""
+    restored: Callable[[Sequence[Any]], Any]
+    """The model's output, of its leaves."""
 
 
 class Attachment:
-    """The hooks of one root; `detach` removes them. Made by `specdiff.attach`."""
+    """Answers the calls of one module, until `detach`. Made by `specdiff.attach`."""
 
-    def __init__(self, root: nn.Module, options: Options) -> None:
+    def __init__(self, root: nn.Module, options: Options, state: ModelState) -> None:
         self._root = root
         self._options = options
-        self._found: dict[Hashable, Found | str] = {}
+        self._state = state
+        self._forms: dict[Hashable, Form | str] = {}
         forward = getattr(root, "_orig_mod", root).forward
         self._argument_names = tuple(inspect.signature(forward).parameters)
         self._lost: defaultdict[Hashable, float] = defaultdict(float)
         """How often of late calls of a shape went through other blocks than before."""
-        self._hooks = (
-            root.register_forward_pre_hook(self._before, with_kwargs=True),
-            root.register_forward_hook(self._after, with_kwargs=True, always_call=True),
-        )
+        watch(root, self._answer)
+
+    def __deepcopy__(self, memo: object) -> Attachment:
+        return self  # a copy of the module is not attached
 
     def detach(self) -> None:
-        """Remove the hooks; blocks answer alone again, which means dense."""
-        _RESULT.set(None)
-        leave()
-        for hook in self._hooks:
-            hook.remove()
+        """Leave the module to itself again: calls are dense, or what its compiled graph makes."""
+        if answer_of(self._root) == self._answer:
+            unwatch(self._root)
 
     def reasons(self) -> tuple[str, ...]:
-        """Why calls run dense, each reason once."""
-        reasons = [found for found in self._found.values() if isinstance(found, str)]
-        return tuple(dict.fromkeys(reasons))
+        """Why calls run dense or select no tokens, each reason once."""
+        forms = self._forms.values()
+        reasons = [f if isinstance(f, str) else f.runtime.unselectable for f in forms]
+        return tuple(dict.fromkeys(reason for reason in reasons if reason))
 
-    def _before(self, root: nn.Module, args: Any, kwargs: Any) -> None:
-        """Run the evaluation; the call that follows passes through idle blocks."""
-        _RESULT.set(None)
-        leave()
+    def _answer(self, own: Own, args: Any, kwargs: Any) -> Any:
+        """The output of one call."""
         leaves, arguments = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *root.parameters())):
-            return
+        trained = (*tensors, *self._root.parameters())
+        if torch.is_grad_enabled() and any(t.requires_grad for t in trained):
+            return own(*args, **kwargs)
         key = self._key(leaves, arguments)
-        inputs = (*leaves, *root.parameters())
         for _ in range(2):  # blocks may not be those of the last look
-            if key not in self._found:
-                remember(self._found, key, self._look(leaves, arguments), MAX_SHAPES)
-            found = self._found[key]
-            if isinstance(found, str):
-                return
+            if key not in self._forms:
+                remember(self._forms, key, self._look(own, leaves, arguments), MAX_SHAPES)
+            form = self._forms[key]
+            if isinstance(form, str):
+                break
             try:
-                outputs = found.runtime(*inputs)
+                outputs = form.runtime(*leaves)
             except Diverged as error:
                 self._forget(key, str(error))
                 continue
             self._lost[key] = max(0.0, self._lost[key] - 1 / FORGIVEN)
-            enter(found.programs.idle(inputs))
-            _RESULT.set((self, pytree.tree_unflatten(outputs, found.structure)))
-            return
-
-    def _after(self, root: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """The result that the hook before has."""
-        result = _RESULT.get()
-        if result is None or result[0] is not self:
-            return output
-        _RESULT.set(None)
-        leave()
-        return result[1]
+            return form.restored(outputs)
+        reason = self._forms.get(key)
+        self._state.count_dense(reason if isinstance(reason, str) else OTHER_BLOCKS)
+        with under(RootCall("whole")):
+            return own(*args, **kwargs)
 
     def _key(self, leaves: Sequence[Any], arguments: pytree.TreeSpec) -> Hashable:
         """What of a call decides how it runs: of a time only that there is one."""
@@ -135,21 +131,50 @@ class Attachment:
         """Look again, as adapters may have been loaded or switched; but not for ever."""
         self._lost[key] += 1
         if self._lost[key] < MAX_LOOKS:
-            self._found.pop(key, None)  # another thread may have been here
+            self._forms.pop(key, None)  # another thread may have been here
         else:
-            self._found[key] = self._dense(reason)
+            self._forms[key] = self._dense(reason)
 
-    def _look(self, leaves: Sequence[Any], arguments: pytree.TreeSpec) -> Found | str:
+    def _look(self, own: Own, leaves: Sequence[Any], arguments: pytree.TreeSpec) -> Form | str:
         """One forward with the blocks as they were traced; then what it allows."""
         call = RootCall("plain", identities(self._root.parameters()))
-        outputs, structure = forward(self._root, leaves, arguments, call)
+        outputs, restored = forward(own, leaves, arguments, call)
+        programs: Programs
         try:
+            if not call.visits:
+                raise Unsupported(NO_BLOCKS)
             patches = _patches_of(outputs, call.visits)
             signature = self._signature(leaves, arguments, patches, outputs[0], call.visits)
+            programs = RootPrograms(self._root, own, arguments, patches, call.visits, signature)
+            return Form(self._runtime(programs, programs.plain), restored)
+        except Unsupported as error:
+            reason = str(error)
+        try:
+            return Form(self._whole_steps(own, leaves, arguments, outputs, reason), restored)
         except Unsupported as error:
             return self._dense(str(error))
-        programs = RootPrograms(self._root, arguments, patches, call.visits, signature)
-        return Found(Runtime(programs, self._options, programs.plain), programs, structure)
+
+    def _whole_steps(
+        self,
+        own: Own,
+        leaves: Sequence[Any],
+        arguments: pytree.TreeSpec,
+        outputs: Sequence[Any],
+        reason: str,
+    ) -> Runtime:
+        """What forecasts whole steps of a model of which one call is known."""
+        names = self._names(leaves, arguments)
+        known = [Leaf(name, value) for name, value in zip(names, leaves, strict=True)]
+        signature = step_signature(known, outputs, self._options.timestep_arg, reason)
+
+        def model(inputs: Sequence[object]) -> Sequence[Any]:
+            return forward(own, inputs, arguments, RootCall("whole"))[0]
+
+        programs = StepPrograms(model, signature)
+        return self._runtime(programs, lambda *inputs: model(inputs))
+
+    def _runtime(self, programs: Programs, plain: Callable[..., Any]) -> Runtime:
+        return Runtime(programs, self._options, plain, self._state)
 
     def _dense(self, reason: str) -> str:
         logger.warning("attached model runs dense: %s", reason)
@@ -177,8 +202,6 @@ class Attachment:
         if time is not None:
             roles[time] = "time"
         inputs = [InputSpec(i, n, roles.get(i, "condition")) for i, n in enumerate(names)]
-        for i, (name, _) in enumerate(self._root.named_parameters(), start=len(leaves)):
-            inputs.append(InputSpec(i, name, "parameter"))
         return Signature(
             inputs=tuple(inputs),
             segments=(Segment("tokens", patches.tokens, True),),

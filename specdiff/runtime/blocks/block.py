@@ -22,7 +22,8 @@ from specdiff.runtime.streams.registry import first_parameter
 
 _CALL: ContextVar[RootCall | None] = ContextVar("specdiff_root_call", default=None)
 
-Kind = Literal["plain", "probe", "dense", "selective", "skip"]
+Kind = Literal["plain", "probe", "dense", "selective", "whole"]
+"""Plain: as blocks were traced; whole: as they were compiled, of a root that selects no tokens."""
 
 
 class Diverged(Exception):
@@ -98,6 +99,8 @@ class Block:
     def __call__(self, *inputs: object) -> Any:
         """The graph's outputs for its flat inputs."""
         call = _CALL.get()
+        if call is not None and call.kind == "whole":
+            return self.dense(*inputs)
         first = first_parameter(inputs, self._parameters)
         if call is None or id(first) not in call.parameters:
             return self._alone(*inputs)
@@ -114,6 +117,23 @@ class Block:
         return self._planned[tokens]
 
 
+class OneGraph:
+    """Answers a graph whose tokens cannot be selected.
+
+    Args:
+        alone: answers calls outside of any attached root.
+        dense: the graph as it came, compiled; what a step of an attached root runs.
+    """
+
+    def __init__(self, alone: Callable[..., Any], dense: Callable[..., Any]) -> None:
+        self._alone = alone
+        self._dense = dense
+
+    def __call__(self, *inputs: object) -> Any:
+        """The graph's outputs for its flat inputs."""
+        return self._alone(*inputs) if _CALL.get() is None else self._dense(*inputs)
+
+
 @dataclass(frozen=True, eq=False)
 class Visit:
     """One call of a block, in the order of the root's forward."""
@@ -121,8 +141,6 @@ class Visit:
     block: Block
     owner: int
     """Hash of the parameters, adapters included: blocks of a class share a graph, not those."""
-    blanks: tuple[Callable[[], Any], ...]
-    """Make outputs that nobody reads, of the strides that Dynamo guards in the next block."""
     before: Tensor | None = None
     """int64 [1]: attentions of the forward before those of the block, that each may sample others
     of its rows; None of text."""
@@ -147,7 +165,7 @@ class RootCall:
     """One forward of the root, and what its blocks are to do."""
 
     kind: Kind
-    parameters: frozenset[int]
+    parameters: frozenset[int] = frozenset()
     """Identities of the root's parameters."""
     tokens: int = 0
     known: Sequence[Visit] = ()
@@ -167,10 +185,8 @@ class RootCall:
         """The outputs of one block."""
         if self.kind == "plain":
             outputs = list((block.dense if self.known else block.eager)(*inputs))
-            self.visits.append(Visit(block, owner, tuple(map(_blank, outputs))))
+            self.visits.append(Visit(block, owner))
             return outputs
-        if self.kind == "skip":
-            return self._pass(block, owner, inputs)
         visit = self._next(owner)
         # Dynamo may have traced a block again, for a guard on anything: what the caches and the
         # history hold must be of one and the same model
@@ -192,11 +208,6 @@ class RootCall:
         """Raise Diverged if blocks were left out: their caches hold what nobody wrote."""
         if self._visited != len(self.known):
             raise Diverged(f"{self._visited} block calls, not {len(self.known)} as in the first")
-
-    def _pass(self, block: Block, owner: int, inputs: Sequence[object]) -> list[Any]:
-        """Anything of the right form: the root's output is replaced."""
-        visit = self._next(owner)
-        return list(block.dense(*inputs)) if visit is None else [b() for b in visit.blanks]
 
     def _next(self, owner: int) -> Visit | None:
         """The visit of the first forward at this place, if it was one of the same owner."""
@@ -243,23 +254,6 @@ def under(call: RootCall) -> Iterator[RootCall]:
         _CALL.reset(token)
 
 
-def enter(call: RootCall) -> None:
-    """Blocks called from now on, in this thread or task, belong to `call`, until `leave`."""
-    _CALL.set(call)
-
-
-def leave() -> None:
-    """Blocks called from now on are alone."""
-    _CALL.set(None)
-
-
 def identities(parameters: Iterable[object]) -> frozenset[int]:
     """By which a call of a block is known to be one of a root's."""
     return frozenset(map(id, parameters))
-
-
-def _blank(output: object) -> Callable[[], Any]:
-    if not isinstance(output, Tensor):
-        return lambda: output
-    shape, stride, dtype, device = output.shape, output.stride(), output.dtype, output.device
-    return lambda: torch.empty_strided(shape, stride, dtype=dtype, device=device).zero_()

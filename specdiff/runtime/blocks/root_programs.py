@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,15 +14,18 @@ from specdiff.program import Evaluation, Signature
 from specdiff.runtime.blocks.block import Kind, RootCall, Visit, identities, numbered, under
 from specdiff.runtime.blocks.patchify import Patches
 
+Own = Callable[..., Any]
+"""The module's own call."""
+
 
 class RootPrograms:
     """The programs of a whole model whose blocks are compiled: forwards of the root.
 
-    Implements `specdiff.program.Programs`. Flat inputs are the leaves of the call's arguments, then
-    the root's parameters.
+    Implements `specdiff.program.Programs`. Flat inputs are the leaves of the call's arguments.
 
     Args:
         root: the model.
+        own: its call.
         arguments: structure of the call's arguments.
         patches: how its output is tokens.
         visits: the block calls of one forward.
@@ -31,6 +35,7 @@ class RootPrograms:
     def __init__(
         self,
         root: nn.Module,
+        own: Own,
         arguments: pytree.TreeSpec,
         patches: Patches,
         visits: Sequence[Visit],
@@ -38,6 +43,7 @@ class RootPrograms:
     ) -> None:
         self.signature = signature
         self._root = root
+        self._own = own
         self._arguments = arguments
         self._patches = patches
         self._visits = numbered(visits, patches.tokens)
@@ -86,13 +92,9 @@ class RootPrograms:
         """The model's output of its tokens."""
         return [self._patches.join(tokens)]
 
-    def idle(self, inputs: Sequence[object]) -> RootCall:
-        """A call in which blocks compute nothing."""
-        return self._call("skip", inputs)
-
     def plain(self, *inputs: object) -> list[Any]:
         """The leaves of the model's output, its blocks as they were traced, compiled."""
-        return forward(self._root, inputs, self._arguments, self._call("plain", inputs))[0]
+        return forward(self._own, inputs, self._arguments, self._call("plain", inputs))[0]
 
     def _call(
         self,
@@ -102,22 +104,34 @@ class RootPrograms:
         active: Tensor | None = None,
         importance: bool = True,
     ) -> RootCall:
-        parameters, tokens = identities(inputs[self._arguments.num_leaves :]), self._patches.tokens
+        parameters, tokens = identities(self._root.parameters()), self._patches.tokens
         return RootCall(kind, parameters, tokens, self._visits, caches, active, importance)
 
     def _evaluation(self, inputs: Sequence[object], call: RootCall) -> Evaluation:
         return Evaluation(self._tokens(inputs, call), call.importance)
 
     def _tokens(self, inputs: Sequence[object], call: RootCall) -> Tensor:
-        (output,), _ = forward(self._root, inputs, self._arguments, call)
+        (output,), _ = forward(self._own, inputs, self._arguments, call)
         call.finish()
         return self._patches.split(output)
 
 
 def forward(
-    root: nn.Module, inputs: Sequence[object], arguments: pytree.TreeSpec, call: RootCall
-) -> tuple[list[Any], pytree.TreeSpec]:
-    """The leaves of the root's output and their structure, its blocks answering to `call`."""
+    own: Own, inputs: Sequence[object], arguments: pytree.TreeSpec, call: RootCall
+) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """The leaves of a module's output, its blocks answering to `call`; and what restores it."""
     args, kwargs = pytree.tree_unflatten(list(inputs[: arguments.num_leaves]), arguments)
     with under(call):
-        return pytree.tree_flatten(root.forward(*args, **kwargs))
+        return flattened(own(*args, **kwargs))
+
+
+def flattened(output: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """The leaves of an output, in a dataclass, too, and what makes an output of leaves."""
+    if dataclasses.is_dataclass(output) and not pytree.is_namedtuple_instance(output):
+        names = [field.name for field in dataclasses.fields(output) if field.init]
+        parts = {name: getattr(output, name) for name in names}
+        leaves, structure = pytree.tree_flatten(parts)
+        kind: Callable[..., Any] = type(output)
+        return leaves, lambda values: kind(**pytree.tree_unflatten(list(values), structure))
+    leaves, structure = pytree.tree_flatten(output)
+    return leaves, lambda values: pytree.tree_unflatten(list(values), structure)

@@ -24,7 +24,7 @@ from specdiff.runtime.sampler.remains import remains
 from specdiff.runtime.sampler.sampler_fit import Displacement
 from specdiff.runtime.step import fallbacks
 from specdiff.runtime.step.call import Call
-from specdiff.runtime.step.step import answer
+from specdiff.runtime.step.step import answer, owned
 from specdiff.runtime.streams.caches import CachePool
 from specdiff.runtime.streams.progress import Progress
 from specdiff.runtime.streams.registry import (
@@ -50,6 +50,7 @@ class Runtime:
         programs: what the compiler made of the graph.
         options: those the graph was compiled with; sessions and `configure` override them.
         plain: the graph as it came, for when a program of ours fails; None: `programs.probe`.
+        state: of the model; None: found by the parameters among the inputs.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Runtime:
         programs: Programs,
         options: Options,
         plain: Callable[..., Sequence[Tensor]] | None = None,
+        state: ModelState | None = None,
     ) -> None:
         self.programs = programs
         self.options = options
@@ -64,6 +66,9 @@ class Runtime:
         self._parameters = programs.signature.indices("parameter")
         self._conditions = programs.signature.indices("condition")
         self._nameless = ModelState()
+        self._state = state
+        if state is not None:
+            state.graphs[self] = id(self)
         self.known_times = KnownTimes()
         self._generations = itertools.count()
         self._fault = ""
@@ -71,12 +76,17 @@ class Runtime:
         self._turn = threading.RLock()
         """Held by the thread whose evaluation it is: streams, caches and programs are shared."""
 
+    @property
+    def unselectable(self) -> str:
+        """Why no tokens can be selected; empty if they can."""
+        return self.programs.signature.unselectable
+
     @torch.no_grad()
     def __call__(self, *inputs: object) -> list[Tensor]:
         """The graph's outputs for its flat inputs, by a dense, selective or skipped evaluation."""
         device = self.programs.signature.tokens.device
         with self._turn:
-            state = state_of_call(self, inputs, self._parameters, self._nameless)
+            state = self._state or state_of_call(self, inputs, self._parameters, self._nameless)
             return recorded(state.recordings, device, partial(self._answer, inputs, state))
 
     def _answer(
@@ -87,8 +97,8 @@ class Runtime:
         settings = self._settings(state, session)
         if off := why_off(settings):
             return self._untouched(inputs, state, session, off, record)
-        schedule = Schedule.of(settings, self.programs.signature.lengths)
         signature, budget = self.programs.signature, settings.max_cache_bytes
+        schedule = Schedule.of(settings, signature.lengths, selectable=not signature.unselectable)
         refusal = self._fault or fallbacks.of_graph(
             signature, schedule, budget, timed=progress is not None
         )
@@ -237,12 +247,12 @@ class Runtime:
             state.say(logger, fallbacks.HINTS[reason])
         programs = self.programs
         if self._fault and self._plain is not None:
-            return [output.clone() for output in self._plain(*inputs)]
+            return owned(self._plain(*inputs))
         if selects:
             found = programs.dense(inputs, self.pool.scratch()).tokens
         else:
             found = programs.probe(inputs)
-        return [output.clone() for output in programs.tail(inputs, found)]
+        return owned(programs.tail(inputs, found))
 
     def _untouched(
         self,
@@ -269,7 +279,7 @@ class Runtime:
         elif stream is not None:
             table.drop(stream)
         if self._plain is not None:
-            return [output.clone() for output in self._plain(*inputs)]
+            return owned(self._plain(*inputs))
         return [o.clone() for o in self.programs.tail(inputs, self.programs.probe(inputs))]
 
     def _count_dense(self, state: ModelState, reason: str, record: StepRecord | None) -> None:
@@ -304,8 +314,7 @@ class DenseOnly:
     def __call__(self, *inputs: object) -> Any:
         """The function's outputs, gradients included."""
         state = state_of_call(self, inputs, self._parameters, self._nameless)
-        state.counters.dense += 1
-        state.counters.fallbacks[self._reason] += 1
+        state.count_dense(self._reason)
         state.say(logger, f"running dense: {self._reason}")
 
         def answer(record: StepRecord | None) -> Any:

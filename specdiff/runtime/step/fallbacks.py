@@ -33,7 +33,7 @@ def of_graph(
     """Why no call of a graph can be anything but dense under these settings, if so."""
     if signature.time is None and not timed:
         return NO_TIME
-    if signature.prunable_tokens < 2:
+    if signature.prunable_tokens < 2 and not signature.unselectable:
         return FEW_TOKENS
     if schedule.selects and max_cache_bytes is not None:
         return BUDGET if max_cache_bytes < signature.cache_bytes else None

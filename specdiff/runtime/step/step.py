@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from specdiff.runtime.tokens.importance import (
     most_important,
     per_sample,
 )
-from specdiff.runtime.tokens.schedule import Place
+from specdiff.runtime.tokens.schedule import UNSELECTABLE, Place
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +58,14 @@ def answer(call: Call) -> list[Tensor]:
     counters.tokens_total += batch * call.schedule.tokens
     counters.token_counts = stream.history.counts
     # Tail may return a view of the history, or a buffer that its next run overwrites.
-    outputs = [output.clone() for output in call.programs.tail(call.inputs, tokens)]
+    outputs = owned(call.programs.tail(call.inputs, tokens))
     look_ahead(call, outputs)
     return outputs
+
+
+def owned(outputs: Sequence[Any]) -> list[Any]:
+    """Copies of those that are tensors."""
+    return [value.clone() if isinstance(value, Tensor) else value for value in outputs]
 
 
 def _decide(call: Call) -> int:
@@ -66,6 +73,9 @@ def _decide(call: Call) -> int:
     tokens, times = call.schedule.tokens, [*call.stream.times, call.time]
     place = Place.of(times, call.given, call.schedule.usual)
     count, reason = call.schedule.decide(place)
+    if reason == UNSELECTABLE:
+        call.state.counters.fallbacks[UNSELECTABLE] += 1
+        call.state.say(logger, f"{UNSELECTABLE}: {call.programs.signature.unselectable}")
     if 0 < count < tokens and not call.stream.lease:
         count, reason = tokens, "no caches yet"
     if count < tokens and call.strays:

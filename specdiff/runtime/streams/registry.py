@@ -79,12 +79,14 @@ class ModelState(StreamOwner):
         self.counters = Counters()
         self.recordings: list[Recording] = []
         self.sessions: weakref.WeakSet[StreamOwner] = weakref.WeakSet()
-        self.attachment: weakref.ref[Any] | None = None
-        """What hooks the model's root (`Attachment`), if anything does; it keeps the
-        model alive, as this state must not."""
         self.graphs: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         """Graphs this model has run, with a hash of the parameters each of them takes."""
         self._said: set[str] = set()
+
+    def count_dense(self, reason: str) -> None:
+        """An evaluation ran dense for this reason."""
+        self.counters.dense += 1
+        self.counters.fallbacks[reason] += 1
 
     def say(self, logger: logging.Logger, message: str, level: int = logging.WARNING) -> None:
         """Log a message once in the life of this model."""
@@ -130,10 +132,10 @@ _STATES: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _ACTIVE: ContextVar[tuple[Session, ...]] = ContextVar("specdiff_sessions", default=())
 
 
-def state_of(parameters: Iterable[Tensor]) -> ModelState | None:
-    """The state that the first known one of these parameters belongs to."""
-    for parameter in parameters:
-        state = _STATES.get(parameter)
+def state_of(owned: Iterable[object]) -> ModelState | None:
+    """The state that the first known one of these, modules or parameters, belongs to."""
+    for each in owned:
+        state = _STATES.get(each)
         if isinstance(state, ModelState):
             return state
     return None
@@ -166,7 +168,9 @@ def find_or_create(module: torch.nn.Module) -> ModelState:
     parameters = list(module.parameters())
     if not parameters:
         raise NotCompiledError(f"{type(module).__name__} has no parameters to be known by")
-    return state_of(parameters) or create(parameters)
+    state = state_of([module, *parameters]) or create(parameters)
+    _STATES[module] = state  # offloading may swap the parameters
+    return state
 
 
 def first_parameter(inputs: Sequence[object], indices: Sequence[int]) -> torch.nn.Parameter | None:

@@ -17,6 +17,8 @@ from specdiff.settings import Settings
 ROWS = 8
 """Tokens are computed in multiples of it: matrix kernels are slower for what falls short of one
 (H100, bf16: 717 rows take 151 µs where 720 take 136; `examples/research/kernels.py`)."""
+UNSELECTABLE = "no tokens can be selected"
+"""Why a step is dense that should compute some tokens."""
 MANY_ROWS = 8 * ROWS
 """Fewer tokens stay as they are: filling them up would take more of a step than it gives."""
 
@@ -70,11 +72,14 @@ class Schedule:
     cache_ratio: float
     """Share of tokens that a step in a gap of the plan does not compute; 1: it computes nothing."""
     plan: Plan
+    selectable: bool = True
+    """Whether some tokens can be computed without the others; else such steps are dense."""
 
     @classmethod
-    def of(cls, settings: Settings, lengths: Sequence[int]) -> Schedule:
+    def of(cls, settings: Settings, lengths: Sequence[int], *, selectable: bool = True) -> Schedule:
         """For segments of these lengths."""
-        return _schedule(sum(lengths), len(lengths), settings.cache_ratio, settings.plan)
+        ratio, plan = settings.cache_ratio, settings.plan
+        return _schedule(sum(lengths), len(lengths), ratio, plan, selectable)
 
     @property
     def active(self) -> int:
@@ -105,9 +110,13 @@ class Schedule:
         if entry is None:
             return self._in_gap()
         count = self._active(self._list.ratios[entry])
+        if self._is_unselectable(self._list.ratios[entry]):
+            return count, UNSELECTABLE
         return count, f"the plan's evaluation {entry + 1} of {self.usual}"
 
     def _in_gap(self) -> tuple[int, str]:
+        if self._is_unselectable(self.cache_ratio):
+            return self.tokens, UNSELECTABLE
         if self.active == self.tokens:
             return self.tokens, "no token may be left out"
         if self.active:
@@ -126,12 +135,19 @@ class Schedule:
         gap = {self.cache_ratio} if rule is None or rule.has_gaps else set()
         return {self._active(ratio) for ratio in gap.union(self._list.ratios)}
 
+    def _is_unselectable(self, ratio: float) -> bool:
+        return not self.selectable and 0 < ratio < 1
+
     def _active(self, ratio: float) -> int:
+        if self._is_unselectable(ratio):
+            return self.tokens
         active = active_tokens(self.tokens, ratio)
         return max(active, self.segments) if active else 0
 
 
 @lru_cache(maxsize=64)
-def _schedule(tokens: int, segments: int, cache_ratio: float, plan: Plan) -> Schedule:
+def _schedule(
+    tokens: int, segments: int, cache_ratio: float, plan: Plan, selectable: bool
+) -> Schedule:
     """One object for equal fields, as every evaluation asks."""
-    return Schedule(tokens, segments, cache_ratio, plan)
+    return Schedule(tokens, segments, cache_ratio, plan, selectable)

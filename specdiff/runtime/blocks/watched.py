@@ -1,0 +1,60 @@
+"""Watched: a module whose calls go to somebody else first.
+
+The module gets a class of its own, derived from its class, as FSDP2 does: so it does not matter
+whether it is compiled in place, or others replace its forward, before or after.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+Answer = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+"""(the module's own call, args, kwargs) -> output."""
+
+ANSWER = "_specdiff_answer"
+"""Attribute of a watched module: the module it was made for, not a copy, and who answers."""
+
+
+def watch(module: nn.Module, answer: Answer) -> None:
+    """Let `answer` have every call of the module, until `unwatch`."""
+    module.__dict__[ANSWER] = (weakref.ref(module), answer)
+    if not getattr(type(module), "_specdiff_watches", False):
+        module.__class__ = _watching(type(module))
+
+
+def unwatch(module: nn.Module) -> None:
+    """Undo `watch`; nothing if it was not called."""
+    module.__dict__.pop(ANSWER, None)
+    if type(module).__dict__.get("_specdiff_watches"):
+        module.__class__ = type(module).__mro__[1]
+
+
+def answer_of(module: nn.Module) -> Answer | None:
+    """Who answers the module's calls; None of a module that is not watched, or of a copy."""
+    found = module.__dict__.get(ANSWER)
+    return found[1] if found is not None and found[0]() is module else None
+
+
+def _watching(base: type[nn.Module]) -> type[nn.Module]:
+    """A class of the same name whose calls are answered."""
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        own = super(watching, self).__call__  # type: ignore[misc]
+        # traced, it is the model alone: a graph makes no decisions
+        answer = None if torch.compiler.is_compiling() else answer_of(self)
+        return own(*args, **kwargs) if answer is None else answer(own, args, kwargs)
+
+    space = {
+        "__call__": call,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "_specdiff_watches": True,
+    }
+    watching: type[nn.Module] = type(base.__name__, (base,), space)
+    return watching

@@ -1,0 +1,89 @@
+"""The programs of a model of which nothing but the boundary is known: all of a step, or none of it.
+
+    computed step    the model as it is                       its prediction, as one token a sample
+    skipped step     that token forecast, cut up again        no program runs
+
+Caches, importance and selected tokens there are none. What the model returns beside its prediction
+is on skipped steps what it last returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdiff.program import Evaluation, Signature
+
+Model = Callable[[Sequence[object]], Sequence[Any]]
+"""Takes a model's flat inputs and returns its flat outputs."""
+
+
+class StepPrograms:
+    """Implements `specdiff.program.Programs` by the model itself.
+
+    Args:
+        model: what computes a step.
+        signature: made by `specdiff.boundary.step_signature` from a call of it.
+        first: the outputs of that call; its step need not be computed again.
+    """
+
+    def __init__(
+        self, model: Model, signature: Signature, first: Sequence[Any] | None = None
+    ) -> None:
+        self.signature = signature
+        self._model = model
+        self._first = first
+        self._latest: list[Any] = []
+        """The flat outputs of the last computed step; None where a prediction was."""
+        self._shapes: list[tuple[torch.Size, torch.dtype]] = []
+
+    @property
+    def compile_seconds(self) -> Mapping[str, float]:
+        """Nothing is compiled here."""
+        return {}
+
+    def probe(self, inputs: Sequence[object]) -> Tensor:
+        """The prediction, [B, 1, n]."""
+        outputs, self._first = self._first or self._model(inputs), None
+        predictions = [outputs[pair.velocity] for pair in self.signature.denoised]
+        self._shapes = [(each.shape, each.dtype) for each in predictions]
+        self._latest = list(outputs)
+        for pair in self.signature.denoised:
+            self._latest[pair.velocity] = None
+        slot = self.signature.tokens
+        parts = [each.reshape(slot.shape[0], 1, -1).to(slot.dtype) for each in predictions]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    def dense(self, inputs: Sequence[object], caches: Sequence[Tensor]) -> Evaluation:
+        """The prediction; there are no caches to write."""
+        return Evaluation(self.probe(inputs))
+
+    def tabulate(
+        self, inputs: Sequence[object], caches: Sequence[Tensor], later: Sequence[Tensor] = ()
+    ) -> None:
+        """Nothing to fill."""
+
+    def selective(
+        self,
+        inputs: Sequence[object],
+        caches: Sequence[Tensor],
+        active: Tensor,
+        text: bool = True,
+        importance: bool = True,
+        row: int | None = None,
+    ) -> Evaluation:
+        """Never asked for: the signature says why no tokens can be selected."""
+        raise NotImplementedError(self.signature.unselectable)
+
+    def tail(self, inputs: Sequence[object], tokens: Tensor) -> list[Any]:
+        """The model's flat outputs with the prediction [B, 1, n]."""
+        outputs = list(self._latest)
+        sizes = [shape.numel() // len(tokens) for shape, _ in self._shapes]
+        for pair, part, (shape, dtype) in zip(
+            self.signature.denoised, tokens.split(sizes, dim=2), self._shapes, strict=True
+        ):
+            outputs[pair.velocity] = part.to(dtype).reshape(shape)
+        return outputs
