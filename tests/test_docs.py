@@ -22,7 +22,7 @@ from tests.test_structure import WALLS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-EXAMPLES = sorted((ROOT / "examples").rglob("*.md"))
+OTHER_PAGES = [ROOT / "CHANGELOG.md", *sorted((ROOT / "examples").rglob("*.md"))]
 OPTIONS_PAGE = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
 DESIGN_PAGE = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -67,7 +67,7 @@ def broken_links(page: Path) -> Iterator[str]:
             yield link
 
 
-@pytest.mark.parametrize("page", [*PAGES, *EXAMPLES], ids=page_name)
+@pytest.mark.parametrize("page", [*PAGES, *OTHER_PAGES], ids=page_name)
 def test_relative_links_resolve(page: Path) -> None:
     assert not list(broken_links(page))
 
