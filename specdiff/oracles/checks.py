@@ -1,4 +1,4 @@
-"""The oracles: what the emitted programs must agree with, on any model (design.md, section 3).
+"""The oracles: what the emitted programs must agree with, on any model (docs/design.md).
 
 Each compares tensors that the mathematics says are equal and yields them in pairs, for a test to
 assert and for `specdiff.verify` to measure.
