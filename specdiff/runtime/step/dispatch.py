@@ -117,6 +117,8 @@ class Runtime:
         if progress is None:
             reading = self._read(inputs, table, known)
             stream = self._continued(reading, table, known, conditions, candidates)
+            if table.begun == fallbacks.IDLE_AFTER and schedule.forecasts:
+                state.say(logger, fallbacks.IDLE)
             if isinstance(stream, str):
                 return self._fall_back(inputs, state, stream, record, schedule.selects)
         else:
@@ -160,9 +162,11 @@ class Runtime:
             _abandon(table, stream, refusal, reading.time)
             return refusal
         if stream is not None and not begins:
+            table.begun = 0
             stream.doubtful &= reading.time == stream.times[-1]
             return stream
         new = self._begin(table, stream, conditions)
+        table.begun += 1
         new.doubtful = stream is not None and (stream.ambiguous or not stream.direction)
         return new
 

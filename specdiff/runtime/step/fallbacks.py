@@ -19,8 +19,16 @@ NOT_FINITE = "latent is not finite"
 TIME_NOT_FINITE = "time is not finite"
 AMBIGUOUS = "ambiguous stream"
 AMBIGUOUS_HINT = (
-    "a latent came from nowhere: give two generations that share a prompt tensor a session each;"
-    " if batches hold both halves of classifier-free guidance, give guidance_scale"
+    "a latent came from nowhere: the sampler draws noise at each step (LCM, ancestral, stochastic"
+    " and SDE samplers run dense); or generations share a prompt tensor (give each a session); or a"
+    " batch holds both halves of classifier-free guidance (give guidance_scale)"
+)
+IDLE_AFTER = 2 * MAX_STREAMS
+"""Generations that begin one after another, none of which goes on: more than users take turns."""
+IDLE = (
+    "no generation is recognised: each call has a latent that follows from no earlier prediction,"
+    " and new tensors as conditions; call the model within specdiff.session(model) to say what"
+    " belongs together"
 )
 STILL = "latent does not move with time"
 CROWDED = f"more than {MAX_STREAMS} generations at once"

@@ -172,6 +172,8 @@ class StreamTable:
         self._crowded_out: deque[tuple[StreamKey, list[float]]] = deque(maxlen=MAX_REMEMBERED)
         """Keys and times of streams that made room."""
         self._calls = 0
+        self.begun = 0
+        """Streams begun since one last went on."""
 
     def find(self, conditions: Sequence[object]) -> Stream | None:
         """The stream of the same conditions, after dropping those whose conditions have died."""

@@ -139,6 +139,16 @@ def test_another_latent_under_other_conditions_is_not_followed():
     assert sd.stats(model).dense == stats.dense + 1
 
 
+def test_an_idle_model_says_so(caplog):
+    """New conditions, and a sampler whose noise hides where the latent came from."""
+    model = toy()
+    for index, now in enumerate(sigmas(STEPS)[:-1]):
+        model(noise(index), torch.tensor([now]), travels(prompt(), index))
+    assert sd.stats(model).skipped == 0
+    (said,) = [message for message in caplog.messages if "no generation is recognised" in message]
+    assert "specdiff.session(model)" in said
+
+
 @pytest.mark.parametrize("unit", [1, 1000])
 def test_a_prompt_written_in_place_goes_on(unit):
     model, text = toy(programs=ToyPrograms(unit=unit)), prompt()
