@@ -18,7 +18,7 @@ def publish(found: Analysis | str, dump: Dump | None, options: Options) -> None:
     """
     if dump is None and not torch_adapter.traces_artifacts():
         return
-    from specdiff.inspect import export
+    from specdiff.inspect import export  # here, as the compiler runs without what the pages need
 
     def work() -> None:
         for name, text in export.texts(found, options):
