@@ -8,20 +8,22 @@ from specdiff.passes.graph.dump import Dump, unfailing
 from specdiff.pipeline import Analysis
 
 
-def publish(found: Analysis | str, dump: Dump | None, options: Options) -> None:
+def publish(analysis: Analysis | str, dump: Dump | None, options: Options) -> None:
     """Write them beside the dump and for tlparse, if either is wanted; nothing here can fail.
 
     Args:
-        found: the analysis of the graph, or the reason why it runs dense.
+        analysis: the analysis of the graph, or the reason why it runs dense.
         dump: where the graph is dumped, if it is.
         options: that the graph is compiled with.
     """
     if dump is None and not torch_adapter.traces_artifacts():
         return
-    from specdiff.inspect import export  # here, as the compiler runs without what the pages need
 
     def work() -> None:
-        for name, text in export.texts(found, options):
+        # here, as the compiler runs without what the pages need
+        from specdiff.inspect import export
+
+        for name, text in export.texts(analysis, options):
             torch_adapter.trace_artifact(f"specdiff_{name}", text)
             if dump is not None:
                 (dump.folder / name).write_text(text, encoding="utf-8")

@@ -41,7 +41,7 @@ class WholeOp:
 
 
 @dataclass(frozen=True)
-class Prediction:
+class TimeBounds:
     """What steps should take by the rates of a machine: bounds that real programs stay behind."""
 
     dense: float
@@ -121,14 +121,14 @@ class Report:
         """Kind, tokens computed and reason of each step of a generation."""
         lengths = [segment.length for segment in self.segments if segment.prunable]
         plan = Schedule.of(self.settings, lengths)
-        found = []
+        planned = []
         for index in range(steps):
             count, reason = plan.decide(Place.known(index, steps))
             kind = "dense" if count == plan.tokens else "selective" if count else "skipped"
-            found.append((kind, count, reason))
-        return found
+            planned.append((kind, count, reason))
+        return planned
 
-    def predict(self, rates: MachineRates, steps: int) -> Prediction:
+    def predict(self, rates: MachineRates, steps: int) -> TimeBounds:
         """Time of each program and of a generation: each region by the slower of its two bounds.
 
         Work that overlaps between regions, and what a library's kernels lose, is not in it.
@@ -143,7 +143,7 @@ class Report:
         seconds = {self.sizes.tokens: dense, 0: skipped, **partial}
         ahead = max(self.settings.plan.lookahead - 1, 0) * dense if partial else 0.0
         run = sum(seconds[count] for _, count, _ in plan) + ahead
-        return Prediction(dense, next(iter(partial.values()), None), skipped, run, steps * dense)
+        return TimeBounds(dense, next(iter(partial.values()), None), skipped, run, steps * dense)
 
     def step_seconds(self, rates: MachineRates, active: int | None) -> float:
         """Least time of a dense step, or of a selective one with `active` tokens."""
@@ -177,11 +177,11 @@ class Report:
         return "\n".join(lines)
 
 
-def report_of(found: Analysis | str, options: Options | None = None) -> Report:
+def report_of(analysis: Analysis | str, options: Options | None = None) -> Report:
     """What `explain` says of one graph, given its analysis or why it has none."""
-    if isinstance(found, str):
-        return Report(False, found)
-    if found.signature.time is None:
+    if isinstance(analysis, str):
+        return Report(False, analysis)
+    if analysis.signature.time is None:
         return Report(False, "no time input was found: name it by the option timestep_arg")
     known = options or Options()
     code = known.kv_cache_code
@@ -189,23 +189,23 @@ def report_of(found: Analysis | str, options: Options | None = None) -> Report:
         selective=True,
         reason="",
         latents=tuple(
-            found.signature.inputs[pair.latent].name for pair in found.signature.denoised
+            analysis.signature.inputs[pair.latent].name for pair in analysis.signature.denoised
         ),
-        segments=found.signature.segments,
-        regions=found.regions,
-        cache_bytes=found.signature.cache_bytes,
-        uncoded=Counter(uncoded(found.plan, code).values()) if code is not None else {},
-        whole=_whole_ops(found),
-        sizes=Sizes.of(found.plan),
-        passes=found.records,
+        segments=analysis.signature.segments,
+        regions=analysis.regions,
+        cache_bytes=analysis.signature.cache_bytes,
+        uncoded=Counter(uncoded(analysis.plan, code).values()) if code is not None else {},
+        whole=_whole_ops(analysis),
+        sizes=Sizes.of(analysis.plan),
+        passes=analysis.records,
         settings=known.resolve(),
-        analysis=found,
+        analysis=analysis,
     )
 
 
-def _whole_ops(found: Analysis) -> tuple[WholeOp, ...]:
+def _whole_ops(analysis: Analysis) -> tuple[WholeOp, ...]:
     """Ops on whole prunable tokens that the selective program still runs, tables left out."""
-    plan = found.plan
+    plan = analysis.plan
     groups: dict[tuple[str, str], list[fx.Node]] = {}
     for node in plan.axes.graph.nodes:
         if (
