@@ -5,6 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
+import networkx
+
+from specdiff.inspect.drawing import to_dot, to_svg
+from specdiff.inspect.graph import block_graph, block_path, region_graph
+from specdiff.inspect.page import report_page
+from specdiff.inspect.plain import to_json
+from specdiff.inspect.report import report_of
 from specdiff.options import Options
 from specdiff.pipeline import Analysis
 
@@ -14,15 +21,6 @@ def texts(analysis: Analysis | str, options: Options) -> Iterator[tuple[str, str
 
     Drawings are missing where Graphviz is: the report says so, and holds what they are made of.
     """
-    # here, as the compiler runs without what the pages need
-    import networkx
-
-    from specdiff.inspect.drawing import to_dot, to_svg
-    from specdiff.inspect.graph import block_graph, block_path, region_graph
-    from specdiff.inspect.page import report_page
-    from specdiff.inspect.plain import to_json
-    from specdiff.inspect.report import report_of
-
     report = report_of(analysis, options)
     yield "report.json", json.dumps(to_json(report), indent=2) + "\n"
     if report.analysis is None:

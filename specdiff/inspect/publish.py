@@ -18,9 +18,11 @@ def publish(analysis: Analysis | str, dump: Dump | None, options: Options) -> No
     """
     if dump is None and not torch_adapter.traces_artifacts():
         return
-    from specdiff.inspect import export
 
     def work() -> None:
+        # here, as the compiler runs without what the pages need
+        from specdiff.inspect import export
+
         for name, text in export.texts(analysis, options):
             torch_adapter.trace_artifact(f"specdiff_{name}", text)
             if dump is not None:

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 import specdiff
 from specdiff import pipeline, torch_adapter
 from specdiff.compiler import specdiff_backend
+from specdiff.inspect import export
 from specdiff.passes.base import PassRecord
 from specdiff.passes.graph.dump import Dump
 from specdiff.plan import Plan
@@ -205,7 +206,7 @@ def test_a_fault_in_a_drawing_stops_nothing(tmp_path, caplog, monkeypatch):
     def broken(*_: Any) -> str:
         raise RuntimeError("no such colour")
 
-    monkeypatch.setattr("specdiff.inspect.drawing.to_svg", broken)
+    monkeypatch.setattr(export, "to_svg", broken)
     model, inputs = flux(1, 0, rows=4, columns=5, batch=1)
     with caplog.at_level(logging.WARNING, logger="specdiff"):
         run(model, inputs, dump_dir=tmp_path)
