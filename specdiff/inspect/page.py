@@ -11,9 +11,9 @@ from markupsafe import Markup
 
 from specdiff.inspect.drawing import COLOURS, to_dot, to_svg
 from specdiff.inspect.graph import Drawing, block_graph, block_path, region_graph, short_count
-from specdiff.inspect.report import RATIOS, Prediction, Report
+from specdiff.inspect.report import RATIOS, Report, TimeBounds
 from specdiff.measure.machine import MachineRates
-from specdiff.passes.plan.regions import Region
+from specdiff.passes.select.regions import Region
 
 HARDLY_SEEN, PLAINLY_SEEN = 40, 30
 """PSNR in dB: a rule of thumb, which the page calls one. Nobody was asked what they see."""
@@ -134,8 +134,8 @@ def _kinds(report: Report) -> list[dict[str, Any]]:
     total, evaluate = report.step_flops() or 1, report.sizes.evaluate
     rows = []
     for kind, regions in groups.items():
-        flops = sum(evaluate(region.dense.flops) for region in regions)
-        quarter = sum(evaluate(r.selective.flops, report.active_at(0.75)) for r in regions)
+        flops = sum(evaluate(region.dense_work.flops) for region in regions)
+        quarter = sum(evaluate(r.selective_work.flops, report.active_at(0.75)) for r in regions)
         rows.append(
             {
                 "kind": kind,
@@ -175,7 +175,7 @@ def _costs(report: Report, rates: MachineRates | None) -> list[dict[str, Any]]:
 
 
 def planned_steps(
-    report: Report, prediction: Prediction | None, steps: int
+    report: Report, prediction: TimeBounds | None, steps: int
 ) -> list[dict[str, Any]]:
     """The schedule as the timeline draws it; without times all steps are drawn alike."""
     seconds = vars(prediction) if prediction else {}

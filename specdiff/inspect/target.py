@@ -22,7 +22,7 @@ DEMO = "demo"
 
 
 @dataclass(frozen=True)
-class Call:
+class ModelCall:
     """A model and the inputs of one forward."""
 
     name: str
@@ -30,7 +30,7 @@ class Call:
     inputs: Mapping[str, Any]
 
 
-def load_target(target: str, device: torch.device) -> Call:
+def load_target(target: str, device: torch.device) -> ModelCall:
     """The demo model, or what a function returns: a model, and its inputs by name.
 
     Args:
@@ -52,7 +52,7 @@ def load_target(target: str, device: torch.device) -> Call:
     if not isinstance(model, nn.Module) or not isinstance(inputs, Mapping):
         kinds = f"{type(model).__name__} and {type(inputs).__name__}"
         raise SpecdiffError(f"{target}: must return a torch module and a dict, not {kinds}")
-    return Call(type(model).__name__, model, inputs)
+    return ModelCall(type(model).__name__, model, inputs)
 
 
 def _function(target: str) -> Callable[[], Any]:
@@ -95,7 +95,7 @@ def _from_file(file: Path) -> Any:
     return module
 
 
-def explain_call(call: Call, options: Mapping[str, Any]) -> Report:
+def explain_call(call: ModelCall, options: Mapping[str, Any]) -> Report:
     """What `specdiff.explain` says of it.
 
     Raises:
@@ -112,7 +112,7 @@ def explain_call(call: Call, options: Mapping[str, Any]) -> Report:
 
 
 @torch.no_grad()
-def _require_running(call: Call) -> None:
+def _require_running(call: ModelCall) -> None:
     try:
         call.model(**call.inputs)
     except Exception as error:
@@ -120,7 +120,7 @@ def _require_running(call: Call) -> None:
         raise SpecdiffError(f"{call.name} does not run on its inputs: {reason}") from error
 
 
-def demo_call(device: torch.device) -> Call:
+def demo_call(device: torch.device) -> ModelCall:
     """The demo model and what its pipeline calls it with at the first step."""
     from specdiff.models.demo import (
         PIPELINE_SIDE,
@@ -145,4 +145,4 @@ def demo_call(device: torch.device) -> Call:
         output_type="latent",
     )
     hook.remove()
-    return Call("the demo model", pipeline.transformer, calls[0])
+    return ModelCall("the demo model", pipeline.transformer, calls[0])
