@@ -9,7 +9,7 @@ from typing import Any
 
 from specdiff.plan import Plan
 
-# Plans of 28 evaluations, found by `specdiff tune` and measured on two models (README, results).
+# Plans of 28 evaluations, found by `specdiff tune` and measured on two models (docs/results.md).
 QUALITIES: Mapping[str, Plan] = {
     # Single skips where errors grow little: not early, and not in the last, longest steps.
     "closest": Plan.of(28, (*range(11), *range(12, 24, 2), *range(24, 28))),
@@ -22,7 +22,7 @@ OFF = "dense"
 SWITCH = "SPECDIFF"
 """The environment variable that switches it off for the process, set to "off"."""
 
-# What a method stands for. "history" was measured on two models (README, results; examples/eval
+# What a method stands for. "history" was measured on two models (docs/results.md; examples/eval
 # says what decided each value). "paper" is the paper to the letter, and where that is silent what
 # was measured best.
 METHODS: Mapping[str, Mapping[str, Any]] = {

@@ -25,7 +25,7 @@ WALLS = [
     ("runtime.tokens", "runtime.streams", "tokens are chosen from a history, whoever's it is"),
     ("runtime.tokens", "runtime.step", "a step asks which tokens; they ask nothing of it"),
     ("runtime.streams", "runtime.step", "a stream remembers what steps did and calls none"),
-    ("passes.rules", "passes.select", "what an operator does is true under every plan"),
+    ("passes.rules", "passes.select", "what an operator does is true whatever is selected"),
     ("passes.select", "passes.emit", "what to compute is decided before it is written down"),
     ("models", "measure", "a model is drawn with, whoever measures it"),
     ("inspect", "evaluation", "what is shown of a model is not what was measured of many methods"),

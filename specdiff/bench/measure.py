@@ -194,10 +194,10 @@ def measure(
 
 def type_of(name: str | None, device: torch.device) -> torch.dtype:
     """The dtype of that name, or the usual one of a device. Raises SpecdiffError for another."""
-    found = getattr(torch, name or ("float32" if device.type == "cpu" else "bfloat16"), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    dtype = getattr(torch, name or ("float32" if device.type == "cpu" else "bfloat16"), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise SpecdiffError(f"no floating-point dtype {name!r}")
-    return found
+    return dtype
 
 
 def label(trial: Trial) -> str:
@@ -271,7 +271,7 @@ def floor(name: str, analysis: Analysis, rates: MachineRates) -> float | None:
 
 def analysed(sampler: Sampler) -> Analysis:
     """What the compiler finds in the model. Raises Unsupported if it would run dense."""
-    found = explain(sampler.model, **sampler.first_call())
-    if found.analysis is None:
-        raise Unsupported(found.reason)
-    return found.analysis
+    report = explain(sampler.model, **sampler.first_call())
+    if report.analysis is None:
+        raise Unsupported(report.reason)
+    return report.analysis

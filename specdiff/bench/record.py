@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from specdiff.bench.measure import Bench, Program, Trial, label
+from specdiff.bench.measure import BenchResult, Program, Trial, label
 from specdiff.measure.memory import MEBIBYTE
 from specdiff.measure.summary import Json, environment, plain
 
@@ -14,7 +14,9 @@ SCHEMA = 1
 """Number of the record's layout; grows when a field changes its meaning or goes away."""
 
 
-def record(name: str, bench: Bench, options: Mapping[str, Any], load: float) -> dict[str, Json]:
+def record(
+    name: str, bench: BenchResult, options: Mapping[str, Any], load: float
+) -> dict[str, Json]:
     """Everything measured, as a value that `json.dump` takes; times are seconds.
 
     Args:
@@ -37,7 +39,7 @@ def record(name: str, bench: Bench, options: Mapping[str, Any], load: float) -> 
     }
 
 
-def _method(bench: Bench, trial: Trial) -> dict[str, Json]:
+def _method(bench: BenchResult, trial: Trial) -> dict[str, Json]:
     return {
         "name": label(trial),
         "cache_ratio": trial.ratio,
@@ -61,13 +63,13 @@ def _program(program: Program) -> dict[str, Json]:
     }
 
 
-def markdown(found: Mapping[str, Any]) -> str:
+def markdown(figures: Mapping[str, Any]) -> str:
     """A record as a page: where it ran, a table of runs and one of programs."""
-    methods = found["methods"]
+    methods = figures["methods"]
     runs = ("method", "run", "speedup", "first run", "peak memory", "caches")
     programs = ("program", "ratio", "time", "floor", "time / floor", "compiled in")
     lines = [
-        *_heading(found),
+        *_heading(figures),
         "",
         *_rows(runs, [_method_row(method) for method in methods]),
         "",
@@ -76,18 +78,18 @@ def markdown(found: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _heading(found: Mapping[str, Any]) -> list[str]:
+def _heading(figures: Mapping[str, Any]) -> list[str]:
     """What was measured, and where."""
-    machine, rates = found["environment"], found["rates"]
+    machine, rates = figures["environment"], figures["rates"]
     matrix, copy = rates["flops_per_second"] / 1e9, rates["bytes_per_second"] / 1e9
     where = machine["device"] if machine["device"] != "cpu" else f"{machine['threads']} CPU threads"
-    options = ", ".join(f"{name}={value}" for name, value in found["options"].items())
+    options = ", ".join(f"{name}={value}" for name, value in figures["options"].items())
     return [
-        f"## {found['geometry']['name']}",
+        f"## {figures['geometry']['name']}",
         "",
-        f"{where}, {found['dtype']}, torch {machine['torch']}, diffusers {machine['diffusers']},"
-        f" {machine['date'][:10]}; {found['steps']} steps, medians of"
-        f" {len(found['methods'][0]['seconds'])} runs taking turns; {options}.",
+        f"{where}, {figures['dtype']}, torch {machine['torch']}, diffusers {machine['diffusers']},"
+        f" {machine['date'][:10]}; {figures['steps']} steps, medians of"
+        f" {len(figures['methods'][0]['seconds'])} runs taking turns; {options}.",
         f"Matrix products {matrix:.0f} GFLOP/s, copies {copy:.1f} GB/s.",
     ]
 

@@ -66,8 +66,8 @@ def bench(
     for name in geometries:
         load, sampler = load_per_core(), build(name, place, kind, steps, depth)
         rates = measure_rates(place, kind)
-        found = measure(sampler, rates, ratio or RATIOS, repeats, options, mode, console.log)
-        figures = record(name, found, {"mode": mode, **options}, load)
+        measured = measure(sampler, rates, ratio or RATIOS, repeats, options, mode, console.log)
+        figures = record(name, measured, {"mode": mode, **options}, load)
         (out / f"{name}.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
         (out / f"{name}.md").write_text(markdown(figures), encoding="utf-8")
         console.print(markdown(figures), markup=False, highlight=False, soft_wrap=True)

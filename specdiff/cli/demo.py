@@ -114,9 +114,9 @@ def _write_page(
     methods = [trials.method for trials in comparison.trials]
     runs = record_methods(methods, comparison.requests)
     call = demo_call(place)
-    found = explain_call(call, options)
+    report = explain_call(call, options)
     rates = measure_rates(place)
-    file.write_text(comparison_page(comparison, found, runs, rates, hints), encoding="utf-8")
+    file.write_text(comparison_page(comparison, report, runs, rates, hints), encoding="utf-8")
     console.print(f"page: {file}", highlight=False)
 
 

@@ -56,13 +56,13 @@ def evaluate_methods(
     """
     require_compiler()
     make_folders([out / "results.json"])
-    from specdiff.evaluation.command import SIZES, Sizes, Wanted, evaluate
+    from specdiff.evaluation.command import AMOUNTS, Amounts, Wanted, evaluate
     from specdiff.models.subject import quiet_libraries
 
     quiet_libraries()
-    usual = SIZES["quick" if quick else "full"]
+    usual = AMOUNTS["quick" if quick else "full"]
     compared = pictures or usual.pictures
-    sizes = Sizes(
+    sizes = Amounts(
         compared,
         pairs or min(usual.pairs, compared),
         usual.large_set if large_set is None else large_set,

@@ -47,21 +47,21 @@ def explain(
 
     quiet_libraries()
     call = load_target(target, usable_device(device))
-    found = explain_call(call, options)
-    rates = _rates_of(found)
-    console.print(render(found, rates, steps))
+    report = explain_call(call, options)
+    rates = _rates_of(report)
+    console.print(render(report, rates, steps))
     if html is not None:
-        html.write_text(report_page(found, rates, steps, call.name), encoding="utf-8")
+        html.write_text(report_page(report, rates, steps, call.name), encoding="utf-8")
         console.print(f"page: {html}", highlight=False)
     if json_file is not None:
-        write_figures(json_file, to_json(found, rates, steps))
+        write_figures(json_file, to_json(report, rates, steps))
 
 
-def _rates_of(found: Report) -> MachineRates | None:
+def _rates_of(report: Report) -> MachineRates | None:
     """The rates of the device and type that the model has."""
     from specdiff.measure.machine import measure_rates
 
-    if found.analysis is None:
+    if report.analysis is None:
         return None
-    tokens = found.analysis.signature.tokens
+    tokens = report.analysis.signature.tokens
     return measure_rates(tokens.device, tokens.dtype)

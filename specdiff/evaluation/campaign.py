@@ -16,7 +16,7 @@ from torch import Tensor
 from specdiff.errors import SpecdiffError
 from specdiff.evaluation.findings import Finding, Findings
 from specdiff.evaluation.measuring import (
-    Bench,
+    Setup,
     compare_pictures,
     draw_pictures,
     measure_flops,
@@ -34,13 +34,13 @@ class Campaign:
     """One evaluation and the folder it grows in.
 
     Attributes:
-        bench: What all methods are measured with.
+        setup: What all methods are measured with.
         findings: What is known already; grows.
         folder: Where `RESULTS` lies, and in `LATENTS` what was drawn.
         deadline: When to begin nothing more, by `time.monotonic`; None: never.
     """
 
-    bench: Bench
+    setup: Setup
     findings: Findings
     folder: Path
     deadline: float | None = None
@@ -97,13 +97,13 @@ class Campaign:
 
     def _values(self, candidate: Candidate, phase: str) -> dict[str, Any]:
         if phase == "flops":
-            return measure_flops(self.bench, candidate)
+            return measure_flops(self.setup, candidate)
         if phase == "time":
-            return time_pictures(self.bench, candidate)
+            return time_pictures(self.setup, candidate)
         if phase == "compare":
             ours, dense = self._drawn(candidate), self._drawn(DENSE)
-            return compare_pictures(self.bench, ours, dense)
-        values, latents = draw_pictures(self.bench, candidate)
+            return compare_pictures(self.setup, ours, dense)
+        values, latents = draw_pictures(self.setup, candidate)
         file = self._latents(candidate)
         file.parent.mkdir(exist_ok=True)
         torch.save(latents, file)

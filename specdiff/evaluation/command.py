@@ -13,8 +13,8 @@ from specdiff.errors import SpecdiffError
 from specdiff.evaluation.campaign import PHASES, RESULTS, Campaign
 from specdiff.evaluation.candidates import all_candidates, choose
 from specdiff.evaluation.features import Probe
-from specdiff.evaluation.findings import Findings, Plan
-from specdiff.evaluation.measuring import Bench
+from specdiff.evaluation.findings import Findings, Terms
+from specdiff.evaluation.measuring import Setup
 from specdiff.evaluation.plot import draw_frontier
 from specdiff.evaluation.table import markdown
 from specdiff.measure.machine import usable_device
@@ -27,7 +27,7 @@ TABLE, PLOT = "table.md", "frontier.png"
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Amounts:
     """How much is measured.
 
     Attributes:
@@ -47,7 +47,7 @@ class Sizes:
             )
 
 
-SIZES: Mapping[str, Sizes] = {"full": Sizes(32, 8, 256), "quick": Sizes(4, 2, 0)}
+AMOUNTS: Mapping[str, Amounts] = {"full": Amounts(32, 8, 256), "quick": Amounts(4, 2, 0)}
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Wanted:
     model: str
     weights: Path | None
     device: str
-    sizes: Sizes
+    sizes: Amounts
     seed: int
     probe: Path | None
     out: Path
@@ -68,9 +68,9 @@ class Wanted:
     clock: str
 
 
-def _bench(wanted: Wanted, subject: Subject) -> Bench:
+def _setup(wanted: Wanted, subject: Subject) -> Setup:
     count = max(wanted.sizes.pictures, wanted.sizes.large_set)
-    return Bench(
+    return Setup(
         subject,
         usable_device(wanted.device),
         subject.requests(count, wanted.seed),
@@ -81,9 +81,9 @@ def _bench(wanted: Wanted, subject: Subject) -> Bench:
     )
 
 
-def _plan(wanted: Wanted) -> Plan:
+def _terms(wanted: Wanted) -> Terms:
     sizes = wanted.sizes
-    return Plan(
+    return Terms(
         wanted.model,
         STEPS,
         sizes.pictures,
@@ -101,7 +101,7 @@ def evaluate(wanted: Wanted, console: Console) -> int:
         How many of the wanted measurements are still left.
 
     Raises:
-        SpecdiffError: An option has no such value, or the folder holds another plan.
+        SpecdiffError: An option has no such value, or the folder holds results under other terms.
     """
     phases = wanted.phases or PHASES
     if unknown := sorted(set(phases) - set(PHASES)):
@@ -111,11 +111,11 @@ def evaluate(wanted: Wanted, console: Console) -> int:
     device = usable_device(wanted.device)
     subject = find_subject(wanted.model, wanted.weights, device)
     candidates = choose(all_candidates(subject, wanted.plans), wanted.methods)
-    findings = Findings.open(wanted.out / RESULTS, _plan(wanted), environment(device))
+    findings = Findings.open(wanted.out / RESULTS, _terms(wanted), environment(device))
     deadline = None if wanted.minutes is None else time.monotonic() + 60 * wanted.minutes
-    campaign = Campaign(_bench(wanted, subject), findings, wanted.out, deadline)
+    campaign = Campaign(_setup(wanted, subject), findings, wanted.out, deadline)
     with progress_bar(console, len(campaign.left(candidates, phases))) as update:
-        campaign.bench.tell = lambda line: update(description=line)
+        campaign.setup.tell = lambda line: update(description=line)
         for _ in campaign.run(candidates, phases):
             update(advance=1)
     write_reports(findings, wanted.out)

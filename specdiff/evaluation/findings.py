@@ -17,8 +17,8 @@ SPEEDUP, PSNR, FEATURES, FLOPS = "speedup", "psnr_db", "feature_distance", "flop
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What decides a measurement; findings of different plans do not mix.
+class Terms:
+    """What decides a measurement; findings under different terms do not mix.
 
     Attributes:
         model: Name of the subject.
@@ -63,38 +63,39 @@ class Finding:
 
 @dataclass
 class Findings:
-    """All methods measured so far under one plan.
+    """All methods measured so far under the same terms.
 
     Attributes:
-        plan: What decides the measurements.
+        terms: What decides the measurements.
         environment: Machine and versions of this run.
         methods: What is known, by name.
         environments: Machine and versions that each phase began with; phases may be measured on
             different machines, one phase may not.
     """
 
-    plan: Plan
+    terms: Terms
     environment: Mapping[str, Any]
     methods: dict[str, Finding] = field(default_factory=dict)
     environments: dict[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, file: Path, plan: Plan, environment: Mapping[str, Any]) -> Findings:
+    def open(cls, file: Path, terms: Terms, environment: Mapping[str, Any]) -> Findings:
         """Continue from the file if there is one.
 
         Raises:
-            SpecdiffError: The file holds the findings of another plan, or none.
+            SpecdiffError: The file holds findings under other terms, or none.
         """
         if not file.exists():
-            return cls(plan, environment)
+            return cls(terms, environment)
         try:
             stored = json.loads(file.read_text(encoding="utf-8"))
-            if stored["schema"] != SCHEMA or stored["plan"] != asdict(plan):
+            if stored["schema"] != SCHEMA or stored["plan"] != asdict(terms):
                 raise SpecdiffError(
-                    f"{file} holds another plan ({stored['plan']}): choose another --out"
+                    f"{file} holds results under other terms ({stored['plan']}):"
+                    " choose another --out"
                 )
             methods = {name: Finding(**finding) for name, finding in stored["methods"].items()}
-            return cls(plan, environment, methods, stored["environments"])
+            return cls(terms, environment, methods, stored["environments"])
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise SpecdiffError(
                 f"{file} holds no results ({error!r}): remove it or choose another --out"
@@ -115,7 +116,7 @@ class Findings:
         """Write the file whole or not at all."""
         record = {
             "schema": SCHEMA,
-            "plan": asdict(self.plan),
+            "plan": asdict(self.terms),
             "environments": self.environments,
             "methods": {name: asdict(finding) for name, finding in self.methods.items()},
         }

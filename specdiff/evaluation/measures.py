@@ -20,7 +20,7 @@ from specdiff.runtime.records.stats import Stats
 
 
 @dataclass(frozen=True)
-class Likeness:
+class Closeness:
     """One picture against the dense one of the same request."""
 
     psnr: float
@@ -37,18 +37,18 @@ def latent_error(latents: Tensor, reference: Tensor) -> float:
     return float(difference / reference.double().norm())
 
 
-def likeness(
+def closeness(
     picture: Tensor,
     reference: Tensor,
     latents: Tensor,
     reference_latents: Tensor,
     device: torch.device,
-) -> Likeness:
+) -> Closeness:
     """Compare pictures `[H, W, 3]` and their latents; the network looks at them on `device`."""
     near = quality(picture, reference)
     pictures = (one.permute(2, 0, 1)[None].to(device) for one in (picture, reference))
     seen, expected = map(features, pictures)
-    return Likeness(
+    return Closeness(
         near.psnr,
         near.ssim,
         float(feature_distance(seen, expected)),

@@ -20,9 +20,9 @@ from specdiff.evaluation.features import Probe, features, kernel_distance
 from specdiff.evaluation.findings import FEATURES, FLOPS, PSNR, SPEEDUP
 from specdiff.evaluation.measures import (
     PeakMemory,
+    closeness,
     flop_counter,
     flops_share,
-    likeness,
     time_ratio,
 )
 from specdiff.evaluation.method import DENSE, Candidate, Prepared, Refused
@@ -38,7 +38,7 @@ LETTERS_OF_A_REASON = 300
 
 
 @dataclass
-class Bench:
+class Setup:
     """What all methods are measured with.
 
     Attributes:
@@ -79,14 +79,14 @@ def _reason(error: Exception) -> str:
     return text if isinstance(error, SpecdiffError) else f"{type(error).__name__}: {text}"
 
 
-def _start(bench: Bench, candidate: Candidate, steps: int) -> tuple[Prepared, float]:
+def _start(setup: Setup, candidate: Candidate, steps: int) -> tuple[Prepared, float]:
     """Compile a fresh pipeline by drawing one picture; returns it and how long that took."""
-    bench.tell(f"{candidate.name}: compiling")
-    pipeline, request = bench.subject.load(), bench.requests[0]
-    bench.subject.embed(bench.requests)
+    setup.tell(f"{candidate.name}: compiling")
+    pipeline, request = setup.subject.load(), setup.requests[0]
+    setup.subject.embed(setup.requests)
     with _theirs(candidate):
         prepared = candidate.prepare(pipeline)
-        _, seconds = timed(lambda: bench.subject.draw(prepared.pipeline, request, steps))
+        _, seconds = timed(lambda: setup.subject.draw(prepared.pipeline, request, steps))
     return prepared, seconds
 
 
@@ -103,7 +103,7 @@ def _require_graphs(candidate: Candidate, prepared: Prepared, graphs: int) -> No
         raise Refused(f"{candidate.name}: {now - graphs} graphs compiled while measured")
 
 
-def draw_pictures(bench: Bench, candidate: Candidate) -> tuple[Values, list[Tensor]]:
+def draw_pictures(setup: Setup, candidate: Candidate) -> tuple[Values, list[Tensor]]:
     """Draw the pictures of a method, those of the large set too if it takes part in it.
 
     Returns:
@@ -113,12 +113,12 @@ def draw_pictures(bench: Bench, candidate: Candidate) -> tuple[Values, list[Tens
         Refused: A peer fails, something compiled on the way, or in more graphs than promised.
     """
     torch_adapter.forget_compiled()
-    memory = PeakMemory(bench.device)
-    prepared, first_seconds = _start(bench, candidate, candidate.steps)
+    memory = PeakMemory(setup.device)
+    prepared, first_seconds = _start(setup, candidate, candidate.steps)
     graphs = torch_adapter.graphs_compiled()
-    count = len(bench.requests) if candidate.in_large_set else bench.pictures
+    count = len(setup.requests) if candidate.in_large_set else setup.pictures
     memory.restart()
-    latents = _draw(bench, candidate, prepared, range(count))
+    latents = _draw(setup, candidate, prepared, range(count))
     peak = memory.bytes
     _require_graphs(candidate, prepared, graphs)
     values: Values = {
@@ -131,33 +131,33 @@ def draw_pictures(bench: Bench, candidate: Candidate) -> tuple[Values, list[Tens
 
 
 def compare_pictures(
-    bench: Bench, latents: Sequence[Tensor], reference: Sequence[Tensor]
+    setup: Setup, latents: Sequence[Tensor], reference: Sequence[Tensor]
 ) -> Values:
     """How far pictures are from the dense ones, one by one, and as sets where both are large."""
-    bench.tell("comparing")
-    values = _likeness(bench, latents, reference)
-    if min(len(latents), len(reference)) > bench.pictures:
-        values |= _sets(bench, latents, reference)
+    setup.tell("comparing")
+    values = _closeness(setup, latents, reference)
+    if min(len(latents), len(reference)) > setup.pictures:
+        values |= _sets(setup, latents, reference)
     return values
 
 
-def time_pictures(bench: Bench, candidate: Candidate) -> Values:
+def time_pictures(setup: Setup, candidate: Candidate) -> Values:
     """Draw pictures in turn with the dense model, compiled in the same process, and time them.
 
     Raises:
         Refused: A peer fails, something compiled on the way, or in more graphs than promised.
     """
     torch_adapter.forget_compiled()
-    prepared = _start(bench, candidate, candidate.steps)[0]
+    prepared = _start(setup, candidate, candidate.steps)[0]
     _require_graphs(candidate, prepared, torch_adapter.graphs_compiled())
     shares_dense = candidate.prepare is DENSE.prepare
-    dense = prepared if shares_dense else _start(bench, DENSE, steps=2)[0]
+    dense = prepared if shares_dense else _start(setup, DENSE, steps=2)[0]
     graphs = torch_adapter.graphs_compiled()
     turns = in_turns(
         ((DENSE, dense), (candidate, prepared)),
-        range(bench.pairs),
-        lambda one, index: _draw(bench, *one, range(index, index + 1)),
-        clock=bench.clock,
+        range(setup.pairs),
+        lambda one, index: _draw(setup, *one, range(index, index + 1)),
+        clock=setup.clock,
     )
     times = [spent for *_, spent in turns]
     if torch_adapter.graphs_compiled() != graphs:
@@ -171,14 +171,14 @@ def time_pictures(bench: Bench, candidate: Candidate) -> Values:
     }
 
 
-def _draw(bench: Bench, candidate: Candidate, prepared: Prepared, indices: range) -> list[Tensor]:
+def _draw(setup: Setup, candidate: Candidate, prepared: Prepared, indices: range) -> list[Tensor]:
     """Latents of some of the requests."""
     latents = []
     for index in indices:
-        bench.tell(f"{candidate.name}: picture {index + 1} of {indices.stop}")
-        request = bench.requests[index]
+        setup.tell(f"{candidate.name}: picture {index + 1} of {indices.stop}")
+        request = setup.requests[index]
         with _theirs(candidate):
-            latents.append(bench.subject.draw(prepared.pipeline, request, candidate.steps))
+            latents.append(setup.subject.draw(prepared.pipeline, request, candidate.steps))
     return latents
 
 
@@ -193,22 +193,22 @@ def _counters(prepared: Prepared) -> Values:
     }
 
 
-def _likeness(bench: Bench, latents: Sequence[Tensor], reference: Sequence[Tensor]) -> Values:
-    bench.tell("comparing")
-    found = [
-        likeness(bench.subject.picture(a), bench.subject.picture(b), a, b, bench.device)
-        for a, b in zip(latents[: bench.pictures], reference, strict=False)
+def _closeness(setup: Setup, latents: Sequence[Tensor], reference: Sequence[Tensor]) -> Values:
+    setup.tell("comparing")
+    each = [
+        closeness(setup.subject.picture(a), setup.subject.picture(b), a, b, setup.device)
+        for a, b in zip(latents[: setup.pictures], reference, strict=False)
     ]
     mean = statistics.fmean
-    psnr = [one.psnr for one in found]
+    psnr = [one.psnr for one in each]
     return {
         # JSON knows no infinity: equal pictures have no PSNR.
         PSNR: _rounded(mean(psnr)),
         "psnr_db_lowest": _rounded(min(psnr)),
         "psnr_db_each": [_rounded(value) for value in psnr],
-        "ssim": _rounded(mean(one.ssim for one in found)),
-        FEATURES: _rounded(mean(one.feature_distance for one in found)),
-        "latent_error": _rounded(mean(one.latent_error for one in found)),
+        "ssim": _rounded(mean(one.ssim for one in each)),
+        FEATURES: _rounded(mean(one.feature_distance for one in each)),
+        "latent_error": _rounded(mean(one.latent_error for one in each)),
     }
 
 
@@ -216,46 +216,46 @@ def _rounded(value: float) -> float | None:
     return round(value, 5) if math.isfinite(value) else None
 
 
-def _pooled(bench: Bench, latents: Sequence[Tensor]) -> Tensor:
-    pictures = [bench.subject.to_pixels(one)[0] for one in latents]
+def _pooled(setup: Setup, latents: Sequence[Tensor]) -> Tensor:
+    pictures = [setup.subject.to_pixels(one)[0] for one in latents]
     batches = [pictures[i : i + FEATURE_BATCH] for i in range(0, len(pictures), FEATURE_BATCH)]
-    seen = [features(torch.stack(batch).to(bench.device)).pooled for batch in batches]
+    seen = [features(torch.stack(batch).to(setup.device)).pooled for batch in batches]
     return torch.cat(seen).cpu()
 
 
-def _sets(bench: Bench, latents: Sequence[Tensor], reference: Sequence[Tensor]) -> Values:
-    ours, theirs = _pooled(bench, latents), _pooled(bench, reference)
+def _sets(setup: Setup, latents: Sequence[Tensor], reference: Sequence[Tensor]) -> Values:
+    ours, theirs = _pooled(setup, latents), _pooled(setup, reference)
     values: Values = {"kernel_distance": _rounded(kernel_distance(ours, theirs))}
-    if bench.probe is not None:
-        prompts = [request.prompt for request in bench.requests]
-        values["recognised"] = _rounded(bench.probe.recognised(ours, prompts))
+    if setup.probe is not None:
+        prompts = [request.prompt for request in setup.requests]
+        values["recognised"] = _rounded(setup.probe.recognised(ours, prompts))
     return values
 
 
 @torch.no_grad()
-def measure_flops(bench: Bench, candidate: Candidate) -> Values:
+def measure_flops(setup: Setup, candidate: Candidate) -> Values:
     """FLOPs of one picture over a dense one's; nothing is compiled by Inductor."""
-    bench.tell(f"{candidate.name}: counting FLOPs")
+    setup.tell(f"{candidate.name}: counting FLOPs")
     if candidate.eager is not None:
-        spent = _flops(bench, candidate, candidate.steps)
-        return {FLOPS: round(spent / (STEPS * _flops(bench, DENSE, 1)), 4)}
+        spent = _flops(setup, candidate, candidate.steps)
+        return {FLOPS: round(spent / (STEPS * _flops(setup, DENSE, 1)), 4)}
     torch_adapter.forget_compiled()
     options = {**candidate.settings, "inner_backend": "eager"}
-    pipeline = bench.subject.load()
+    pipeline = setup.subject.load()
     compiled: Any = torch.compile(pipeline.transformer, backend="specdiff", options=options)
     pipeline.transformer = compiled
-    bench.subject.draw(pipeline, bench.requests[0], candidate.steps)
-    report = specdiff.explain(compiled, **_inputs(bench.subject))
+    setup.subject.draw(pipeline, setup.requests[0], candidate.steps)
+    report = specdiff.explain(compiled, **_inputs(setup.subject))
     return {FLOPS: round(flops_share(report.step_flops, specdiff.stats(compiled), STEPS), 4)}
 
 
-def _flops(bench: Bench, candidate: Candidate, steps: int) -> int:
+def _flops(setup: Setup, candidate: Candidate, steps: int) -> int:
     assert candidate.eager is not None
-    pipeline, request = bench.subject.load(), bench.requests[0]
+    pipeline, request = setup.subject.load(), setup.requests[0]
     with _theirs(candidate):
         pipeline = candidate.eager(pipeline)
         with flop_counter() as counter:
-            bench.subject.draw(pipeline, request, steps)
+            setup.subject.draw(pipeline, request, steps)
     return int(counter.get_total_flops())
 
 

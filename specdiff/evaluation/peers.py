@@ -123,9 +123,9 @@ def mag_cache(subject: Subject) -> Iterator[Candidate]:
     for threshold in (0.03, 0.06, 0.12, 0.24):
 
         def on(pipeline: Any, threshold: float = threshold) -> None:
-            found = calibrate()
+            calibrated = calibrate()
             config = MagCacheConfig(
-                threshold=threshold, num_inference_steps=STEPS, mag_ratios=found
+                threshold=threshold, num_inference_steps=STEPS, mag_ratios=calibrated
             )
             _enable(pipeline, config)
 

@@ -41,7 +41,7 @@ def _draw(axes: Axes, findings: Findings, measure: str, label: str, *, higher: b
     if faster:  # what is no faster than dense may be equal to it, far away from all others
         margin = 0.05 * (max(faster) - min(faster)) or 1.0
         axes.set_ylim(min(faster) - margin, max(faster) + margin)
-    axes.set(xlabel=f"speedup over dense, compiled ({findings.plan.clock} time)", ylabel=label)
+    axes.set(xlabel=f"speedup over dense, compiled ({findings.terms.clock} time)", ylabel=label)
     axes.grid(alpha=0.3)
 
 
@@ -55,10 +55,10 @@ def frontier_figure(findings: Findings) -> Figure:
     right.invert_yaxis()
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=9)
-    plan, places = findings.plan, findings.environments
+    terms, places = findings.terms, findings.environments
     drawn, timed = (places.get(phase, {}).get("device", "") for phase in ("draw", "time"))
     figure.suptitle(
-        f"{plan.model} model, {plan.steps} steps, {plan.pictures} pictures"
+        f"{terms.model} model, {terms.steps} steps, {terms.pictures} pictures"
         f" (drawn: {drawn}, timed: {timed}): up and to the right is better"
     )
     return figure

@@ -9,7 +9,7 @@ from specdiff.options import Options
 from specdiff.pipeline import Analysis
 
 
-def texts(found: Analysis | str, options: Options) -> Iterator[tuple[str, str]]:
+def texts(analysis: Analysis | str, options: Options) -> Iterator[tuple[str, str]]:
     """Names and contents of everything there is to look at; of a refused graph, the reason.
 
     Drawings are missing where Graphviz is: the report says so, and holds what they are made of.
@@ -23,7 +23,7 @@ def texts(found: Analysis | str, options: Options) -> Iterator[tuple[str, str]]:
     from specdiff.inspect.plain import to_json
     from specdiff.inspect.report import report_of
 
-    report = report_of(found, options)
+    report = report_of(analysis, options)
     yield "report.json", json.dumps(to_json(report), indent=2) + "\n"
     if report.analysis is None:
         return

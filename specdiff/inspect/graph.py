@@ -111,8 +111,8 @@ def block_path(analysis: Analysis) -> str:
     """Where the first block with an attention lies, e.g. `transformer_blocks.0`."""
     paths = [module_path(n) for n in analysis.selection.axes.graph.nodes if n.target is ATTENTION]
     first = paths[0] if paths else ""
-    found = BLOCK.match(first)
-    return found[1] if found else first
+    match = BLOCK.match(first)
+    return match[1] if match else first
 
 
 def block_graph(analysis: Analysis, path: str) -> Drawing[str]:

@@ -38,22 +38,22 @@ STEP_KINDS: Mapping[str, tuple[str, str]] = {
 
 def environment() -> Environment:
     """The templates, with the filters that they use."""
-    found = Environment(
+    templates = Environment(
         loader=PackageLoader("specdiff.inspect"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters.update(
+    templates.filters.update(
         count=short_count,
         formula=pretty_formula,
         milliseconds=_milliseconds,
         mebibytes=_mebibytes,
         seen=_seen,
     )
-    found.globals.update(step_kinds=STEP_KINDS)
-    return found
+    templates.globals.update(step_kinds=STEP_KINDS)
+    return templates
 
 
 def pretty_formula(formula: sympy.Expr) -> str:
@@ -85,11 +85,11 @@ def report_page(
     """What `explain` found, as HTML."""
     template = environment().get_template("explain.html")
     return template.render(
-        name=name, found=found_context(report, rates, steps), drawings=drawings(report)
+        name=name, facts=report_facts(report, rates, steps), drawings=drawings(report)
     )
 
 
-def found_context(report: Report, rates: MachineRates | None, steps: int) -> dict[str, Any]:
+def report_facts(report: Report, rates: MachineRates | None, steps: int) -> dict[str, Any]:
     """What the templates show of a report."""
     if report.analysis is None:
         return {"report": report}
@@ -179,7 +179,7 @@ def planned_steps(
 ) -> list[dict[str, Any]]:
     """The schedule as the timeline draws it; without times all steps are drawn alike."""
     seconds = vars(prediction) if prediction else {}
-    found = [
+    planned = [
         {
             "kind": kind,
             "share": count / report.sizes.tokens,
@@ -188,7 +188,7 @@ def planned_steps(
         }
         for kind, count, reason in report.schedule(steps)
     ]
-    return with_heights(found)
+    return with_heights(planned)
 
 
 def with_heights(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -89,10 +89,10 @@ def _cost(report: Report) -> dict[str, Any]:
 def _prediction(report: Report, rates: MachineRates | None, steps: int) -> dict[str, Any] | None:
     if rates is None:
         return None
-    found = report.predict(rates, steps)
+    bounds = report.predict(rates, steps)
     return {
         "rates": dataclasses.asdict(rates),
         "steps": steps,
-        **dataclasses.asdict(found),
-        "speedup": found.speedup,
+        **dataclasses.asdict(bounds),
+        "speedup": bounds.speedup,
     }

@@ -8,11 +8,11 @@ from specdiff.passes.graph.dump import Dump, unfailing
 from specdiff.pipeline import Analysis
 
 
-def publish(found: Analysis | str, dump: Dump | None, options: Options) -> None:
+def publish(analysis: Analysis | str, dump: Dump | None, options: Options) -> None:
     """Write them beside the dump and for tlparse, if either is wanted; nothing here can fail.
 
     Args:
-        found: the analysis of the graph, or the reason why it runs dense.
+        analysis: the analysis of the graph, or the reason why it runs dense.
         dump: where the graph is dumped, if it is.
         options: that the graph is compiled with.
     """
@@ -21,7 +21,7 @@ def publish(found: Analysis | str, dump: Dump | None, options: Options) -> None:
     from specdiff.inspect import export
 
     def work() -> None:
-        for name, text in export.texts(found, options):
+        for name, text in export.texts(analysis, options):
             torch_adapter.trace_artifact(f"specdiff_{name}", text)
             if dump is not None:
                 (dump.folder / name).write_text(text, encoding="utf-8")

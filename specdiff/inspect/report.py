@@ -182,23 +182,24 @@ def report_of(analysis: Analysis | str, options: Options | None = None) -> Repor
     """What `explain` says of one graph, given its analysis or why it has none."""
     if isinstance(analysis, str):
         return Report(False, analysis)
-    signature, selection = analysis.signature, analysis.selection
-    if signature.time is None:
+    if analysis.signature.time is None:
         return Report(False, "no time input was found: name it by the option timestep_arg")
-    given = options or Options()
-    code = given.kv_cache_code
+    known = options or Options()
+    code = known.kv_cache_code
     return Report(
         selective=True,
         reason="",
-        latents=tuple(signature.inputs[pair.latent].name for pair in signature.denoised),
-        segments=signature.segments,
+        latents=tuple(
+            analysis.signature.inputs[pair.latent].name for pair in analysis.signature.denoised
+        ),
+        segments=analysis.signature.segments,
         regions=analysis.regions,
-        cache_bytes=signature.cache_bytes,
-        uncoded=Counter(uncoded(selection, code).values()) if code is not None else {},
-        whole=_whole_ops(selection),
-        sizes=Sizes.of(selection),
+        cache_bytes=analysis.signature.cache_bytes,
+        uncoded=Counter(uncoded(analysis.selection, code).values()) if code is not None else {},
+        whole=_whole_ops(analysis.selection),
+        sizes=Sizes.of(analysis.selection),
         passes=analysis.records,
-        settings=given.resolve(),
+        settings=known.resolve(),
         analysis=analysis,
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from specdiff.inspect.page import drawings, environment, found_context
+from specdiff.inspect.page import drawings, environment, report_facts
 from specdiff.inspect.report import Report
 from specdiff.inspect.steps import (
     CLASS_NAMES,
@@ -70,7 +70,7 @@ def comparison_page(
     reference, ours = comparison.trials[:2]
     template = environment().get_template("demo.html")
     return template.render(
-        found=found_context(report, rates, reference.method.steps),
+        facts=report_facts(report, rates, reference.method.steps),
         drawings=drawings(report),
         prompts=[request.prompt for request in comparison.requests],
         methods=[_method(comparison, trials) for trials in comparison.trials],

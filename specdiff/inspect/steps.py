@@ -73,8 +73,8 @@ def recorded_steps(
     steps: Sequence[StepRecord], image: Tensor | None, sample: int = 0
 ) -> list[dict[str, Any]]:
     """What the page shows of each step; reads the device. `image` is [H, W, 3], the decoded one."""
-    found = [_shown(step, image, sample) for step in steps]
-    return with_heights(found)
+    shown = [_shown(step, image, sample) for step in steps]
+    return with_heights(shown)
 
 
 def _shown(step: StepRecord, image: Tensor | None, sample: int) -> dict[str, Any]:

@@ -45,10 +45,10 @@ def load_target(target: str, device: torch.device) -> ModelCall:
     function = _function(target)
     if not _takes_nothing(function):
         raise SpecdiffError(f"{target}: must be a function that needs no arguments")
-    found = function()
-    if not (isinstance(found, tuple) and len(found) == 2):
+    returned = function()
+    if not (isinstance(returned, tuple) and len(returned) == 2):
         raise SpecdiffError(f"{target}: must return a model and a dict of its inputs")
-    model, inputs = found
+    model, inputs = returned
     if not isinstance(model, nn.Module) or not isinstance(inputs, Mapping):
         kinds = f"{type(model).__name__} and {type(inputs).__name__}"
         raise SpecdiffError(f"{target}: must return a torch module and a dict, not {kinds}")

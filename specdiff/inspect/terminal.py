@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from specdiff.inspect.graph import short_count
-from specdiff.inspect.page import STEP_KINDS, found_context, pretty_formula
+from specdiff.inspect.page import STEP_KINDS, pretty_formula, report_facts
 from specdiff.inspect.report import Report
 from specdiff.measure.machine import MachineRates
 
@@ -28,7 +28,7 @@ def _parts(report: Report, rates: MachineRates | None, steps: int) -> Iterator[R
     if not report.selective:
         yield Text(f"runs dense: {report.reason}", style="yellow")
         return
-    found = found_context(report, rates, steps)
+    facts = report_facts(report, rates, steps)
     yield Text(f"can be run on some of its tokens; denoises {', '.join(report.latents)}")
     yield _table(
         "segments of tokens",
@@ -36,11 +36,11 @@ def _parts(report: Report, rates: MachineRates | None, steps: int) -> Iterator[R
         [(s.name, s.length, "yes" if s.prunable else "no") for s in report.segments],
     )
     heads = ("kind", "regions", "ops", "FLOPs", "share", "left at 25 %", "cache")
-    yield _table("regions", heads, [_region(row) for row in found["kinds"]])
+    yield _table("regions", heads, [_region(row) for row in facts["kinds"]])
     whole: list[Row] = [(op.op, op.count, op.why, op.where or "-") for op in report.whole]
     whole = whole or [("nothing", "", "", "")]
     yield _table("left whole", ("op", "times", "why", "first in"), whole)
-    yield _costs(found["costs"], rates)
+    yield _costs(facts["costs"], rates)
     yield from _formulas(report)
     yield from _schedule(report, rates, steps)
 

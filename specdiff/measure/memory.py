@@ -40,5 +40,5 @@ def _status(field: str) -> int | None:
         lines = (PROCESS / "status").read_text().splitlines()
     except OSError:
         return None
-    found = [line.split()[1] for line in lines if line.startswith(f"{field}:")]
-    return int(found[0]) * KIBIBYTE if found else None
+    values = [line.split()[1] for line in lines if line.startswith(f"{field}:")]
+    return int(values[0]) * KIBIBYTE if values else None

@@ -1,4 +1,4 @@
-"""The oracles: what the emitted programs must agree with, on any model (design.md, section 3).
+"""The oracles: what the emitted programs must agree with, on any model (docs/design.md).
 
 Each compares tensors that the mathematics says are equal and yields them in pairs, for a test to
 assert and for `specdiff.verify` to measure.
@@ -105,14 +105,14 @@ def without_text(
     ):
         caches = _caches(analysis)
         programs.dense(inputs, caches)
-        found = programs.selective(values, caches, active, text=False, importance=measured)
+        step = programs.selective(values, caches, active, text=False, importance=measured)
         if not programs.omits_text:
             return
         first = MaskedDense(analysis, {}, active)
         first.run(*inputs)
         second = MaskedDense(analysis, first.values, active, text=False)
         second.run(*values)
-        yield Pair(name, found.tokens, pick(as_tokens(analysis.selection, second.values), active))
+        yield Pair(name, step.tokens, pick(as_tokens(analysis.selection, second.values), active))
         # after them come values that no step changes
         for kept, node in zip(
             stored_values(analysis.selection, caches), analysis.selection.cached, strict=False
@@ -148,13 +148,13 @@ def of_block(
     whole = first.run(*inputs)
     masked = MaskedDense(block, first.values, active).run(*later)
     moved = MaskedDense(block, {}, active).run(*later)
-    for name, found, expected in (
+    for name, results, expected in (
         ("dense", programs.dense(inputs, caches, before)[:-1], whole),
         ("idempotence", selective(inputs, active), whole),
         ("masked dense", selective(later, active, measured=False), masked),
         ("all active", selective(later, every), moved),
     ):
-        for value, wanted in zip(found, expected, strict=True):
+        for value, wanted in zip(results, expected, strict=True):
             if isinstance(value, Tensor):
                 yield Pair(f"as a block of {selection.tokens}, {name}", value, wanted)
 
@@ -177,8 +177,8 @@ def all_active(
     active = every.expand(signature.batch, -1)
     selective = programs.selective(later, caches, active)
     dense = programs.dense(later, caches)
-    for name, found in (("all active", selective), ("dense", dense)):
-        for value, expected in zip(programs.tail(later, found.tokens), outputs, strict=True):
+    for name, step in (("all active", selective), ("dense", dense)):
+        for value, expected in zip(programs.tail(later, step.tokens), outputs, strict=True):
             if isinstance(value, Tensor):
                 yield Pair(name, value, expected)
 
@@ -267,13 +267,13 @@ def coded(value: Tensor, code: torch.dtype | None) -> Tensor:
 
 def stored_values(selection: Selection, caches: Iterable[Tensor]) -> list[Tensor]:
     """What the caches hold of each value but tables: codes times their scales."""
-    pending, found = iter(caches), []
+    pending, values = iter(caches), []
     for node in (*selection.cached, *selection.fixed):
         value = next(pending)
         if node in selection.codes:
             value = (value.float() * next(pending)).to(node.meta["val"].dtype)
-        found.append(value)
-    return found
+        values.append(value)
+    return values
 
 
 def fresh_rows(selection: Selection, node: fx.Node, active: Tensor, text: bool = True) -> Tensor:

@@ -128,13 +128,13 @@ def verify(
     verdicts: list[GraphVerdict] = []
 
     def backend(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        found = trace_and_analyse(module, inputs, known, verify=True, publish=publish)
-        alone = isinstance(found, Analysis) and found.signature.time is not None
+        analysis = trace_and_analyse(module, inputs, known, verify=True, publish=publish)
+        alone = isinstance(analysis, Analysis) and analysis.signature.time is not None
         blocks = [] if alone else _blocks(module, inputs, known)
 
         def run(*values: Any) -> Any:
-            pairs = _every_pair(module, found, blocks, values)
-            verdicts.append(_verdict(found, pairs, known, tolerance))
+            pairs = _every_pair(module, analysis, blocks, values)
+            verdicts.append(_verdict(analysis, pairs, known, tolerance))
             return module(*values)
 
         return run
@@ -147,7 +147,7 @@ def verify(
 def _blocks(
     module: fx.GraphModule, inputs: Sequence[Any], options: Options
 ) -> list[BlockSelection]:
-    """What a root may make of a graph: a plan for each number of tokens of its output."""
+    """The selections that a root may use a graph with: one for each length of a segment."""
     is_state = module_states(module, inputs)
     traced = or_reason(lambda: trace(module, inputs, Options()))
     if isinstance(traced, str):
@@ -163,17 +163,17 @@ def _blocks(
 
 def _every_pair(
     module: fx.GraphModule,
-    found: Analysis | str,
+    analysis: Analysis | str,
     blocks: Sequence[BlockSelection],
     inputs: Sequence[Any],
 ) -> Iterator[Pair]:
     yield from chain.from_iterable(_block_pairs(block, inputs) for block in blocks)
-    if not isinstance(found, str):
-        yield from _pairs(module, found, inputs)
+    if not isinstance(analysis, str):
+        yield from _pairs(module, analysis, inputs)
 
 
 def _verdict(
-    found: Analysis | str, pairs: Iterable[Pair], options: Options, tolerance: float | None
+    analysis: Analysis | str, pairs: Iterable[Pair], options: Options, tolerance: float | None
 ) -> GraphVerdict:
     errors: dict[str, float] = {}
     dtype = torch.float32
@@ -181,10 +181,10 @@ def _verdict(
         errors[pair.oracle] = max(errors.get(pair.oracle, 0.0), pair.error)
         dtype = pair.expected.dtype
     if tolerance is None:
-        dtype = dtype if isinstance(found, str) else found.signature.tokens.dtype
+        dtype = dtype if isinstance(analysis, str) else analysis.signature.tokens.dtype
         of_dtype = TOLERANCES.get(dtype, TOLERANCES[torch.float32])
         tolerance = max(of_dtype, CODED_TOLERANCES[options.kv_cache_dtype])
-    return GraphVerdict(report_of(found, options), errors, tolerance)
+    return GraphVerdict(report_of(analysis, options), errors, tolerance)
 
 
 def _block_pairs(block: BlockSelection, inputs: Sequence[Any]) -> Iterator[Pair]:
@@ -199,18 +199,18 @@ def _block_pairs(block: BlockSelection, inputs: Sequence[Any]) -> Iterator[Pair]
     yield from of_block(block, programs, inputs, later)
 
 
-def _pairs(module: fx.GraphModule, found: Analysis, inputs: Sequence[Any]) -> Iterator[Pair]:
-    programs = lowered_programs(found, EXACT, {})
-    signature = found.signature
+def _pairs(module: fx.GraphModule, analysis: Analysis, inputs: Sequence[Any]) -> Iterator[Pair]:
+    programs = lowered_programs(analysis, EXACT, {})
+    signature = analysis.signature
     count = max(len(signature.lengths), round(ACTIVE_SHARE * signature.prunable_tokens))
     device = signature.tokens.device
     active = random_active(signature.batch, signature.lengths, count, device)
     later = _later(inputs, signature.latent)
     outputs = module(*later)
-    yield from idempotence(found, programs, inputs, active)
-    yield from masked_dense(found, programs, inputs, later, active)
-    yield from without_text(found, programs, inputs, later, active)
-    yield from all_active(found, programs, inputs, later, outputs)
+    yield from idempotence(analysis, programs, inputs, active)
+    yield from masked_dense(analysis, programs, inputs, later, active)
+    yield from without_text(analysis, programs, inputs, later, active)
+    yield from all_active(analysis, programs, inputs, later, outputs)
 
 
 def _later(inputs: Sequence[Any], latent: int) -> list[Any]:

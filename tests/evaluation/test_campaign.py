@@ -21,28 +21,28 @@ from specdiff.evaluation.findings import (
     SPEEDUP,
     Finding,
     Findings,
-    Plan,
+    Terms,
     frontier,
 )
-from specdiff.evaluation.measuring import Bench
+from specdiff.evaluation.measuring import Setup
 from specdiff.evaluation.method import DENSE, Candidate, Prepared
 from specdiff.evaluation.plot import draw_frontier, frontier_figure
 from specdiff.evaluation.table import markdown
 from specdiff.settings import QUALITIES
 from tests.evaluation.toy import dimmed, rival, toy_subject
 
-PLAN = Plan("toy", 28, 2, 1, 0, 0, "wall")
+TERMS = Terms("toy", 28, 2, 1, 0, 0, "wall")
 
 
 def broken(pipeline: Any) -> None:
     raise RuntimeError("this model has\nno blocks")
 
 
-def campaign(folder: Path, deadline: float | None = None, plan: Plan = PLAN) -> Campaign:
+def campaign(folder: Path, deadline: float | None = None, terms: Terms = TERMS) -> Campaign:
     subject = toy_subject()
-    requests = subject.requests(max(plan.pictures, plan.large_set), 0)
-    bench = Bench(subject, torch.device("cpu"), requests, plan.pictures, plan.pairs)
-    return Campaign(bench, Findings.open(folder / RESULTS, plan, {}), folder, deadline)
+    requests = subject.requests(max(terms.pictures, terms.large_set), 0)
+    setup = Setup(subject, torch.device("cpu"), requests, terms.pictures, terms.pairs)
+    return Campaign(setup, Findings.open(folder / RESULTS, terms, {}), folder, deadline)
 
 
 def run(one: Campaign, candidates: Sequence[Candidate], *phases: str) -> int:
@@ -133,7 +133,7 @@ def test_a_refusal_is_tried_again_in_the_next_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("phase", ["draw", "time", "flops"])
 def test_our_own_failure_is_no_refusal_of_a_peer(tmp_path: Path, phase: str) -> None:
     one = campaign(tmp_path)
-    one.bench.requests = []
+    one.setup.requests = []
     with pytest.raises(IndexError):
         run(one, [rival("dimmed", dimmed)], phase)
 
@@ -144,9 +144,9 @@ def test_past_the_deadline_nothing_begins(tmp_path: Path) -> None:
     assert len(late.left([DENSE])) == len(PHASES)
 
 
-def test_results_of_another_plan_are_refused(finished: Path) -> None:
-    with pytest.raises(SpecdiffError, match="another plan"):
-        campaign(finished, plan=Plan("toy", 28, 3, 1, 0, 0, "wall"))
+def test_results_under_other_terms_are_refused(finished: Path) -> None:
+    with pytest.raises(SpecdiffError, match="under other terms"):
+        campaign(finished, terms=Terms("toy", 28, 3, 1, 0, 0, "wall"))
 
 
 @pytest.mark.parametrize(
@@ -187,8 +187,8 @@ def test_results_without_the_dense_pictures_are_refused(finished: Path, tmp_path
 
 
 def test_the_large_set_is_compared_as_a_set(tmp_path: Path) -> None:
-    plan = Plan("toy", 28, 1, 1, 4, 0, "wall")
-    one = campaign(tmp_path, plan=plan)
+    terms = Terms("toy", 28, 1, 1, 4, 0, "wall")
+    one = campaign(tmp_path, terms=terms)
     run(one, [DENSE], "compare")
     assert one.findings.methods["dense"].values["kernel_distance"] is not None
 
@@ -239,7 +239,7 @@ def test_the_frontier_holds_what_none_beats_in_both() -> None:
         "dense": Finding("dense", 28, {}, values={SPEEDUP: 9.0, PSNR: 99.0, FEATURES: 0.0}),
         "odd": Finding("f", 28, {}, reason="does not run"),
     }
-    found = frontier(Findings(PLAN, {}, points), PSNR, higher_is_better=True)
+    found = frontier(Findings(TERMS, {}, points), PSNR, higher_is_better=True)
     assert found == ["fast", "slow"]
 
 
@@ -248,7 +248,7 @@ def test_a_family_has_one_colour_in_both_plots() -> None:
         "equal": Finding("exact", 28, {}, values={SPEEDUP: 1.1, PSNR: None, FEATURES: 0.0}),
         "near": Finding("near", 28, {}, values={SPEEDUP: 2.0, PSNR: 40.0, FEATURES: 0.1}),
     }
-    left, right = frontier_figure(Findings(PLAN, {}, points)).axes
+    left, right = frontier_figure(Findings(TERMS, {}, points)).axes
     colours = [
         {line.get_label(): line.get_color() for line in axes.lines} for axes in (left, right)
     ]
@@ -290,4 +290,4 @@ def test_what_is_no_faster_than_dense_does_not_set_the_scale() -> None:
         name: Finding(name, 28, {}, values={SPEEDUP: speed, PSNR: db, FEATURES: 0.1})
         for name, (speed, db) in values.items()
     }
-    assert frontier_figure(Findings(PLAN, {}, points)).axes[0].get_ylim() == (29.5, 40.5)
+    assert frontier_figure(Findings(TERMS, {}, points)).axes[0].get_ylim() == (29.5, 40.5)

@@ -19,10 +19,10 @@ from specdiff.evaluation.features import (
 )
 from specdiff.evaluation.measures import (
     PeakMemory,
+    closeness,
     flop_counter,
     flops_share,
     latent_error,
-    likeness,
     time_ratio,
 )
 from specdiff.runtime.records.stats import Stats
@@ -61,7 +61,7 @@ def test_features_tell_likeness_from_noise() -> None:
 
 def test_likeness_of_a_picture_with_itself_is_perfect() -> None:
     picture = noise(24, 24, 3)
-    found = likeness(picture, picture, picture, picture, torch.device("cpu"))
+    found = closeness(picture, picture, picture, picture, torch.device("cpu"))
     assert math.isinf(found.psnr)
     assert (found.ssim, found.feature_distance, found.latent_error) == (1.0, 0.0, 0.0)
 

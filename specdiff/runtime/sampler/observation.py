@@ -40,14 +40,6 @@ class Reading:
         """What rounding of the latent may add to a step, relative to the step's length."""
         return 2 * self.precision / max(seen.change.item(), 1e-6)
 
-    def is_known_noise(self, candidates: Sequence[Process], start: float) -> bool:
-        """Whether the sampler added noise of the size that one of the candidates adds."""
-        seen = self.joint.moved if self.joint is not None else self.moved
-        if seen is None:
-            return False
-        noisy = [each for each in candidates if each.step(start, self.time)[2] > 0]
-        return bool(noisy) and seen.residual(noisy, start, self.time) < POOR_FIT
-
     def is_strange(self, candidates: Sequence[Process], start: float) -> bool:
         """Whether no candidate, nor rounding, explains how the latent came here since `start`."""
         seen = self.joint.moved if self.joint is not None else self.moved

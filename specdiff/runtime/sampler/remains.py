@@ -27,6 +27,8 @@ TOUCHED = 0.9
 UNEXPLAINED = 0.1
 """Remains, relative to the step, from which on a step is unexplained. On the demo model noise of
 any sampler leaves 0.3 to 0.75, and no sampler without noise leaves 0.001."""
+EXPLAINED = 0.02
+"""Remains up to which a latent is that of a trajectory whose conditions have changed."""
 ROUNDED = 0.5
 """Remains that rounding of two latents may leave, in units of their precision."""
 RIDGE = 1e-13
@@ -80,7 +82,8 @@ def remains(
     """
     now, before = _rows(latents, batch), _rows(trail[0].latents, batch)
     step = now - before
-    span = torch.stack(_span(trail, others, batch), dim=1)
+    # the tokens of a reference picture never move, and what is predicted for them moves nothing
+    span = torch.stack(_span(trail, others, batch), dim=1) * (step != 0).unsqueeze(1)
     inner = span @ span.mT
     size = inner.diagonal(dim1=1, dim2=2)
     scale = size.clamp_min(torch.finfo(size.dtype).tiny).rsqrt()
@@ -89,9 +92,9 @@ def remains(
     along = (span @ step.unsqueeze(-1)).squeeze(-1) * scale
     weights = torch.linalg.solve_ex(inner, along.unsqueeze(-1))[0].squeeze(-1) * scale
     left = step - (weights.unsqueeze(1) @ span).squeeze(1)
-    length = step.square().mean(1).sqrt()
-    rounding = ROUNDED * _precision(latents) * before.square().mean(1).sqrt()
-    unexplained = (_least(left) - rounding) / length.clamp_min(torch.finfo(length.dtype).tiny)
+    length = _level(step, step)
+    rounding = ROUNDED * _precision(latents) * _level(before, step)
+    unexplained = (_least(left, step) - rounding) / length.clamp_min(torch.finfo(length.dtype).tiny)
     worst: Tensor = unexplained.clamp_min(0).max()
     return worst
 
@@ -117,14 +120,23 @@ def _shifts(batch: int) -> list[int]:
     return [batch // count * i for count in parts for i in range(1, count)]
 
 
-def _least(left: Tensor) -> Tensor:
-    """[B]: root mean square of `left` [B, n] in the places that were touched least."""
+def _level(rows: Tensor, step: Tensor) -> Tensor:
+    """[B]: root mean square of rows [B, n] where the step [B, n] moved them; 0 where nowhere."""
+    moved = step != 0
+    return ((rows.square() * moved).sum(1) / moved.sum(1).clamp_min(1)).sqrt()
+
+
+def _least(left: Tensor, step: Tensor) -> Tensor:
+    """[B]: root mean square of `left` [B, n] in the places touched least of those that moved."""
     width = min(PLACE, left.shape[1])
-    places = left[:, : left.shape[1] // width * width].unflatten(1, (-1, width))
-    levels = places.square().mean(2)
-    rank = max(round(levels.shape[1] * (1 - TOUCHED)), 1)
-    least: Tensor = levels.kthvalue(rank, dim=1).values.sqrt()
-    return least
+    places, steps = (
+        rows[:, : rows.shape[1] // width * width].unflatten(1, (-1, width)) for rows in (left, step)
+    )
+    moved = (steps != 0).any(2)
+    levels = places.square().mean(2).masked_fill(~moved, torch.inf).sort(1).values
+    rank = (moved.sum(1) * (1 - TOUCHED)).round().long().clamp_min(1) - 1
+    least: Tensor = levels.gather(1, rank.unsqueeze(1)).squeeze(1).sqrt()
+    return least.masked_fill(~moved.any(1), 0)
 
 
 def _rows(tensors: Sequence[Tensor], batch: int) -> Tensor:

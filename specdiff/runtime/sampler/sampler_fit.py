@@ -92,9 +92,18 @@ class Displacement:
 
     @classmethod
     def of(cls, latents: Sequence[Tensor], previous: Sequence[Tensor], ways: Ways) -> Displacement:
-        """From the previous latents, and their predictions, to the latents; on their device."""
+        """From the previous latents, and their predictions, to the latents; on their device.
+
+        What did not move, such as the tokens of a reference picture, counts for nothing: its
+        predictions move nothing.
+        """
         steps = [new.float() - old.float() for new, old in zip(latents, previous, strict=True)]
-        vectors = [[t.float().flatten() for t in tensors] for tensors in (steps, previous, *ways)]
+        still = [step == 0 for step in steps]
+        moved = [
+            [t.float().masked_fill(s, 0) for t, s in zip(tensors, still, strict=True)]
+            for tensors in (previous, *ways)
+        ]
+        vectors = [[t.flatten() for t in tensors] for tensors in (steps, *moved)]
         size = len(vectors)
         found = {
             (i, j): _dot(vectors[i], vectors[j])

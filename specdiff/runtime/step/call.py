@@ -12,7 +12,7 @@ from specdiff.program import Programs
 from specdiff.runtime.records.recording import StepRecord
 from specdiff.runtime.sampler.noise import Process
 from specdiff.runtime.sampler.observation import Reading
-from specdiff.runtime.sampler.sampler_fit import Displacement
+from specdiff.runtime.sampler.sampler_fit import POOR_FIT, Displacement
 from specdiff.runtime.streams.caches import CachePool
 from specdiff.runtime.streams.registry import ModelState
 from specdiff.runtime.streams.streams import Stream, StreamTable
@@ -77,10 +77,17 @@ class Call:
 
     @cached_property
     def strays(self) -> bool:
-        """Whether the latest step that was looked at is unexplained, even by known noise."""
-        if not self.stream.strays or self.reading is None:
+        """Whether the latest step that was looked at is unexplained.
+
+        Noise of the size that the sampler has been found to add explains it.
+        """
+        sampler, seen = self.stream.sampler, self.seen
+        if not self.stream.strays or seen is None or sampler is None or not sampler.chosen:
             return self.stream.strays
-        return not self.reading.is_known_noise(self.candidates, self.stream.times[-1])
+        process, way = sampler.chosen
+        start = self.stream.times[-1]
+        adds_noise = process.step(start, self.time)[2] > 0
+        return not (adds_noise and seen.misfit(process, way, start, self.time) < POOR_FIT)
 
     @property
     def wants_future(self) -> bool:

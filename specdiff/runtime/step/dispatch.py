@@ -20,13 +20,14 @@ from specdiff.runtime.records.recording import StepRecord, recorded
 from specdiff.runtime.sampler.guidance_pair import Joint
 from specdiff.runtime.sampler.noise import Process, processes
 from specdiff.runtime.sampler.observation import Reading, read
-from specdiff.runtime.sampler.remains import remains
+from specdiff.runtime.sampler.remains import EXPLAINED, remains
 from specdiff.runtime.sampler.sampler_fit import Displacement
 from specdiff.runtime.step import fallbacks
 from specdiff.runtime.step.call import Call
 from specdiff.runtime.step.step import answer, owned
 from specdiff.runtime.streams.caches import CachePool
 from specdiff.runtime.streams.progress import Progress
+from specdiff.runtime.streams.recognition import followed
 from specdiff.runtime.streams.registry import (
     ModelState,
     Session,
@@ -34,7 +35,7 @@ from specdiff.runtime.streams.registry import (
     effective,
     state_of_call,
 )
-from specdiff.runtime.streams.streams import CHECK_LAG, Stream, StreamTable
+from specdiff.runtime.streams.streams import CHECK_LAG, Stream, StreamTable, turns_back
 from specdiff.runtime.streams.time_tables import KnownTimes
 from specdiff.runtime.tokens.history import History
 from specdiff.runtime.tokens.schedule import Schedule
@@ -108,6 +109,8 @@ class Runtime:
         table = owner.table(self)
         conditions = [inputs[index] for index in self._conditions]
         known, reading = table.find(conditions), None
+        if known is None:
+            known = self._followed(inputs, owner, table, conditions, progress)
         if known is not None and schedule.forecasts:
             self._check(inputs, owner, known, waits=progress is None)
         candidates = processes(settings.prediction, settings.alphas_cumprod)
@@ -208,6 +211,35 @@ class Runtime:
             moved = Displacement.of(parts, stream.latents, stream.predictions)
             joint = Joint.of(stream, table.partner(stream), parts)
         return read(inputs[time], latent, moved, joint)
+
+    def _followed(
+        self,
+        inputs: Sequence[object],
+        owner: ModelState | Session,
+        table: StreamTable,
+        conditions: Sequence[object],
+        progress: Progress | None,
+    ) -> Stream | None:
+        """The stream that goes on with conditions which are none of a stream's."""
+        signature = self.programs.signature
+        parts = signature.moving_parts(inputs)
+
+        def explains(stream: Stream) -> bool:
+            steps = zip(parts, stream.latents, strict=True)
+            if all(torch.equal(now, before) for now, before in steps):
+                return False  # the other half of guidance, perhaps
+            others = owner.seen_beside(stream)
+            left = remains(parts, stream.trail, others, signature.batch)
+            return left.item() < EXPLAINED
+
+        if progress is not None:
+            return followed(table, conditions, progress.may_go_on, explains)
+        time = torch.as_tensor(self._time_input(inputs)).float().flatten()[0].item()
+
+        def goes_on(stream: Stream) -> bool:
+            return not turns_back(stream.times, time)
+
+        return followed(table, conditions, goes_on, explains)
 
     def _check(
         self,

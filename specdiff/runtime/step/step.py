@@ -26,6 +26,7 @@ from specdiff.runtime.tokens.schedule import UNSELECTABLE, Place
 logger = logging.getLogger(__name__)
 
 BUDGET = "cache budget exceeded"
+NEWS = "a condition changed"
 STRAYED = "unexplained step"
 STRAYED_HINT = (
     "unexplained step: the latent moved where neither earlier latents nor predictions lead, as if"
@@ -78,6 +79,9 @@ def _decide(call: Call) -> int:
         call.state.say(logger, f"{UNSELECTABLE}: {call.programs.signature.unselectable}")
     if 0 < count < tokens and not call.stream.lease:
         count, reason = tokens, "no caches yet"
+    if count < tokens and call.stream.news:
+        count, reason = tokens, NEWS
+        call.state.counters.fallbacks[NEWS] += 1
     if count < tokens and call.strays:
         count, reason = tokens, STRAYED
         call.state.counters.fallbacks[STRAYED] += 1
@@ -112,7 +116,7 @@ def _dense(call: Call) -> Tensor:
         tokens = call.programs.probe(call.inputs)
         stream.lease = None  # what it holds is older than this step
     tokens = tokens.clone()  # the program's next run may overwrite them
-    if call.strays:
+    if call.strays or stream.news:
         stream.history.break_off()
         stream.correction = None
     stream.history.record_dense(call.time, tokens)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,28 @@ class StreamKey:
     def forget_values(self) -> None:
         """Know the conditions by identity alone from here on."""
         self._kept = None
+
+    def differing(self, conditions: Sequence[object], assumed: Collection[int]) -> frozenset[int]:
+        """Positions of conditions that are neither the same object, unmodified, nor equal.
+
+        Reads the device where kept tensors are compared.
+
+        Args:
+            conditions: of a call.
+            assumed: positions at which another object is taken to differ without reading it.
+        """
+        return frozenset(
+            i
+            for i, condition in enumerate(conditions)
+            if not _is_marked(condition, *self._marks[i])
+            and (i in assumed or not self._is_equal_at(i, condition))
+        )
+
+    def _is_equal_at(self, index: int, condition: object) -> bool:
+        if self._kept is None:
+            return False
+        kept = self._kept[index]
+        return _is_marked(kept, *self._marks[index]) and _equal(kept, condition)
 
     @property
     def alive(self) -> bool:

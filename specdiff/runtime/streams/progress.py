@@ -44,6 +44,11 @@ class Progress:
             self._generation, self._done = self._generation + 1, 0
         return self._done - self._is_alongside(time)
 
+    def may_go_on(self, stream: Stream) -> bool:
+        """Whether a stream may make an evaluation next, by its place in the generation."""
+        places = (self._done - 1, self._done)
+        return stream.generation == self._generation and stream.index in places
+
     def begin(self, stream: Stream, index: int) -> None:
         """A new stream, from this evaluation on."""
         stream.generation, stream.first = self._generation, index

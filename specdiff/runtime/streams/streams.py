@@ -56,6 +56,10 @@ class Stream:
         self.trail: tuple[Seen, ...] = ()
         """Latents and (guided) predictions of the latest evaluations, newest first: the parts that
         they have in common."""
+        self.varying: frozenset[int] = frozenset()
+        """Positions of the conditions that the latest call had changed."""
+        self.news = False
+        """Whether a condition changed that had stood still."""
         self.strays = False
         """Whether the latest step that was looked at is unexplained."""
         self._checks: deque[Awaited] = deque()
@@ -86,6 +90,12 @@ class Stream:
     def predictions(self) -> Ways:
         """Of the previous evaluation."""
         return self.trail[0].predictions if self.trail else ()
+
+    def renew(self, conditions: Sequence[object], changed: frozenset[int]) -> None:
+        """The present call goes on with other conditions, changed at these positions."""
+        self.key = StreamKey(conditions, keep_values=True)
+        self.news = not changed <= self.varying
+        self.varying = changed
 
     def check(self, remains: Tensor, lag: int) -> None:
         """Note what nothing explains of the step to the present evaluation.
@@ -164,15 +174,15 @@ class StreamTable:
         self._calls = 0
 
     def find(self, conditions: Sequence[object]) -> Stream | None:
-        """The stream of these conditions, after dropping those whose conditions have died."""
+        """The stream of the same conditions, after dropping those whose conditions have died."""
         self._calls += 1
         if not self._keep_values:
             self._streams = [stream for stream in self._streams if stream.key.alive]
         for stream in reversed(self._streams):
             if stream.key.is_same(conditions):
-                return stream
-        for stream in reversed(self._streams):
-            if stream.key.is_equal(conditions):
+                if not self._keep_values:
+                    stream.key.forget_values()  # the objects stand
+                stream.news, stream.varying = False, frozenset()
                 return stream
         return None
 
@@ -180,7 +190,7 @@ class StreamTable:
         self, conditions: Sequence[object], history: History, replacing: Stream | None
     ) -> Stream:
         """A new stream, in place of an earlier generation or of the one called longest ago."""
-        stream = Stream(StreamKey(conditions, keep_values=self._keep_values), history)
+        stream = Stream(StreamKey(conditions, keep_values=True), history)
         kept = [other for other in self._streams if other is not replacing]
         if len(kept) == MAX_STREAMS:
             gone = kept.pop(0)

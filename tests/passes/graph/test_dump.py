@@ -218,7 +218,7 @@ def test_a_fault_in_a_trace_stops_nothing(caplog, monkeypatch):
     def broken(*_: Any) -> str:
         raise RuntimeError("no such name")
 
-    monkeypatch.setattr(pipeline, "listing", broken)
+    monkeypatch.setattr(pipeline, "to_python", broken)
     monkeypatch.setattr(torch_adapter, "traces_artifacts", lambda: True)
     monkeypatch.setattr(torch_adapter, "trace_artifact", lambda name, text: None)
     model, inputs = flux(1, 0, rows=4, columns=5, batch=1)

@@ -98,6 +98,32 @@ def test_a_replaced_region_is_no_noise():
     assert max(left[1:]) < UNEXPLAINED / 2
 
 
+@pytest.mark.parametrize("name", ["Euler", "UniPC", "Euler stochastic"])
+def test_what_never_moves_neither_hides_noise_nor_is_taken_for_it(name):
+    """Tokens of a reference picture: they have predictions, and stay."""
+    reference = torch.randn(1, *SHAPE[:-2], 3 * SHAPE[1], SHAPE[2])
+
+    def velocity(latent, time):
+        both = torch.cat([latent, reference], dim=-2)
+        return bent(both, time)
+
+    scheduler = {**SAMPLERS, **NOISY}[name]()
+    scheduler.set_timesteps(28)
+    torch.manual_seed(0)
+    latent, trail, left = torch.randn(1, *SHAPE), (), []
+    for time in scheduler.timesteps:
+        both, predicted = torch.cat([latent, reference], dim=-2), velocity(latent, time)
+        if trail:
+            left.append(remains([both], trail, (), 1).item())
+        trail = (Seen(time.item(), (both,), ((predicted,),)), *trail)[:DEPTH]
+        own = predicted[..., : SHAPE[1], :]
+        latent = scheduler.step(own, time, latent, return_dict=False)[0]
+    if name in NOISY:
+        assert min(left[:-2]) > 2 * UNEXPLAINED
+    else:
+        assert max(left) < 1e-3
+
+
 def test_guidance_within_a_batch_explains_without_its_scale():
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(20)

@@ -229,8 +229,8 @@ def test_prompts_crowded_out_of_a_session_are_not_kept_alive():
 def test_one_that_was_crowded_out_begins_again():
     model = toy(**PLAN)
     texts = [prompt(seed) for seed in range(MAX_STREAMS + 1)]
-    for text in texts:
-        model(noise(), torch.tensor([1.0]), text)
+    for seed, text in enumerate(texts):
+        model(noise(10 + seed), torch.tensor([1.0]), text)
     for seed in range(2):
         run = Euler(model, seed, text=texts[0])
         run.index = 4  # image-to-image: the first time goes on from that of the warm-up
