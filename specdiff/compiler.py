@@ -1,7 +1,9 @@
-"""The entry point: what `torch.compile(model, backend="specdiff")` calls for each graph.
+"""The entry point: `torch.compile(model, backend="specdiff")` calls it for each graph.
 
-pipeline -> lower -> runtime. A graph that has no token-selective form runs as it came, through the
-same inner compiler, and the reason is kept and logged.
+    Dynamo graph -> pipeline (Analysis) -> lower (programs) -> Runtime, which answers calls
+
+A graph without a token-selective form runs unchanged through the same inner compiler; the reason
+is logged and kept for `stats`.
 """
 
 from __future__ import annotations
@@ -19,23 +21,22 @@ from specdiff.errors import Unsupported
 from specdiff.inspect.publish import publish
 from specdiff.options import Options
 from specdiff.passes.base import PassRecord
-from specdiff.passes.emit.lower import TIMETABLE, BlockPrograms, LoweredPrograms
-from specdiff.passes.emit.lower import Compiler as ProgramCompiler
+from specdiff.passes.emit.lower import TIMETABLE, BlockPrograms, LoweredPrograms, ProgramCompiler
 from specdiff.passes.graph.dump import Dump
 from specdiff.passes.graph.in_place import writes_to_inputs
 from specdiff.passes.normalize.specialise import floats_of, specialise
-from specdiff.passes.plan.block import plan_block, work_of
-from specdiff.passes.plan.input_roles import short_name
-from specdiff.passes.plan.quantize import quantized
+from specdiff.passes.select.block import select_block, work_of
+from specdiff.passes.select.input_roles import short_name
+from specdiff.passes.select.quantize import quantized
 from specdiff.passes.share.outline import share_repeats
 from specdiff.pipeline import (
     GRADIENTS,
     Analysis,
     Traced,
-    concluded,
-    guarded,
+    analyse_or_reason,
     module_states,
     observers,
+    or_reason,
     refusal,
     trace,
 )
@@ -49,7 +50,7 @@ log = logging.getLogger(__name__)
 
 ALL_QUERIES = 1 << 62
 MUST_RUN = (GRADIENTS, torch_adapter.WRITES_TO_INPUTS)
-"""Why no call of a graph may be left out."""
+"""Reasons for which every call of a graph must run: none may be forecast."""
 CHANGING = "numbers in the graph, such as an adapter's strength, change too often to compile for"
 
 
@@ -64,65 +65,68 @@ def specdiff_backend(
 
     Raises OptionError for an unknown or invalid option (Dynamo wraps it in BackendCompilerFailed).
     """
-    known, settings = Options.parse(dict(options or {}), torch_adapter.inductor_keys())
-    settings = torch_adapter.inductor_settings(settings, mode)
-    states = module_states(module, inputs)
+    known, given = Options.parse(dict(options or {}), torch_adapter.inductor_keys())
+    inductor_settings = torch_adapter.inductor_settings(given, mode)
+    is_state = module_states(module, inputs)
     symbolic, floats = torch_adapter.symbolic_inputs(inputs), floats_of(module)
     reason = refusal(inputs)
     if (symbolic or floats) and reason is None:
-        specialised = partial(at_shape, module, states, known, settings)
-        changing = DenseOnly(module.forward, CHANGING, parameters_among(states))
+        specialised = partial(at_shape, module, is_state, known, inductor_settings)
+        changing = DenseOnly(module.forward, CHANGING, parameters_among(is_state))
         shapes = torch_adapter.symbolic_shapes(module, inputs)
         return PerShape(shapes, floats, specialised, changing)
     traced: Traced | str
-    traced = guarded(lambda: trace(module, inputs, known)) if reason is None else reason
+    traced = or_reason(lambda: trace(module, inputs, known)) if reason is None else reason
     if isinstance(traced, Traced):
-        return answer(module, traced, states, known, settings)
-    compiled = torch_adapter.compile_untouched(module, inputs, known.inner_backend, settings)
-    return whole_steps(module, compiled, inputs, states, known, traced)
+        return compile_with_tokens(module, traced, is_state, known, inductor_settings)
+    compiled = torch_adapter.compile_untouched(
+        module, inputs, known.inner_backend, inductor_settings
+    )
+    return compile_whole_steps(module, compiled, inputs, is_state, known, traced)
 
 
 def at_shape(
     module: fx.GraphModule,
-    states: Sequence[bool],
+    is_state: Sequence[bool],
     options: Options,
-    settings: Mapping[str, Any],
+    inductor_settings: Mapping[str, Any],
     inputs: Sequence[Any],
 ) -> Callable[..., Any]:
-    """What answers a graph with symbolic sizes where its inputs have those of `inputs`."""
+    """Compile a graph with symbolic sizes for the sizes that `inputs` have."""
     static = specialise(module, inputs, torch_adapter.copy_graph)
-    traced = guarded(lambda: trace(static, torch_adapter.static_fakes(inputs), options))
+    traced = or_reason(lambda: trace(static, torch_adapter.static_fakes(inputs), options))
     if isinstance(traced, Traced):
-        return answer(static, traced, states, options, settings)
-    dense = when_needed(static, options, settings)
-    return whole_steps(static, dense, inputs, states, options, traced)
+        return compile_with_tokens(static, traced, is_state, options, inductor_settings)
+    dense = compiled_at_first_call(static, options, inductor_settings)
+    return compile_whole_steps(static, dense, inputs, is_state, options, traced)
 
 
-def whole_steps(
+def compile_whole_steps(
     module: fx.GraphModule,
     dense: Callable[..., Any],
     inputs: Sequence[Any],
-    states: Sequence[bool],
+    is_state: Sequence[bool],
     options: Options,
     reason: str,
 ) -> Callable[..., Any]:
-    """What answers a graph whose tokens cannot be selected: steps computed or forecast whole.
+    """Prepare a graph whose tokens cannot be selected: its steps are computed or forecast whole.
 
     Args:
-        module: the graph as it came.
-        dense: the same, compiled.
-        inputs: an example of them.
-        states: which of them are parameters or buffers.
-        options: of the backend.
-        reason: why no tokens can be selected; also why it runs dense, where it has no boundary.
+        module: the graph as Dynamo hands it over.
+        dense: the same graph, compiled.
+        inputs: example inputs.
+        is_state: for each input, whether it is a parameter or buffer.
+        options: the backend's options.
+        reason: why no tokens can be selected. Without a boundary (latent, time, prediction) the
+            graph runs dense for the same reason.
     """
-    parameters = parameters_among(states)
+    parameters = parameters_among(is_state)
     refused = OneGraph(DenseOnly(dense, reason, parameters), dense)
     if reason in MUST_RUN or writes_to_inputs(module.graph):
         return refused
     try:
         names = [short_name(source) for source in torch_adapter.sources(module)]
-        leaves = [Leaf(*leaf) for leaf in zip(names, inputs, states, strict=True)]
+        leaves = [Leaf(*leaf) for leaf in zip(names, inputs, is_state, strict=True)]
         outputs = torch_adapter.example_outputs(module)
         signature = step_signature(leaves, outputs, options.timestep_arg, reason)
     except Unsupported:
@@ -131,77 +135,77 @@ def whole_steps(
     return OneGraph(Runtime(programs, options, dense), dense)
 
 
-def answer(
+def compile_with_tokens(
     module: fx.GraphModule,
     traced: Traced,
-    states: Sequence[bool],
+    is_state: Sequence[bool],
     options: Options,
-    settings: Mapping[str, Any],
+    inductor_settings: Mapping[str, Any],
 ) -> Block:
-    """What answers a graph with tokens: alone, or as a block of an attached root.
+    """Prepare a graph with tokens, for use alone or as a block of an attached root.
 
-    Everything is compiled when it is first run.
+    Each program is compiled when it is first run.
     """
-    parameters = parameters_among(states)
-    dense = when_needed(module, options, settings)
-    found = concluded(traced, states, options)
-    publish(found, traced.dump, options)
+    parameters = parameters_among(is_state)
+    dense = compiled_at_first_call(module, options, inductor_settings)
+    outcome = analyse_or_reason(traced, is_state, options)
+    publish(outcome, traced.dump, options)
     alone: Callable[..., Any]
-    if isinstance(found, Analysis):
-        alone = Runtime(programs_of(found, options, settings), options, dense)
+    if isinstance(outcome, Analysis):
+        alone = Runtime(lowered_programs(outcome, options, inductor_settings), options, dense)
     else:
         examples = [node.meta["val"] for node in traced.module.graph.find_nodes(op="placeholder")]
-        alone = whole_steps(module, dense, examples, states, options, found)
-    compiler = program_compiler(traced.dump, options, settings)
+        alone = compile_whole_steps(module, dense, examples, is_state, options, outcome)
+    compiler = program_compiler(traced.dump, options, inductor_settings)
 
-    def planned(tokens: int) -> BlockPrograms:
-        plan = guarded(
-            lambda: quantized(plan_block(traced.axes, tokens, states), options.kv_cache_code)
+    def block_programs(tokens: int) -> BlockPrograms:
+        selection = or_reason(
+            lambda: quantized(select_block(traced.axes, tokens, is_state), options.kv_cache_code)
         )
-        if isinstance(plan, str):
-            raise Unsupported(plan)
-        return BlockPrograms(traced.module, plan, sample_of(options), compiler)
+        if isinstance(selection, str):
+            raise Unsupported(selection)
+        return BlockPrograms(traced.module, selection, sample_of(options), compiler)
 
     classes = traced.axes.classes
     lengths = [classes.size(segment) for segment in traced.axes.segments]
     work = work_of(traced.module.graph)
-    return Block(alone, dense, module.forward, lengths, planned, parameters, work)
+    return Block(alone, dense, module.forward, lengths, block_programs, parameters, work)
 
 
-def when_needed(
-    module: fx.GraphModule, options: Options, settings: Mapping[str, Any]
+def compiled_at_first_call(
+    module: fx.GraphModule, options: Options, inductor_settings: Mapping[str, Any]
 ) -> Callable[..., Any]:
-    """A Dynamo graph as it came, compiled at its first call."""
+    """The unchanged Dynamo graph, compiled at its first call."""
     compiled: list[Callable[[Sequence[Any]], Any]] = []
 
     def run(*values: Any) -> Any:
         if not compiled:
             inner = options.inner_backend
-            compiled.append(torch_adapter.compile_program(module, values, inner, settings))
+            compiled.append(torch_adapter.compile_program(module, values, inner, inductor_settings))
         return compiled[0](values)
 
     return run
 
 
-def parameters_among(states: Sequence[bool]) -> tuple[int, ...]:
+def parameters_among(is_state: Sequence[bool]) -> tuple[int, ...]:
     """Positions of parameters and buffers among the inputs."""
-    return tuple(i for i, state in enumerate(states) if state)
+    return tuple(i for i, state in enumerate(is_state) if state)
 
 
-def programs_of(
-    analysis: Analysis, options: Options, settings: Mapping[str, Any]
+def lowered_programs(
+    analysis: Analysis, options: Options, inductor_settings: Mapping[str, Any]
 ) -> LoweredPrograms:
-    """The programs of an analysed graph, each compiled when it is first run."""
-    compiler = program_compiler(analysis.dump, options, settings)
+    """The programs of an analysed graph; each is compiled when it is first run."""
+    compiler = program_compiler(analysis.dump, options, inductor_settings)
     return LoweredPrograms(
-        analysis.module, analysis.plan, analysis.signature, sample_of(options), compiler
+        analysis.module, analysis.selection, analysis.signature, sample_of(options), compiler
     )
 
 
 def program_compiler(
-    dump: Dump | None, options: Options, settings: Mapping[str, Any]
+    dump: Dump | None, options: Options, inductor_settings: Mapping[str, Any]
 ) -> ProgramCompiler:
-    """Hands emitted programs to the inner compiler, after telling the observers."""
+    """A compiler of emitted programs: it informs the observers, then calls the inner backend."""
 
     def compiler(name: str, program: fx.GraphModule, values: Sequence[Any]) -> Any:
         record: PassRecord = program.meta["record"]
@@ -209,15 +213,14 @@ def program_compiler(
         for observer in observers(dump):
             observer(record, program, {})
 
-        # once or twice a generation, but for the first: not worth the time that compiling takes
+        # a table is filled once or twice a generation: compiling would not pay
         inner = "eager" if name.startswith(TIMETABLE) else options.inner_backend
 
         def compiled(program: fx.GraphModule) -> Any:
-            return torch_adapter.compile_program(program, values, inner, settings)
+            return torch_adapter.compile_program(program, values, inner, inductor_settings)
 
-        shares = inner == "inductor"
-        found = compile_shared(name, program, compiled) if shares else None
-        return found or compiled(program)
+        shared = compile_shared(name, program, compiled) if inner == "inductor" else None
+        return shared or compiled(program)
 
     return compiler
 
@@ -225,9 +228,10 @@ def program_compiler(
 def compile_shared(
     name: str, program: fx.GraphModule, compiled: Callable[[fx.GraphModule], Any]
 ) -> Any:
-    """The program with blocks that repeat compiled once; None if none do, or it cannot be had.
+    """Compile the program with its repeated blocks compiled once.
 
-    Inductor refuses calls of graphs under some of its options, such as `cpp_wrapper`.
+    Returns None if no block repeats, or if Inductor refuses calls of graphs, as it does under
+    `cpp_wrapper` and some other options.
     """
     try:
         shared, graphs = share_repeats(program, torch_adapter.SHARED_CALL)
@@ -237,12 +241,12 @@ def compile_shared(
     except Exception as error:
         if torch_adapter.is_restart(error):
             raise
-        log.info("program %s: blocks are not shared, for that raised %r", name, error)
+        log.info("program %s: blocks are not shared, because of %r", name, error)
         return None
 
 
 def sample_of(options: Options) -> int:
-    """Attention rows that measure importance; an experiment may have others, None for all."""
+    """Number of attention rows that importance is measured from; an ablation may change it."""
     ablation = options.ablation or {}
     return ablation.get("importance_queries", IMPORTANCE_QUERIES) or ALL_QUERIES
 

@@ -1,7 +1,9 @@
-"""The pipeline: the order of the passes, from a Dynamo graph to what is known of it.
+"""The pipeline: in what order the passes turn a Dynamo graph into an `Analysis`.
 
-normalize -> axes -> selective -> timetable -> invariant -> (quantize) -> regions. Observers (a
-dump, tlparse) are told after each pass. A graph without a token-selective form is a reason.
+    normalize -> axes -> select -> timetable -> invariant -> (quantize) -> regions
+
+After each pass, observers (a dump, tlparse) get the graph. Where a graph has no token-selective
+form, the result is the reason, as text.
 """
 
 from __future__ import annotations
@@ -22,23 +24,23 @@ from specdiff.errors import Unsupported, described
 from specdiff.options import Options
 from specdiff.passes.base import Notes, Observer, PassRecord, PassRunner
 from specdiff.passes.graph.dump import Dump, unfailing
-from specdiff.passes.graph.listing import listing
+from specdiff.passes.graph.python_file import to_python
 from specdiff.passes.normalize.normalize import DynamoGraph, NormalizePass
-from specdiff.passes.plan.axes import AxesPass, AxisFacts
-from specdiff.passes.plan.invariant import InvariantPass
-from specdiff.passes.plan.quantize import QuantizePass
-from specdiff.passes.plan.regions import Region, RegionsPass
-from specdiff.passes.plan.selective import SelectivePass
-from specdiff.passes.plan.selective_plan import SelectivePlan
-from specdiff.passes.plan.signature import build_signature, varying_inputs
-from specdiff.passes.plan.timetable import TimetablePass
+from specdiff.passes.select.axes import AxesPass, AxisFacts
+from specdiff.passes.select.invariant import InvariantPass
+from specdiff.passes.select.quantize import QuantizePass
+from specdiff.passes.select.regions import Region, RegionsPass
+from specdiff.passes.select.select import SelectPass
+from specdiff.passes.select.selection import Selection
+from specdiff.passes.select.signature import build_signature, varying_inputs
+from specdiff.passes.select.timetable import TimetablePass
 from specdiff.program import Signature
 
 log = logging.getLogger(__name__)
 
 GRADIENTS = "gradients are required: run under torch.no_grad() to make this model selective"
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Analysis:
     """What the compiler found in one graph."""
 
     module: fx.GraphModule
-    plan: SelectivePlan
+    selection: Selection
     regions: tuple[Region, ...]
     signature: Signature
     records: tuple[PassRecord, ...]
@@ -59,7 +61,7 @@ Publish = Callable[[Analysis | str, Dump | None, Options], None]
 
 @dataclass(frozen=True)
 class Traced:
-    """A graph whose tokens were found, before anything is decided about them."""
+    """A graph whose tokens are known; nothing is decided about them yet."""
 
     module: fx.GraphModule
     axes: AxisFacts
@@ -70,7 +72,7 @@ class Traced:
 def trace(
     module: fx.GraphModule, inputs: Sequence[Any], options: Options, verify: bool = False
 ) -> Traced:
-    """The first passes: what does not depend on how the graph will be used.
+    """Run the first passes, which do not depend on how the graph will be used.
 
     Raises Unsupported if the graph has no tokens.
     """
@@ -84,47 +86,47 @@ def trace(
     return Traced(normalized, axes, runner, dump)
 
 
-def analyse(traced: Traced, states: Sequence[bool], options: Options) -> Analysis:
-    """The other passes: what a selective step of this graph computes.
+def analyse(traced: Traced, is_state: Sequence[bool], options: Options) -> Analysis:
+    """Run the other passes: they decide what a selective step of this graph computes.
 
-    `states[i]` says whether input i is a parameter or buffer of the model. Raises Unsupported with
-    the reason if there is no plan.
+    `is_state[i]` says whether input i is a parameter or buffer of the model. Raises Unsupported
+    with the reason if the graph has no selective form.
     """
-    varying = partial(varying_inputs, states=states, timestep_arg=options.timestep_arg)
+    varying = partial(varying_inputs, is_state=is_state, timestep_arg=options.timestep_arg)
     run = traced.runner.run
 
-    plan = run(SelectivePass(), traced.axes)
-    plan = run(TimetablePass(varying, torch_adapter.vectorized), plan)
-    plan = run(InvariantPass(varying), plan)
+    selection = run(SelectPass(), traced.axes)
+    selection = run(TimetablePass(varying, torch_adapter.vectorized), selection)
+    selection = run(InvariantPass(varying), selection)
     if options.kv_cache_code is not None:
-        plan = run(QuantizePass(options.kv_cache_code), plan)
-    regions = run(RegionsPass(), plan)
+        selection = run(QuantizePass(options.kv_cache_code), selection)
+    regions = run(RegionsPass(), selection)
 
-    signature = build_signature(plan, states, options.timestep_arg)
+    signature = build_signature(selection, is_state, options.timestep_arg)
     records = tuple(traced.runner.records)
     for record in records:
         log.debug("%s", record)
-    return Analysis(traced.module, plan, regions, signature, records, traced.dump)
+    return Analysis(traced.module, selection, regions, signature, records, traced.dump)
 
 
 def dump_of(options: Options) -> Dump | None:
-    """Where this graph is dumped: below `dump_dir`, or else below the variable SPECDIFF_DUMP."""
+    """A new folder below `dump_dir`, or else below $SPECDIFF_DUMP; None if neither is set."""
     place = options.dump_dir or os.environ.get("SPECDIFF_DUMP")
     return Dump.below(Path(place)) if place else None
 
 
 def observers(dump: Dump | None) -> list[Observer]:
-    """Who is told what each pass left."""
-    found: list[Observer] = [] if dump is None else [dump.observe]
+    """Who gets the graph after each pass."""
+    watching: list[Observer] = [] if dump is None else [dump.observe]
     if torch_adapter.traces_artifacts():
-        found.append(trace_pass)
-    return found
+        watching.append(trace_pass)
+    return watching
 
 
 def trace_pass(record: PassRecord, module: fx.GraphModule, notes: Notes) -> None:
-    """The code after a pass, for tlparse."""
+    """Hand the code after a pass to tlparse."""
     name = f"specdiff_{record.name}"
-    unfailing(lambda: torch_adapter.trace_artifact(name, listing(module, str(record), notes)))
+    unfailing(lambda: torch_adapter.trace_artifact(name, to_python(module, str(record), notes)))
 
 
 def module_states(module: fx.GraphModule, inputs: Sequence[Any]) -> list[bool]:
@@ -144,7 +146,7 @@ def refusal(inputs: Sequence[Any]) -> str | None:
     return None
 
 
-def attempt(
+def trace_and_analyse(
     module: fx.GraphModule,
     inputs: Sequence[Any],
     options: Options,
@@ -152,37 +154,41 @@ def attempt(
     verify: bool = False,
     publish: Publish | None = None,
 ) -> Analysis | str:
-    """The analysis of one Dynamo graph of static shapes, or the reason why it runs dense.
+    """Analyse one Dynamo graph of static shapes; return why it runs dense if it must.
 
     Args:
-        module: as Dynamo hands it over.
-        inputs: of the graph.
-        options: that it is compiled with.
+        module: the graph as Dynamo hands it over.
+        inputs: the graph's inputs.
+        options: the backend's options.
         verify: whether each pass checks its invariants.
-        publish: is told the outcome, unless the graph is refused before the first pass or has no
+        publish: gets the outcome, unless the graph is refused before the first pass or has no
             tokens.
     """
     reason = refusal(inputs)
     if reason is not None:
         return reason
-    found = guarded(lambda: trace(module, inputs, options, verify))
-    if isinstance(found, str):
-        return found
-    outcome = concluded(found, module_states(module, inputs), options)
+    traced = or_reason(lambda: trace(module, inputs, options, verify))
+    if isinstance(traced, str):
+        return traced
+    outcome = analyse_or_reason(traced, module_states(module, inputs), options)
     if publish is not None:
-        publish(outcome, found.dump, options)
+        publish(outcome, traced.dump, options)
     return outcome
 
 
-def concluded(traced: Traced, states: Sequence[bool], options: Options) -> Analysis | str:
+def analyse_or_reason(traced: Traced, is_state: Sequence[bool], options: Options) -> Analysis | str:
     """The analysis of a graph with tokens, or the reason why it runs dense."""
-    found = guarded(lambda: analyse(traced, states, options))
-    log.debug("%s", f"runs dense: {found}" if isinstance(found, str) else "has a selective form")
-    return found
+    outcome = or_reason(lambda: analyse(traced, is_state, options))
+    dense = isinstance(outcome, str)
+    log.debug("%s", f"runs dense: {outcome}" if dense else "has a selective form")
+    return outcome
 
 
-def guarded(work: Callable[[], Found]) -> Found | str:
-    """What `work` returns, or why the graph runs dense: no fault of ours reaches the user."""
+def or_reason(work: Callable[[], Result]) -> Result | str:
+    """Return what `work` returns, or why the graph runs dense if it raises.
+
+    A bug of ours is logged and never reaches the user; only Dynamo's own restarts pass through.
+    """
     try:
         return work()
     except Unsupported as error:

@@ -1,7 +1,7 @@
 """What a compiled graph is made of: the plain data that the passes hand to the runtime.
 
-Shapes use these letters: B batch rows, N tokens of the prunable segment (image tokens), S tokens of
-an attention's key (text and image together), K active tokens, C channels of the token-level output.
+Letters in shapes: B batch rows; N tokens of the prunable segments (image tokens); K active tokens;
+S tokens of an attention's key (text and image together); C channels of the token-level output.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 InputRole = Literal["parameter", "latent", "time", "condition", "scalar"]
-"""A scalar is a float input of at most one number a sample, such as a second time or a guidance
-scale: a pipeline may make it anew for each step, so it tells no two generations apart."""
+"""A scalar is a float input with at most one number per sample, such as a guidance scale. Pipelines
+may make it anew for each step, so its identity does not tell two generations apart."""
 
 
 TIMES_AT_ONCE = 16
-"""Rows of a table by timestep: as many are filled in hardly more time than one."""
+"""Rows of a table by timestep. Filling this many takes hardly longer than filling one."""
 
 
 def time_names(timestep_arg: str | None) -> tuple[str, ...]:
-    """What a time input may be called: as the option of that name says, or as usual."""
+    """Names that a time input may have: the option's, or else the usual ones."""
     return ("timestep", "timesteps", "t") if timestep_arg is None else (timestep_arg,)
 
 
@@ -44,14 +44,14 @@ class Denoised:
     latent: int
     velocity: int
     shared: tuple[int, int] | None = None
-    """(axis, size) where they differ in channels: a latent with a condition concatenated to it has
-    more, a prediction with a learned variance has more; the first `size` belong together."""
+    """(axis, size) where their channels differ; the first `size` channels belong together. A latent
+    with a condition concatenated to it has more, as has a prediction with a learned variance."""
 
     @classmethod
     def match(
         cls, latent: int, here: Sequence[int], velocity: int, there: Sequence[int]
     ) -> Denoised | None:
-        """Whether an input of shape `here` and an output of shape `there` belong together."""
+        """The pair, if an input of shape `here` and an output of shape `there` belong together."""
         if len(here) != len(there):
             return None
         differing = [axis for axis in range(len(here)) if here[axis] != there[axis]]
@@ -65,7 +65,7 @@ class Denoised:
         return cls(latent, velocity, (axis, min(here[axis], there[axis]))) if fits else None
 
     def is_all_of(self, velocity: Tensor) -> bool:
-        """Whether the latent takes all channels of the output: a learned variance moves nothing."""
+        """Whether all channels of the output move the latent; a learned variance does not."""
         return self.shared is None or velocity.shape[self.shared[0]] == self.shared[1]
 
     def part(self, tensor: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class Denoised:
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of tokens that the compiler found: a sequence axis of an attention, taken apart."""
+    """A run of tokens, such as the image or the text: a piece of an attention's sequence axis."""
 
     name: str
     length: int
@@ -84,10 +84,10 @@ class Segment:
 
 @dataclass(frozen=True)
 class CacheSlot:
-    """A tensor that is kept between steps.
+    """A tensor that lives from step to step.
 
-    Batch and tokens are the first two axes of those that selective steps update in place. Dense
-    steps write all of them but tables by time, which have a row for each time.
+    Selective steps update some of these in place; batch and tokens are then the first two axes.
+    Dense steps write all but the tables by time, which have one row per time.
     """
 
     name: str
@@ -109,9 +109,9 @@ class CacheSlot:
 
 
 def share_out(lengths: Sequence[int], count: int) -> tuple[int, ...]:
-    """`count` active tokens among segments of these lengths, by their size, at least one each.
+    """Distribute `count` active tokens over segments in proportion to their lengths.
 
-    Every sample has as many active tokens in a segment as every other, so that rows stay
+    Each segment gets at least one. All samples get the same share of a segment, so that rows stay
     rectangular. Raises ValueError unless len(lengths) <= count <= sum(lengths).
     """
     total = sum(lengths)
@@ -128,7 +128,7 @@ def share_out(lengths: Sequence[int], count: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class TableSources:
-    """Positions of inputs of which tables by time are made."""
+    """Positions of the inputs that tables by time are computed from."""
 
     scalars: tuple[int, ...]
     weights: tuple[int, ...]
@@ -136,28 +136,29 @@ class TableSources:
 
 @dataclass(frozen=True)
 class Signature:
-    """Everything the runtime may know of a graph: inputs, segments, caches, token-level output."""
+    """All that the runtime knows of a graph: inputs, segments, caches, token-level output."""
 
     inputs: tuple[InputSpec, ...]
     segments: tuple[Segment, ...]
     caches: tuple[CacheSlot, ...]
     tokens: CacheSlot
-    """Shape [B, N, C] of the token-level output, where forecasts live: all prunable segments one
-    after another, C the widest."""
+    """The token-level output [B, N, C], which forecasts extrapolate: prunable segments one after
+    another, padded to the widest."""
     lengths: tuple[int, ...]
     """Tokens of each prunable segment, in the order in which tokens are numbered."""
     denoised: tuple[Denoised, ...]
-    """What is denoised, the main one (image, video) first."""
+    """What is denoised; the main one (image, video) comes first."""
     time: int | None
     """Index of the time input, or None if none was found."""
     additive: bool
-    """Whether what is added to the token-level output is added to what moves the latents, and
-    nothing else changes."""
+    """Whether the tail is additive: adding d to the token-level output adds d, rearranged, to what
+    moves the latents, and changes nothing else."""
     tabulated_from: TableSources | None = None
-    """What goes with time and conditions into values that selective steps look up in tables, the
-    last of the caches; None if nothing is looked up."""
+    """What the tables by time (the last caches) are computed from, beside time and conditions; None
+    if there are no tables."""
     unselectable: str = ""
-    """Why no tokens can be selected; steps are computed or forecast whole. Empty if they can."""
+    """Why no tokens can be selected, so that steps are computed or forecast whole; empty if they
+    can."""
 
     @property
     def batch(self) -> int:
@@ -187,7 +188,7 @@ class Signature:
         return time
 
     def moving_parts(self, inputs: Sequence[object]) -> tuple[Tensor, ...]:
-        """Of every input that is denoised, what its prediction moves: views."""
+        """For each denoised input, a view of the channels that its prediction moves."""
         latents = [(pair, inputs[pair.latent]) for pair in self.denoised]
         return tuple(pair.part(latent) for pair, latent in latents if isinstance(latent, Tensor))
 
@@ -203,8 +204,7 @@ class Evaluation:
     tokens: Tensor
     """Token-level output: [B, N, C], or [B, K, C] for the active rows of a selective run."""
     importance: Tensor | None = None
-    """Attention received by each prunable token, float32 [B, N] (paper, section on his); None of a
-    selective run that was not asked for it."""
+    """Attention received by each prunable token, float32 [B, N]; None where it was not measured."""
 
 
 class Programs(Protocol):
@@ -212,32 +212,32 @@ class Programs(Protocol):
 
     @property
     def signature(self) -> Signature:
-        """What the programs take and give."""
+        """Inputs, caches and outputs of the programs."""
 
     @property
     def compile_seconds(self) -> Mapping[str, float]:
         """Seconds spent compiling each program built so far, by its name."""
 
     def probe(self, inputs: Sequence[object]) -> Tensor:
-        """Every token computed, no cache read or written: token-level output [B, N, C] alone.
+        """Compute every token; return the token-level output [B, N, C].
 
-        For plans that never select tokens: nobody reads importance then, so it is not measured.
+        Reads and writes no cache and measures no importance: for plans that never select tokens.
         """
 
     def dense(self, inputs: Sequence[object], caches: Sequence[Tensor]) -> Evaluation:
-        """Every token computed; the caches are overwritten in place (but tables) and never read.
+        """Compute every token; overwrite all caches but tables in place.
 
-        So they may share memory where nobody reads them later either.
+        Never reads the caches, so they may share memory if no later step reads them either.
         """
 
     def tabulate(
         self, inputs: Sequence[object], caches: Sequence[Tensor], later: Sequence[Tensor] = ()
     ) -> None:
-        """Fill the tables among the caches: row 0 for the time of `inputs`, the next for `later`.
+        """Fill the tables among the caches: row 0 for the time of `inputs`, more for `later`.
 
         Args:
-            inputs: of a graph that tabulates.
-            caches: its own.
+            inputs: the graph's inputs, with the first time.
+            caches: the graph's caches, tables among them.
             later: further time inputs, fewer than TIMES_AT_ONCE.
         """
 
@@ -250,11 +250,15 @@ class Programs(Protocol):
         importance: bool = True,
         row: int | None = None,
     ) -> Evaluation:
-        """Only `active` (int64 [B, K], ascending) computed; their cache rows updated in place.
+        """Compute the `active` tokens alone (int64 [B, K], ascending); update their cache rows.
 
-        Text tokens are computed too, unless `text` is false: then what the caches hold of them
-        serves. Importance is measured only if wanted. `row` of the tables has the values of this
-        time; without it, they are filled anew.
+        Args:
+            inputs: the graph's inputs.
+            caches: the graph's caches, updated in place.
+            active: numbers of the tokens to compute.
+            text: whether to compute text tokens too; otherwise the caches serve for them.
+            importance: whether to measure importance.
+            row: which row of the tables holds this time; None: fill the tables first.
         """
 
     def tail(self, inputs: Sequence[object], tokens: Tensor) -> list[Tensor]:

@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 import specdiff
 from specdiff import torch_adapter
 from specdiff.passes.emit.lower import Lowered
-from specdiff.passes.plan.axes import AxesPass
+from specdiff.passes.select.axes import AxesPass
 from specdiff.plan import Plan
 from tests.models import flux, sd3
 
@@ -77,7 +77,7 @@ def configured(**options: Any) -> Any:
         ),
         (
             {"plan": Plan.tapered(4), "cache_ratio": 0.5, "text_steps": "dense"},
-            {"dense", "frozen_10_measured", "tail"},
+            {"dense", "textless_10_measured", "tail"},
             1,
         ),
     ],

@@ -30,7 +30,7 @@ from specdiff.evaluation.measures import flop_counter
 from specdiff.models.subject import Subject, find_subject, quiet_libraries
 from specdiff.options import Options
 from specdiff.passes.emit.lower import LoweredPrograms
-from specdiff.pipeline import Analysis, attempt
+from specdiff.pipeline import Analysis, trace_and_analyse
 from specdiff.runtime.tokens.importance import per_sample
 from specdiff.settings import IMPORTANCE_QUERIES
 
@@ -57,7 +57,7 @@ class Dense:
     def __init__(self, analysis: Analysis, queries: int, inner: str = "eager") -> None:
         compiler = program_compiler(None, Options(inner_backend=inner), {})
         self._programs = LoweredPrograms(
-            analysis.module, analysis.plan, analysis.signature, queries, compiler
+            analysis.module, analysis.selection, analysis.signature, queries, compiler
         )
         self._caches = [slot.allocate() for slot in analysis.signature.caches]
 
@@ -91,7 +91,7 @@ def watched(record: Measured, costs: dict[str, Any], timed: bool) -> Callable[..
     """A backend that runs a model as it is, and every few calls measures importance as well."""
 
     def backend(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        found = attempt(module, inputs, Options())
+        found = trace_and_analyse(module, inputs, Options())
         assert isinstance(found, Analysis), found
         samples = {queries: Dense(found, queries) for queries in (*QUERIES, ALL_QUERIES)}
         calls = 0

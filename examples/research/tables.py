@@ -32,14 +32,14 @@ from specdiff.bench.measure import (
     runtime_of,
     type_of,
 )
-from specdiff.compiler import programs_of
+from specdiff.compiler import lowered_programs
 from specdiff.measure.machine import usable_device
 from specdiff.measure.summary import environment
 from specdiff.measure.timing import timed
 from specdiff.models.subject import quiet_libraries
 from specdiff.options import Options
 from specdiff.oracles.checks import random_active
-from specdiff.passes.plan.signature import cache_slots
+from specdiff.passes.select.signature import cache_slots
 from specdiff.pipeline import Analysis
 from specdiff.program import Evaluation
 
@@ -58,16 +58,16 @@ class Inputs(TimedPrograms):
 
 def computed(found: Analysis) -> Analysis:
     """The same with nothing looked up by timestep: a selective step computes it."""
-    plan = replace(found.plan, timetable=None).replan()
-    signature = replace(found.signature, caches=cache_slots(plan), tabulated_from=None)
-    return replace(found, plan=plan, signature=signature)
+    selection = replace(found.selection, timetable=None).with_needs()
+    signature = replace(found.signature, caches=cache_slots(selection), tabulated_from=None)
+    return replace(found, selection=selection, signature=signature)
 
 
 def works(
     found: Analysis, inputs: Sequence[Any], active: Tensor, row: int | None, settings: Any
 ) -> dict[str, Callable[[], object]]:
     """What is to be timed of one analysis, by name."""
-    programs = programs_of(found, Options(), settings)
+    programs = lowered_programs(found, Options(), settings)
     caches = [slot.allocate() for slot in found.signature.caches]
     wanted: dict[str, Callable[[], object]] = {
         "dense": lambda: programs.dense(inputs, caches),

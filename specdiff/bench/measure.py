@@ -2,7 +2,7 @@
 
 One process, the methods taking turns (A B A B), real sampling loops, medians. Every program is also
 timed by itself, beside its floor: the larger of its FLOPs over the matrix rate of the machine and
-its bytes over the copy rate (`specdiff.measure.machine`, `specdiff.passes.plan.cost`).
+its bytes over the copy rate (`specdiff.measure.machine`, `specdiff.passes.select.cost`).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from specdiff.measure.memory import peak, reset_peak
 from specdiff.measure.timing import in_turns, timed
 from specdiff.options import Options
 from specdiff.passes.emit.lower import TIMETABLE, TIMETABLE_ROW, named_for
-from specdiff.passes.plan.cost import Sizes
-from specdiff.passes.plan.regions import dense_work, selective_work
+from specdiff.passes.select.cost import Sizes
+from specdiff.passes.select.regions import dense_work, selective_work
 from specdiff.pipeline import Analysis
 from specdiff.program import Evaluation, Programs
 from specdiff.runtime.step.dispatch import Runtime
@@ -74,7 +74,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Bench:
+class BenchResult:
     """Everything measured of one geometry; the first trial is the dense model."""
 
     sampler: Sampler
@@ -117,7 +117,7 @@ class TimedPrograms:
         row: int | None = None,
     ) -> Evaluation:
         """As `Programs.selective`."""
-        name = named_for("selective" if text else "frozen", active.shape[1], importance)
+        name = named_for("selective" if text else "textless", active.shape[1], importance)
         wanted = inputs, caches, active, text, importance, row
         return self._timed(name, lambda: self._programs.selective(*wanted))
 
@@ -148,7 +148,7 @@ def measure(
     mode: str | None = None,
     on_run: Callable[[str], None] = lambda text: None,
     backend: str = "inductor",
-) -> Bench:
+) -> BenchResult:
     """Run every method twice to compile it, then `repeats` times in turns, then program by program.
 
     Args:
@@ -189,7 +189,7 @@ def measure(
     for trial in trials[1:]:
         on_run(f"programs of {label(trial)}")
         trial.programs = programs_of(sampler, trial, analysis, rates)
-    return Bench(sampler, rates, trials)
+    return BenchResult(sampler, rates, trials)
 
 
 def type_of(name: str | None, device: torch.device) -> torch.dtype:
@@ -263,8 +263,8 @@ def floor(name: str, analysis: Analysis, rates: MachineRates) -> float | None:
     kind, *active = name.split("_")
     count = int(active[0]) if active else None
     work = selective_work(analysis.regions) if active else dense_work(analysis.regions)
-    sizes = Sizes.of(analysis.plan)
-    if kind == "frozen":
+    sizes = Sizes.of(analysis.selection)
+    if kind == "textless":
         sizes = replace(sizes, text=0)
     return rates.seconds(sizes.evaluate(work.flops, count), sizes.evaluate(work.moved, count))
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from specdiff.bench.measure import Bench, Program, Trial, label
+from specdiff.bench.measure import BenchResult, Program, Trial, label
 from specdiff.measure.memory import MEBIBYTE
 from specdiff.measure.summary import Json, environment, plain
 
@@ -14,7 +14,9 @@ SCHEMA = 1
 """Number of the record's layout; grows when a field changes its meaning or goes away."""
 
 
-def record(name: str, bench: Bench, options: Mapping[str, Any], load: float) -> dict[str, Json]:
+def record(
+    name: str, bench: BenchResult, options: Mapping[str, Any], load: float
+) -> dict[str, Json]:
     """Everything measured, as a value that `json.dump` takes; times are seconds.
 
     Args:
@@ -37,7 +39,7 @@ def record(name: str, bench: Bench, options: Mapping[str, Any], load: float) -> 
     }
 
 
-def _method(bench: Bench, trial: Trial) -> dict[str, Json]:
+def _method(bench: BenchResult, trial: Trial) -> dict[str, Json]:
     return {
         "name": label(trial),
         "cache_ratio": trial.ratio,

@@ -12,7 +12,7 @@ from specdiff import torch_adapter
 from specdiff.inspect.publish import publish
 from specdiff.inspect.report import Report, report_of
 from specdiff.options import Options
-from specdiff.pipeline import attempt
+from specdiff.pipeline import trace_and_analyse
 
 
 def explain(
@@ -37,7 +37,7 @@ def explain(
     reports: list[Report] = []
 
     def collect(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        reports.append(report_of(attempt(module, inputs, known, publish=publish), known))
+        reports.append(report_of(trace_and_analyse(module, inputs, known, publish=publish), known))
         return module.forward
 
     with torch.no_grad():

@@ -11,12 +11,12 @@ import re
 import networkx
 from torch import fx
 
-from specdiff.passes.graph.listing import name_of
-from specdiff.passes.plan.cost import Sizes
-from specdiff.passes.plan.regions import Region
-from specdiff.passes.plan.signature import module_path
+from specdiff.passes.graph.python_file import op_name
 from specdiff.passes.rules.attention import ATTENTION
 from specdiff.passes.rules.registry import is_tensor, shape_of
+from specdiff.passes.select.cost import Sizes
+from specdiff.passes.select.regions import Region
+from specdiff.passes.select.signature import module_path
 from specdiff.pipeline import Analysis
 
 Drawing = networkx.DiGraph
@@ -40,11 +40,11 @@ def region_graph(analysis: Analysis) -> Drawing[str]:
     `cache_bytes`.
     """
     graph: Drawing[str] = networkx.DiGraph()
-    sizes, boxes = Sizes.of(analysis.plan), _boxes(analysis)
-    most = max((sizes.evaluate(r.dense.flops) for r in analysis.regions), default=0.0) or 1.0
+    sizes, boxes = Sizes.of(analysis.selection), _boxes(analysis)
+    most = max((sizes.evaluate(r.dense_work.flops) for r in analysis.regions), default=0.0) or 1.0
     for number, region in enumerate(analysis.regions):
         graph.add_node(f"region_{number}", **_describe(region, sizes, most))
-    for node in analysis.plan.axes.graph.nodes:
+    for node in analysis.selection.axes.graph.nodes:
         box = boxes.get(node)
         if box is None:
             continue
@@ -61,22 +61,22 @@ def _boxes(analysis: Analysis) -> dict[fx.Node, str]:
     """The drawn node that each node of the traced graph belongs to; parameters to none."""
     boxes = {n: f"region_{i}" for i, r in enumerate(analysis.regions) for n in r.nodes}
     parameters = set(analysis.signature.indices("parameter"))
-    for i, node in enumerate(analysis.plan.axes.graph.find_nodes(op="placeholder")):
+    for i, node in enumerate(analysis.selection.axes.graph.find_nodes(op="placeholder")):
         if i not in parameters and is_tensor(node):
             boxes[node] = f"input_{i}"
-    for node in analysis.plan.axes.graph.nodes:
+    for node in analysis.selection.axes.graph.nodes:
         if node not in boxes and (node.op == "output" or is_tensor(node)):
             boxes[node] = node.name if node.op in ("call_function", "output") else ""
     return {node: box for node, box in boxes.items() if box}
 
 
 def _describe(region: Region, sizes: Sizes, most: float) -> dict[str, str | int | float | bool]:
-    flops = sizes.evaluate(region.dense.flops)
+    flops = sizes.evaluate(region.dense_work.flops)
     lines = [
         f"{region.kind}: {region.path or 'several modules'}",
         f"{len(region.nodes)} ops",
-        f"FLOPs of a dense step: {region.dense.flops} = {short_count(flops, 'FLOP')}",
-        f"FLOPs of a selective step: {region.selective.flops}",
+        f"FLOPs of a dense step: {region.dense_work.flops} = {short_count(flops, 'FLOP')}",
+        f"FLOPs of a selective step: {region.selective_work.flops}",
         f"caches: {short_count(sizes.evaluate(region.cache_bytes), 'B')}",
     ]
     cost = f"{short_count(flops, 'FLOP')}" if flops else f"{len(region.nodes)} ops"
@@ -89,7 +89,7 @@ def _describe(region: Region, sizes: Sizes, most: float) -> dict[str, str | int 
         "path": region.path,
         "ops": len(region.nodes),
         "dense_flops": int(flops),
-        "selective_flops": str(region.selective.flops),
+        "selective_flops": str(region.selective_work.flops),
         "cache_bytes": int(sizes.evaluate(region.cache_bytes)),
     }
 
@@ -109,7 +109,7 @@ def _add_plain(graph: Drawing[str], box: str, node: fx.Node) -> None:
 
 def block_path(analysis: Analysis) -> str:
     """Where the first block with an attention lies, e.g. `transformer_blocks.0`."""
-    paths = [module_path(n) for n in analysis.plan.axes.graph.nodes if n.target is ATTENTION]
+    paths = [module_path(n) for n in analysis.selection.axes.graph.nodes if n.target is ATTENTION]
     first = paths[0] if paths else ""
     match = BLOCK.match(first)
     return match[1] if match else first
@@ -121,7 +121,7 @@ def block_graph(analysis: Analysis, path: str) -> Drawing[str]:
     The kind is the form in which a selective step has a value: rows, cached, whole or both.
     """
     graph: Drawing[str] = networkx.DiGraph()
-    inside = [n for n in analysis.plan.axes.graph.nodes if _lies_in(n, path)]
+    inside = [n for n in analysis.selection.axes.graph.nodes if _lies_in(n, path)]
     members = set(inside)
     for node in inside:
         graph.add_node(node.name, **_describe_op(analysis, node))
@@ -141,17 +141,19 @@ def _lies_in(node: fx.Node, path: str) -> bool:
 
 
 def _describe_op(analysis: Analysis, node: fx.Node) -> dict[str, str | float | bool]:
-    plan = analysis.plan
-    if node in plan.cached:
+    selection = analysis.selection
+    if node in selection.cached:
         kind = "cached"
-    elif node in plan.known:
+    elif node in selection.known:
         kind = "looked up"
-    elif node in plan.rows and plan.is_token_wise(node):
+    elif node in selection.rows and selection.is_token_wise(node):
         kind = "rows"
     else:
-        kind = "computed whole" if node in plan.whole else "not needed"
-    op, shape = name_of(node.target), list(shape_of(node))
-    reason = plan.why_whole(node) if kind == "computed whole" and plan.carries(node) else None
+        kind = "computed whole" if node in selection.whole else "not needed"
+    op, shape = op_name(node.target), list(shape_of(node))
+    reason = (
+        selection.why_whole(node) if kind == "computed whole" and selection.carries(node) else None
+    )
     lines = [f"{node.name} = {node.target}", f"{shape} {module_path(node)}", kind]
     return {
         "label": f"{op}\n{shape}",

@@ -13,7 +13,7 @@ from specdiff.inspect.drawing import COLOURS, to_dot, to_svg
 from specdiff.inspect.graph import Drawing, block_graph, block_path, region_graph, short_count
 from specdiff.inspect.report import RATIOS, Report, TimeBounds
 from specdiff.measure.machine import MachineRates
-from specdiff.passes.plan.regions import Region
+from specdiff.passes.select.regions import Region
 
 HARDLY_SEEN, PLAINLY_SEEN = 40, 30
 """PSNR in dB: a rule of thumb, which the page calls one. Nobody was asked what they see."""
@@ -134,8 +134,8 @@ def _kinds(report: Report) -> list[dict[str, Any]]:
     total, evaluate = report.step_flops() or 1, report.sizes.evaluate
     rows = []
     for kind, regions in groups.items():
-        flops = sum(evaluate(region.dense.flops) for region in regions)
-        quarter = sum(evaluate(r.selective.flops, report.active_at(0.75)) for r in regions)
+        flops = sum(evaluate(region.dense_work.flops) for region in regions)
+        quarter = sum(evaluate(r.selective_work.flops, report.active_at(0.75)) for r in regions)
         rows.append(
             {
                 "kind": kind,

@@ -8,8 +8,8 @@ from typing import Any
 
 from specdiff.inspect.report import RATIOS, Report
 from specdiff.measure.machine import MachineRates
-from specdiff.passes.plan.cost import Work
-from specdiff.passes.plan.regions import Region
+from specdiff.passes.select.cost import Work
+from specdiff.passes.select.regions import Region
 
 SCHEMA = 1
 """Number of the record's layout; grows when a field changes its meaning or goes away."""
@@ -50,8 +50,8 @@ def _region(report: Report, region: Region) -> dict[str, Any]:
         "path": region.path,
         "ops": len(region.nodes),
         "shrinks": region.shrinks,
-        "dense": _work(report, region.dense),
-        "selective": _formulas(region.selective),
+        "dense": _work(report, region.dense_work),
+        "selective": _formulas(region.selective_work),
         "cache_bytes": report.sizes.evaluate(region.cache_bytes),
     }
 

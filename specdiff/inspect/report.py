@@ -12,11 +12,12 @@ from torch import fx
 from specdiff.measure.machine import MachineRates
 from specdiff.options import Options
 from specdiff.passes.base import PassRecord
-from specdiff.passes.graph.listing import name_of
-from specdiff.passes.plan.cost import CostModel, Sizes, Work
-from specdiff.passes.plan.quantize import uncoded
-from specdiff.passes.plan.regions import Region, dense_work, selective_work
-from specdiff.passes.plan.signature import module_path
+from specdiff.passes.graph.python_file import op_name
+from specdiff.passes.select.cost import CostModel, Sizes, Work
+from specdiff.passes.select.quantize import uncoded
+from specdiff.passes.select.regions import Region, dense_work, selective_work
+from specdiff.passes.select.selection import Selection
+from specdiff.passes.select.signature import module_path
 from specdiff.pipeline import Analysis
 from specdiff.program import Segment
 from specdiff.runtime.tokens.schedule import Place, Schedule, active_tokens
@@ -100,8 +101,8 @@ class Report:
     def cache_formula(self) -> sympy.Expr:
         """Bytes of the caches of one generation, in B, N and T: `cache_bytes` at these sizes."""
         assert self.analysis is not None, self.reason
-        plan = self.analysis.plan
-        return CostModel(plan).caches((*plan.cached, *plan.known))
+        selection = self.analysis.selection
+        return CostModel(selection).caches((*selection.cached, *selection.known))
 
     @property
     def speedup(self) -> sympy.Expr:
@@ -120,11 +121,11 @@ class Report:
     def schedule(self, steps: int) -> list[tuple[str, int, str]]:
         """Kind, tokens computed and reason of each step of a generation."""
         lengths = [segment.length for segment in self.segments if segment.prunable]
-        plan = Schedule.of(self.settings, lengths)
+        schedule = Schedule.of(self.settings, lengths)
         planned = []
         for index in range(steps):
-            count, reason = plan.decide(Place.known(index, steps))
-            kind = "dense" if count == plan.tokens else "selective" if count else "skipped"
+            count, reason = schedule.decide(Place.known(index, steps))
+            kind = "dense" if count == schedule.tokens else "selective" if count else "skipped"
             planned.append((kind, count, reason))
         return planned
 
@@ -137,18 +138,18 @@ class Report:
         tokens = self.analysis.signature.tokens
         skipped = rates.seconds(0, FORECAST_PASSES * tokens.nbytes)
         dense = self.step_seconds(rates, None)
-        plan = self.schedule(steps)
-        counts = {count for kind, count, _ in plan if kind == "selective"}
+        planned = self.schedule(steps)
+        counts = {count for kind, count, _ in planned if kind == "selective"}
         partial = {count: self.step_seconds(rates, count) for count in counts}
         seconds = {self.sizes.tokens: dense, 0: skipped, **partial}
         ahead = max(self.settings.plan.lookahead - 1, 0) * dense if partial else 0.0
-        run = sum(seconds[count] for _, count, _ in plan) + ahead
+        run = sum(seconds[count] for _, count, _ in planned) + ahead
         return TimeBounds(dense, next(iter(partial.values()), None), skipped, run, steps * dense)
 
     def step_seconds(self, rates: MachineRates, active: int | None) -> float:
         """Least time of a dense step, or of a selective one with `active` tokens."""
         evaluate = self.sizes.evaluate
-        works = (r.dense if active is None else r.selective for r in self.regions)
+        works = (r.dense_work if active is None else r.selective_work for r in self.regions)
         return sum(
             rates.seconds(evaluate(work.flops, active), evaluate(work.moved, active))
             for work in works
@@ -194,30 +195,29 @@ def report_of(analysis: Analysis | str, options: Options | None = None) -> Repor
         segments=analysis.signature.segments,
         regions=analysis.regions,
         cache_bytes=analysis.signature.cache_bytes,
-        uncoded=Counter(uncoded(analysis.plan, code).values()) if code is not None else {},
-        whole=_whole_ops(analysis),
-        sizes=Sizes.of(analysis.plan),
+        uncoded=Counter(uncoded(analysis.selection, code).values()) if code is not None else {},
+        whole=_whole_ops(analysis.selection),
+        sizes=Sizes.of(analysis.selection),
         passes=analysis.records,
         settings=known.resolve(),
         analysis=analysis,
     )
 
 
-def _whole_ops(analysis: Analysis) -> tuple[WholeOp, ...]:
-    """Ops on whole prunable tokens that the selective program still runs, tables left out."""
-    plan = analysis.plan
+def _whole_ops(selection: Selection) -> tuple[WholeOp, ...]:
+    """Ops that a selective step runs on all image tokens; tables are left out."""
     groups: dict[tuple[str, str], list[fx.Node]] = {}
-    for node in plan.axes.graph.nodes:
+    for node in selection.axes.graph.nodes:
         if (
             node.op == "call_function"
-            and node in plan.whole
-            and node not in plan.cached
-            and node in plan.attention_dependent
-            and any(plan.carries(operand) for operand in node.all_input_nodes)
-            and plan.extracted_from(node) is None
+            and node in selection.whole
+            and node not in selection.cached
+            and node in selection.attention_dependent
+            and any(selection.carries(operand) for operand in node.all_input_nodes)
+            and selection.extracted_from(node) is None
         ):
-            why = plan.why_whole(node) or "what reads it needs all of its tokens"
-            groups.setdefault((name_of(node.target), why), []).append(node)
+            why = selection.why_whole(node) or "what reads it needs all of its tokens"
+            groups.setdefault((op_name(node.target), why), []).append(node)
     ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
     return tuple(
         WholeOp(op, len(nodes), why, module_path(nodes[0])) for (op, why), nodes in ordered

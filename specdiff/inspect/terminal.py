@@ -88,11 +88,11 @@ def _formulas(report: Report) -> Iterator[Text]:
 
 
 def _schedule(report: Report, rates: MachineRates | None, steps: int) -> Iterator[Text]:
-    plan = report.schedule(steps)
+    planned = report.schedule(steps)
     strip = Text(f"schedule of {steps} steps ({report.settings.method}): ")
-    for kind, _, _ in plan:
+    for kind, _, _ in planned:
         strip.append(LETTERS[kind], style=STEP_KINDS[kind][0])
-    used = {kind for kind, _, _ in plan}
+    used = {kind for kind, _, _ in planned}
     strip.append("  " + ", ".join(f"{LETTERS[kind]} {kind}" for kind in LETTERS if kind in used))
     yield strip
     if rates:

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from specdiff.passes.emit.lower import BlockPrograms, LoweredPrograms
 from specdiff.passes.graph.writer import STRIDED_VIEWS
-from specdiff.passes.plan.selective_plan import SelectivePlan
+from specdiff.passes.select.selection import Selection
 from specdiff.pipeline import Analysis
 from specdiff.program import Programs, share_out
 
@@ -24,11 +24,11 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class BlockPlan:
+class BlockSelection:
     """A graph as one block of a model that is compiled block by block."""
 
     module: fx.GraphModule
-    plan: SelectivePlan
+    selection: Selection
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ def idempotence(
     """Oracle 1: after a dense step, a selective step on the same input changes nothing."""
     caches = _caches(analysis)
     dense = programs.dense(inputs, caches)
-    before = kept_values(analysis.plan, [cache.clone() for cache in caches])
+    before = stored_values(analysis.selection, [cache.clone() for cache in caches])
     selective = programs.selective(inputs, caches, active)
     yield Pair("idempotence", selective.tokens, pick(dense.tokens, active))
-    for kept, old in zip(kept_values(analysis.plan, caches), before, strict=True):
+    for kept, old in zip(stored_values(analysis.selection, caches), before, strict=True):
         yield Pair("idempotence", kept, old)
 
 
@@ -84,11 +84,11 @@ def masked_dense(
     first.run(*inputs)
     second = MaskedDense(analysis, first.values, active)
     second.run(*later)
-    expected = as_tokens(analysis.plan, second.values)
+    expected = as_tokens(analysis.selection, second.values)
     yield Pair("masked dense", selective.tokens, pick(expected, active))
 
 
-def frozen_text(
+def without_text(
     analysis: Analysis,
     programs: LoweredPrograms,
     inputs: Sequence[Any],
@@ -106,28 +106,30 @@ def frozen_text(
         caches = _caches(analysis)
         programs.dense(inputs, caches)
         step = programs.selective(values, caches, active, text=False, importance=measured)
-        if not programs.freezes:
+        if not programs.omits_text:
             return
         first = MaskedDense(analysis, {}, active)
         first.run(*inputs)
         second = MaskedDense(analysis, first.values, active, text=False)
         second.run(*values)
-        yield Pair(name, step.tokens, pick(as_tokens(analysis.plan, second.values), active))
+        yield Pair(name, step.tokens, pick(as_tokens(analysis.selection, second.values), active))
         # after them come values that no step changes
         for kept, node in zip(
-            kept_values(analysis.plan, caches), analysis.plan.cached, strict=False
+            stored_values(analysis.selection, caches), analysis.selection.cached, strict=False
         ):
-            expected = second.values[node.name].permute(analysis.plan.cache_order(node))
+            expected = second.values[node.name].permute(analysis.selection.cache_order(node))
             yield Pair(name, kept, expected)
 
 
 def of_block(
-    block: BlockPlan, programs: BlockPrograms, inputs: Sequence[Any], later: Sequence[Any]
+    block: BlockSelection, programs: BlockPrograms, inputs: Sequence[Any], later: Sequence[Any]
 ) -> Iterator[Pair]:
     """Oracles 1 to 3 of a block's own outputs; `later` are other values of what it transforms."""
-    plan, before = block.plan, torch.zeros(1, dtype=torch.int64)
-    active = random_active(plan.axes.samples, plan.lengths, max(1, round(0.3 * plan.tokens)))
-    every = torch.arange(plan.tokens).expand(plan.axes.samples, -1)
+    selection, before = block.selection, torch.zeros(1, dtype=torch.int64)
+    active = random_active(
+        selection.axes.samples, selection.lengths, max(1, round(0.3 * selection.tokens))
+    )
+    every = torch.arange(selection.tokens).expand(selection.axes.samples, -1)
     caches = _filled(slot.allocate() for slot in programs.slots)
     device = caches[0].device
     active, every, before = active.to(device), every.to(device), before.to(device)
@@ -154,7 +156,7 @@ def of_block(
     ):
         for value, wanted in zip(results, expected, strict=True):
             if isinstance(value, Tensor):
-                yield Pair(f"as a block of {plan.tokens}, {name}", value, wanted)
+                yield Pair(f"as a block of {selection.tokens}, {name}", value, wanted)
 
 
 def all_active(
@@ -197,14 +199,14 @@ def pick(tokens: Tensor, active: Tensor) -> Tensor:
     return tokens.gather(1, active.unsqueeze(-1).expand(-1, -1, tokens.shape[2]))
 
 
-def as_tokens(plan: SelectivePlan, values: Mapping[str, Tensor]) -> Tensor:
+def as_tokens(selection: Selection, values: Mapping[str, Tensor]) -> Tensor:
     """The token-level outputs, found by their names among `values`, as one [B, N, C]."""
     parts = []
-    for slot in plan.slots:
-        batch, tokens = plan.axes.batch_axis(slot), plan.token_axis(slot)
+    for slot in selection.slots:
+        batch, tokens = selection.axes.batch_axis(slot), selection.token_axis(slot)
         assert batch is not None and tokens is not None
         part = values[slot.name].movedim((batch, tokens), (0, 1)).flatten(2)
-        parts.append(F.pad(part, (0, plan.channels - part.shape[2])))
+        parts.append(F.pad(part, (0, selection.channels - part.shape[2])))
     return torch.cat(parts, 1)
 
 
@@ -218,7 +220,7 @@ class MaskedDense(fx.Interpreter):
 
     def __init__(
         self,
-        analysis: Analysis | BlockPlan,
+        analysis: Analysis | BlockSelection,
         cached: dict[str, Tensor],
         active: Tensor,
         every: bool = False,
@@ -226,8 +228,8 @@ class MaskedDense(fx.Interpreter):
     ) -> None:
         super().__init__(analysis.module)
         self._text = text
-        self._kept = None if every else {*analysis.plan.cached, *analysis.plan.slots}
-        self._plan = analysis.plan
+        self._kept = None if every else {*analysis.selection.cached, *analysis.selection.slots}
+        self._selection = analysis.selection
         self._cached = cached
         self._active = active
         self.values: dict[str, Tensor] = {}
@@ -242,10 +244,10 @@ class MaskedDense(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """The node's value, mixed with the cache where the plan keeps it in one."""
         value = super().run_node(n)
-        if n in self._plan.cached and self._cached:
-            fresh = fresh_rows(self._plan, n, self._active, self._text)
+        if n in self._selection.cached and self._cached:
+            fresh = fresh_rows(self._selection, n, self._active, self._text)
             value = torch.where(fresh, value, self._cached[n.name])
-            value = coded(value, self._plan.codes.get(n))
+            value = coded(value, self._selection.codes.get(n))
         if self._kept is None or n in self._kept:
             self.values[n.name] = value
         return value
@@ -263,28 +265,28 @@ def coded(value: Tensor, code: torch.dtype | None) -> Tensor:
     return (codes.to(code).float() * scale).to(value.dtype)
 
 
-def kept_values(plan: SelectivePlan, caches: Iterable[Tensor]) -> list[Tensor]:
+def stored_values(selection: Selection, caches: Iterable[Tensor]) -> list[Tensor]:
     """What the caches hold of each value but tables: codes times their scales."""
     pending, values = iter(caches), []
-    for node in (*plan.cached, *plan.fixed):
+    for node in (*selection.cached, *selection.fixed):
         value = next(pending)
-        if node in plan.codes:
+        if node in selection.codes:
             value = (value.float() * next(pending)).to(node.meta["val"].dtype)
         values.append(value)
     return values
 
 
-def fresh_rows(plan: SelectivePlan, node: fx.Node, active: Tensor, text: bool = True) -> Tensor:
+def fresh_rows(selection: Selection, node: fx.Node, active: Tensor, text: bool = True) -> Tensor:
     """Boolean, broadcastable to `node`: which of its rows a selective step computes."""
-    axis, batch = plan.token_axis(node), plan.axes.batch_axis(node)
+    axis, batch = selection.token_axis(node), selection.axes.batch_axis(node)
     assert axis is not None and batch is not None
     shape = node.meta["val"].shape
     mask = active.new_full((active.shape[0], shape[axis]), text, dtype=torch.bool)
-    fresh = torch.zeros(active.shape[0], plan.tokens, dtype=torch.bool, device=active.device)
+    fresh = torch.zeros(active.shape[0], selection.tokens, dtype=torch.bool, device=active.device)
     fresh.scatter_(1, active, True)
-    for piece in plan.layout(node):
-        if piece.segment in plan.prunable:
-            first = plan.first_token(piece.segment)
+    for piece in selection.layout(node):
+        if piece.segment in selection.prunable:
+            first = selection.first_token(piece.segment)
             mask[:, piece.offset : piece.offset + piece.length] = fresh[
                 :, first : first + piece.length
             ]

@@ -17,24 +17,24 @@ import torch
 from torch import Tensor, fx, nn
 
 from specdiff import torch_adapter
-from specdiff.compiler import ALL_QUERIES, program_compiler, programs_of
+from specdiff.compiler import ALL_QUERIES, lowered_programs, program_compiler
 from specdiff.inspect.publish import publish
 from specdiff.inspect.report import Report, report_of
 from specdiff.options import Options
 from specdiff.oracles.checks import (
-    BlockPlan,
+    BlockSelection,
     Pair,
     all_active,
-    frozen_text,
     idempotence,
     masked_dense,
     of_block,
     random_active,
+    without_text,
 )
 from specdiff.passes.emit.lower import BlockPrograms
-from specdiff.passes.plan.block import plan_block
-from specdiff.passes.plan.quantize import quantized
-from specdiff.pipeline import Analysis, attempt, guarded, module_states, trace
+from specdiff.passes.select.block import select_block
+from specdiff.passes.select.quantize import quantized
+from specdiff.pipeline import Analysis, module_states, or_reason, trace, trace_and_analyse
 
 TOLERANCES: Mapping[torch.dtype, float] = {
     torch.float64: 1e-9,
@@ -128,7 +128,7 @@ def verify(
     verdicts: list[GraphVerdict] = []
 
     def backend(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        analysis = attempt(module, inputs, known, verify=True, publish=publish)
+        analysis = trace_and_analyse(module, inputs, known, verify=True, publish=publish)
         alone = isinstance(analysis, Analysis) and analysis.signature.time is not None
         blocks = [] if alone else _blocks(module, inputs, known)
 
@@ -144,23 +144,27 @@ def verify(
     return Verification(tuple(verdicts))
 
 
-def _blocks(module: fx.GraphModule, inputs: Sequence[Any], options: Options) -> list[BlockPlan]:
-    """What a root may make of a graph: a plan for each number of tokens of its output."""
-    states = module_states(module, inputs)
-    traced = guarded(lambda: trace(module, inputs, Options()))
+def _blocks(
+    module: fx.GraphModule, inputs: Sequence[Any], options: Options
+) -> list[BlockSelection]:
+    """The selections that a root may use a graph with: one for each length of a segment."""
+    is_state = module_states(module, inputs)
+    traced = or_reason(lambda: trace(module, inputs, Options()))
     if isinstance(traced, str):
         return []
     axes = traced.axes
     sizes = sorted({axes.classes.size(segment) for segment in axes.segments})
-    plans = [guarded(partial(plan_block, axes, size, states)) for size in sizes]
+    plans = [or_reason(partial(select_block, axes, size, is_state)) for size in sizes]
     code = options.kv_cache_code
-    return [BlockPlan(traced.module, quantized(p, code)) for p in plans if not isinstance(p, str)]
+    return [
+        BlockSelection(traced.module, quantized(p, code)) for p in plans if not isinstance(p, str)
+    ]
 
 
 def _every_pair(
     module: fx.GraphModule,
     analysis: Analysis | str,
-    blocks: Sequence[BlockPlan],
+    blocks: Sequence[BlockSelection],
     inputs: Sequence[Any],
 ) -> Iterator[Pair]:
     yield from chain.from_iterable(_block_pairs(block, inputs) for block in blocks)
@@ -183,20 +187,20 @@ def _verdict(
     return GraphVerdict(report_of(analysis, options), errors, tolerance)
 
 
-def _block_pairs(block: BlockPlan, inputs: Sequence[Any]) -> Iterator[Pair]:
+def _block_pairs(block: BlockSelection, inputs: Sequence[Any]) -> Iterator[Pair]:
     options = Options(inner_backend="eager")
     compiler = program_compiler(None, options, {})
-    programs = BlockPrograms(block.module, block.plan, ALL_QUERIES, compiler)
+    programs = BlockPrograms(block.module, block.selection, ALL_QUERIES, compiler)
     placeholders = block.module.graph.find_nodes(op="placeholder")
     later = list(inputs)
     for index, node in enumerate(placeholders):
-        if node in block.plan.stale and later[index].is_floating_point():
+        if node in block.selection.stale and later[index].is_floating_point():
             later = _later(later, index)
     yield from of_block(block, programs, inputs, later)
 
 
 def _pairs(module: fx.GraphModule, analysis: Analysis, inputs: Sequence[Any]) -> Iterator[Pair]:
-    programs = programs_of(analysis, EXACT, {})
+    programs = lowered_programs(analysis, EXACT, {})
     signature = analysis.signature
     count = max(len(signature.lengths), round(ACTIVE_SHARE * signature.prunable_tokens))
     device = signature.tokens.device
@@ -205,7 +209,7 @@ def _pairs(module: fx.GraphModule, analysis: Analysis, inputs: Sequence[Any]) ->
     outputs = module(*later)
     yield from idempotence(analysis, programs, inputs, active)
     yield from masked_dense(analysis, programs, inputs, later, active)
-    yield from frozen_text(analysis, programs, inputs, later, active)
+    yield from without_text(analysis, programs, inputs, later, active)
     yield from all_active(analysis, programs, inputs, later, outputs)
 
 

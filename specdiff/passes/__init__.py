@@ -1,6 +1,7 @@
 """The passes: from one traced graph to the programs that replace it.
 
-In the order of `specdiff.pipeline`: `normalize` (one form), `plan` (what each step computes),
-`emit` (programs of the plan), `share` (repeated blocks compiled once). `rules` are the facts per
-ATen operator and `graph` writes and prints graphs; all use both. `base` runs a pass.
+In the order of `specdiff.pipeline`: `normalize` brings a graph into one form, `select` decides what
+a selective step computes, `emit` writes the programs, `share` compiles repeated blocks once. All
+of them use `rules` (facts per ATen operator) and `graph` (writing and printing graphs); `base` runs
+a pass.
 """

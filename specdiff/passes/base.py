@@ -1,4 +1,4 @@
-"""What every pass shares: a name, a verifier, what it says of itself; and their timed runner."""
+"""Pass: what all passes have in common, and the runner that times and verifies them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import fx
 In = TypeVar("In")
 Out = TypeVar("Out")
 Notes = Mapping[fx.Node, list[str]]
-"""What passes found out about each node of the latest graph, a line each."""
+"""For each node of the latest graph, what passes say of it, a line each."""
 
 
 class PassError(AssertionError):
-    """A pass broke one of its invariants: a bug of ours, never of the user's model."""
+    """A pass broke one of its invariants: a bug of specdiff, never of the user's model."""
 
 
 class Pass(ABC, Generic[In, Out]):
@@ -28,7 +28,7 @@ class Pass(ABC, Generic[In, Out]):
 
     @abstractmethod
     def apply(self, value: In) -> Out:
-        """The pass itself. Raises Unsupported with a reason."""
+        """Run the pass. Raises Unsupported with a reason."""
 
     def verify(self, value: In, result: Out) -> None:
         """Raise PassError if `result` breaks an invariant of this pass."""
@@ -38,7 +38,7 @@ class Pass(ABC, Generic[In, Out]):
         """What the pass changed or found, in one line."""
 
     def notes(self, result: Out) -> Mapping[fx.Node, str]:
-        """What a pass that leaves the graph as it is says of its nodes."""
+        """What an analysing pass says of single nodes; nothing by default."""
         return {}
 
 
@@ -55,21 +55,21 @@ class PassRecord:
     summary: str
 
     def __str__(self) -> str:
-        """One line of provenance."""
+        """One line: name, time, nodes, summary."""
         took = f"{self.seconds * 1e3:.1f} ms, {self.before} -> {self.after} nodes"
         return f"{self.name}: {took}; {self.summary}"
 
 
 Observer = Callable[[PassRecord, fx.GraphModule, Notes], None]
-"""(what a pass did, the graph it left, notes of this and the passes before) -> nothing."""
+"""(what a pass did, the graph after it, notes of this and earlier passes) -> nothing."""
 
 
 class PassRunner:
-    """Runs passes in order; times each, verifies it if asked, tells observers.
+    """Runs passes in order: times each, verifies it if asked, informs observers.
 
     Args:
-        module: the graph as it came, of which observers are told first.
-        observers: called after each pass; they must not change what they are given.
+        module: the graph before the first pass; observers get it first.
+        observers: called after each pass; they must not change the graph.
         verify: whether passes check their invariants.
     """
 
@@ -85,7 +85,7 @@ class PassRunner:
         self._tell(PassRecord("dynamo", 0.0, count, count, "the graph as Dynamo hands it over"))
 
     def run(self, step: Pass[In, Out], value: In) -> Out:
-        """`step.apply(value)`, recorded."""
+        """Return `step.apply(value)` and record it."""
         before = len(self._module.graph.nodes)
         start = time.perf_counter()
         result = step.apply(value)
@@ -110,7 +110,7 @@ class PassRunner:
 
 
 def check_values(graph: fx.Graph) -> None:
-    """Every computed node carries `meta["val"]`. Raises PassError naming the first without."""
+    """Raise PassError, naming the node, if a computed node has no `meta["val"]`."""
     graph.lint()
     for node in graph.nodes:
         if node.op in ("call_function", "placeholder") and "val" not in node.meta:

@@ -15,14 +15,14 @@ from torch import fx, nn
 from specdiff import compiler, pipeline
 from specdiff.options import Options
 from specdiff.passes.emit.lower import LoweredPrograms
-from specdiff.passes.plan.quantize import quantized
-from specdiff.passes.plan.signature import cache_slots
+from specdiff.passes.select.quantize import quantized
+from specdiff.passes.select.signature import cache_slots
 from specdiff.pipeline import Analysis
 
 
 def small_tables() -> AbstractContextManager[object]:
     """In here a small model looks up by timestep whatever a large one would."""
-    return patch.multiple("specdiff.passes.plan.timetable", LEAST=1, MOST=inf)
+    return patch.multiple("specdiff.passes.select.timetable", LEAST=1, MOST=inf)
 
 
 @dataclass
@@ -35,13 +35,15 @@ class Traced:
     def programs(self, inner_backend: str = "eager") -> LoweredPrograms:
         """Fresh programs of the analysis."""
         options = Options(ablation={"importance_queries": None}, inner_backend=inner_backend)
-        return compiler.programs_of(self.analysis, options, {})
+        return compiler.lowered_programs(self.analysis, options, {})
 
     def coded(self, code: torch.dtype | None) -> Traced:
         """The same with key/value caches of that dtype, as the compiler would have it."""
-        plan = quantized(self.analysis.plan, code)
-        signature = replace(self.analysis.signature, caches=cache_slots(plan))
-        return replace(self, analysis=replace(self.analysis, plan=plan, signature=signature))
+        selection = quantized(self.analysis.selection, code)
+        signature = replace(self.analysis.signature, caches=cache_slots(selection))
+        return replace(
+            self, analysis=replace(self.analysis, selection=selection, signature=signature)
+        )
 
 
 def analyse_graph(module: fx.GraphModule, values: Sequence[Any]) -> Analysis:

@@ -12,10 +12,10 @@ from tests.passes.checks import (
     TOLERANCE,
     all_active,
     caches_of,
-    frozen_text,
     idempotence,
     masked_dense,
     probe_is_the_model,
+    without_text,
 )
 
 
@@ -26,7 +26,7 @@ def traced(request):
     model, inputs = build(**config)
     with torch.no_grad(), small_tables():
         found = trace(model, inputs, changed(inputs))
-        assert found.analysis.plan.tabulated
+        assert found.analysis.selection.tabulated
         yield model, inputs, found, found.programs()
 
 
@@ -55,7 +55,7 @@ def test_oracle_2_masked_dense(traced):
 def test_text_kept(traced):
     """A step that computes no text reads the keys and values of the last that did."""
     found, programs = traced[2:]
-    assert frozen_text(found, programs, **TOLERANCE)
+    assert without_text(found, programs, **TOLERANCE)
     active = random_active(found.analysis.signature.batch, found.analysis.signature.lengths, 9)
     with_text, without = (oracle_values(found, active, text) for text in (True, False))
     # the oracle itself must differ from the one in which text is fresh
@@ -68,7 +68,7 @@ def oracle_values(found, active, text):
     first.run(*flat)
     second = MaskedDense(found.analysis, first.values, active, text=text)
     second.run(*later)
-    return pick(as_tokens(found.analysis.plan, second.values), active)
+    return pick(as_tokens(found.analysis.selection, second.values), active)
 
 
 def test_oracle_3_all_active_is_the_model(traced):
@@ -82,14 +82,14 @@ def test_importance_is_the_attention_received(traced):
     flat = found.flat[0]
     oracle = MaskedDense(found.analysis, {}, torch.zeros(1, 1, dtype=torch.int64), every=True)
     oracle.run(*flat)
-    plan = found.analysis.plan
+    selection = found.analysis.selection
     total = torch.zeros(found.analysis.signature.tokens.shape[:2])
     for node in found.analysis.module.graph.nodes:
         if "scaled_dot_product" in str(node.target):
             query, key = (oracle.values[a.name] for a in node.args[:2])
             weights = (query @ key.mT / query.shape[-1] ** 0.5).softmax(-1)
-            for piece in plan.axes.layout(node.args[1], 2):
-                if piece.segment in plan.prunable:
+            for piece in selection.axes.layout(node.args[1], 2):
+                if piece.segment in selection.prunable:
                     columns = slice(piece.offset, piece.offset + piece.length)
                     total += weights.mean(2).sum(1)[:, columns]
     importance = programs.dense(flat, caches_of(found)).importance

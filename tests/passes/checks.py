@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specdiff.compiler import programs_of
+from specdiff.compiler import lowered_programs
 from specdiff.options import Options
 from specdiff.oracles import checks as oracles
 from specdiff.oracles.checks import Pair, pick, random_active
@@ -40,7 +40,7 @@ def caches_of(found: Traced) -> list[Tensor]:
 def importance_of(found: Traced, sample: int | None = None) -> Tensor:
     """What a dense step measures from so many queries, or all, on the first call's inputs."""
     options = Options(ablation={"importance_queries": sample}, inner_backend="eager")
-    programs = programs_of(found.analysis, options, {})
+    programs = lowered_programs(found.analysis, options, {})
     return programs.dense(found.flat[0], caches_of(found)).importance
 
 
@@ -68,14 +68,14 @@ def masked_dense(
     assert differs
 
 
-def frozen_text(
+def without_text(
     found: Traced, programs: Any, shares: Sequence[float] = SHARES, **tolerance: float
 ) -> bool:
     """The same of a step without text; returns whether this model has one."""
     flat, later = found.flat
     compared = False
     for active in active_sets(found, shares):
-        for pair in oracles.frozen_text(found.analysis, programs, flat, later, active):
+        for pair in oracles.without_text(found.analysis, programs, flat, later, active):
             torch.testing.assert_close(pair.actual, pair.expected, **tolerance)
             compared = True
     return compared
@@ -106,5 +106,5 @@ def check_oracles(
     with torch.no_grad():
         idempotence(found, programs, SHARES[:1], **tolerance)
         masked_dense(found, programs, SHARES[:1], **tolerance)
-        frozen_text(found, programs, SHARES[:1], **tolerance)
+        without_text(found, programs, SHARES[:1], **tolerance)
         all_active(model, calls[1], found, programs, **tolerance)

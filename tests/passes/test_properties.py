@@ -75,7 +75,7 @@ def pairs(model: nn.Module, found: Traced, later: dict[str, Any]) -> Iterator[Pa
     active = random_active(signature.batch, signature.lengths, count)
     yield from oracles.idempotence(found.analysis, programs, flat[0], active)
     yield from oracles.masked_dense(found.analysis, programs, *flat, active)
-    yield from oracles.frozen_text(found.analysis, programs, *flat, active)
+    yield from oracles.without_text(found.analysis, programs, *flat, active)
     yield from oracles.all_active(found.analysis, programs, *flat, model(**later))
 
 

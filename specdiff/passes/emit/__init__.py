@@ -1,4 +1,5 @@
-"""Programs of a plan: `whole` (every token), `rows` (the active ones), `without_text`.
+"""Writing the programs of a graph.
 
-`importance` adds the scores of tokens; `lower` hands each program to the inner compiler.
+`whole` computes every token, `rows` the active ones, `without_text` the active ones and no text.
+`importance` adds the measuring of importance; `lower` hands each program to the inner compiler.
 """

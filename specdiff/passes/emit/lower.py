@@ -1,4 +1,4 @@
-"""Lower: the programs of a plan, each emitted and compiled when it is first run."""
+"""Lower: emit and compile each program of a selection when it is first run."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ from specdiff.passes.emit.whole import (
     emit_timetable,
     emit_timetable_row,
 )
-from specdiff.passes.emit.without_text import emit_frozen, joins_text
-from specdiff.passes.graph.listing import kinds_of_ops
-from specdiff.passes.plan.selective_plan import SelectivePlan
-from specdiff.passes.plan.signature import cache_slots
+from specdiff.passes.emit.without_text import emit_without_text, joins_text
+from specdiff.passes.graph.python_file import op_counts
+from specdiff.passes.select.selection import Selection
+from specdiff.passes.select.signature import cache_slots
 from specdiff.program import TIMES_AT_ONCE, CacheSlot, Evaluation, Signature
 
 log = logging.getLogger(__name__)
 
 Executable = Callable[[Sequence[Any]], Sequence[Tensor]]
 Emit = Callable[[], fx.GraphModule]
-Compiler = Callable[[str, fx.GraphModule, Sequence[Any]], Executable]
-"""(name of the program, its graph, inputs to compile it for) -> what runs it."""
+ProgramCompiler = Callable[[str, fx.GraphModule, Sequence[Any]], Executable]
+"""(name of the program, its graph, example inputs) -> what runs it."""
 TIMETABLE = "timetable"
-"""What the names of programs that fill tables begin with."""
+"""The beginning of the names of programs that fill tables."""
 TIMETABLE_ROW = f"{TIMETABLE}_row"
 
 
 class Lowered:
-    """Programs of one plan, compiled by name as they are needed."""
+    """The programs of one selection, by name, each compiled when it is first run."""
 
     def __init__(
-        self, module: fx.GraphModule, plan: SelectivePlan, sample: int, compiler: Compiler
+        self, module: fx.GraphModule, selection: Selection, sample: int, compiler: ProgramCompiler
     ) -> None:
         self._module = module
-        self._plan = plan
+        self._selection = selection
         self._sample = sample
         self._compiler = compiler
         self._executables: dict[str, Executable] = {}
@@ -64,7 +64,7 @@ class Lowered:
         self, emitter: Callable[..., fx.GraphModule], *which: int, importance: bool = True
     ) -> Emit:
         sample = self._sample if importance else 0
-        return partial(emitter, self._module, self._plan, sample, *which)
+        return partial(emitter, self._module, self._selection, sample, *which)
 
     def _run(self, name: str, emit: Emit, values: Sequence[Any]) -> Sequence[Tensor]:
         if name in self._executables:
@@ -88,8 +88,8 @@ class Lowered:
         return self._compiler(name, program, values)
 
     def _record(self, name: str, program: fx.GraphModule, seconds: float) -> PassRecord:
-        """Provenance of a program, for dumps."""
-        before, after = (Counter(kinds_of_ops(m.graph)) for m in (self._module, program))
+        """What emitting a program did, for dumps."""
+        before, after = (Counter(op_counts(m.graph)) for m in (self._module, program))
         changes = [f"+{n} {op}" for op, n in (after - before).items()]
         changes += [f"-{n} {op}" for op, n in (before - after).items()]
         return PassRecord(
@@ -102,48 +102,48 @@ class Lowered:
 
 
 class LoweredPrograms(Lowered):
-    """Implements `specdiff.program.Programs` by compiling emitted graphs."""
+    """The `specdiff.program.Programs` of a graph, compiled from emitted graphs."""
 
     def __init__(
         self,
         module: fx.GraphModule,
-        plan: SelectivePlan,
+        selection: Selection,
         signature: Signature,
         sample: int,
-        compiler: Compiler,
+        compiler: ProgramCompiler,
     ) -> None:
-        super().__init__(module, plan, sample, compiler)
+        super().__init__(module, selection, sample, compiler)
         self._signature = signature
-        self.freezes = joins_text(plan)
-        """Whether `text=False` is heeded, as far as is known before the first such run."""
+        self.omits_text = joins_text(selection)
+        """Whether `text=False` has an effect; the first such run may find that it has none."""
 
     @property
     def signature(self) -> Signature:
-        """What the programs take and give."""
+        """As `Programs.signature`."""
         return self._signature
 
     def probe(self, inputs: Sequence[object]) -> Tensor:
-        """Every token, no cache, no importance."""
-        (tokens,) = self._run("probe", partial(emit_probe, self._module, self._plan), inputs)
+        """As `Programs.probe`."""
+        (tokens,) = self._run("probe", partial(emit_probe, self._module, self._selection), inputs)
         return tokens
 
     def dense(self, inputs: Sequence[object], caches: Sequence[Tensor]) -> Evaluation:
-        """Every token, caches overwritten."""
+        """As `Programs.dense`."""
         return Evaluation(*self._run("dense", self._emit(emit_dense), [*inputs, *caches]))
 
     def tabulate(
         self, inputs: Sequence[object], caches: Sequence[Tensor], later: Sequence[Tensor] = ()
     ) -> None:
-        """Fill the tables among the caches; for one time, the work of one."""
+        """As `Programs.tabulate`; a single time costs a single row."""
         values = [*inputs, *caches]
         if not later:
-            emit = partial(emit_timetable_row, self._module, self._plan)
+            emit = partial(emit_timetable_row, self._module, self._selection)
             self._run(TIMETABLE_ROW, emit, values)
             return
         times = [self._signature.time_input(inputs), *later]
         missing = TIMES_AT_ONCE - len(times)
         values.append(torch.stack([*times, *[times[-1]] * missing]))
-        self._run(TIMETABLE, partial(emit_timetable, self._module, self._plan), values)
+        self._run(TIMETABLE, partial(emit_timetable, self._module, self._selection), values)
 
     def selective(
         self,
@@ -154,64 +154,66 @@ class LoweredPrograms(Lowered):
         importance: bool = True,
         row: int | None = None,
     ) -> Evaluation:
-        """K active tokens; one program for each K, with and without text and importance."""
+        """As `Programs.selective`: one program for each K, with or without text and importance."""
         count, values = active.shape[1], [*inputs, *caches, active]
-        if self._plan.timetable is not None:
+        if self._selection.timetable is not None:
             values.append(self._row(inputs, caches, row))
-        if not text and self.freezes:
+        if not text and self.omits_text:
             try:
-                emit = self._emit(emit_frozen, count, importance=importance)
-                return Evaluation(*self._run(named_for("frozen", count, importance), emit, values))
+                emit = self._emit(emit_without_text, count, importance=importance)
+                return Evaluation(
+                    *self._run(named_for("textless", count, importance), emit, values)
+                )
             except Unsupported as reason:
                 log.warning("text_steps='dense' has no effect: %s", reason)
-                self.freezes = False
+                self.omits_text = False
         emit = self._emit(emit_selective, count, importance=importance)
         return Evaluation(*self._run(named_for("selective", count, importance), emit, values))
 
     def _row(self, inputs: Sequence[object], caches: Sequence[Tensor], row: int | None) -> Tensor:
-        """int64 [1]: a row of the tables, which are filled for the time of `inputs` if none is."""
+        """int64 [1]: `row`, or else row 0, filled for the time of `inputs`."""
         if row is None:
             self.tabulate(inputs, caches)
         return self._rows[row or 0, :1]
 
     @cached_property
     def _rows(self) -> Tensor:
-        """int64 [TIMES_AT_ONCE, 2]: their numbers, aligned, where they are read."""
+        """int64 [TIMES_AT_ONCE, 2]: the number of each row, on the device, aligned to 16 bytes."""
         rows = torch.arange(TIMES_AT_ONCE, device=self._signature.tokens.device)
         return rows.unsqueeze(1).repeat(1, 2)
 
     def tail(self, inputs: Sequence[object], tokens: Tensor) -> list[Tensor]:
-        """The graph's outputs."""
-        emit = partial(emit_tail, self._module, self._plan)
+        """As `Programs.tail`."""
+        emit = partial(emit_tail, self._module, self._selection)
         return list(self._run("tail", emit, [*inputs, tokens]))
 
 
 class BlockPrograms(Lowered):
     """The programs of one block: each returns the graph's own outputs, then importance [B, N].
 
-    The probe measures none. `before`, int64 [1], is the number of the model's attentions before
-    those of the block; a selective run without it measures none either.
+    The probe measures no importance, nor does a selective run without `before`. `before`, int64
+    [1], is the number of the model's attentions before this block.
     """
 
     @cached_property
     def slots(self) -> tuple[CacheSlot, ...]:
         """The caches of one call of the block."""
-        return cache_slots(self._plan)
+        return cache_slots(self._selection)
 
     @cached_property
     def attentions(self) -> int:
-        """How many of the model's attentions importance is taken from here."""
-        return observed(self._plan)
+        """Number of the block's attentions that importance is measured from."""
+        return observed(self._selection)
 
     def probe(self, inputs: Sequence[object]) -> list[Tensor]:
-        """Every token, no cache, no importance."""
-        emit = partial(emit_block_probe, self._module, self._plan)
+        """Compute every token; no cache, no importance."""
+        emit = partial(emit_block_probe, self._module, self._selection)
         return list(self._run("block_probe", emit, inputs))
 
     def dense(
         self, inputs: Sequence[object], caches: Sequence[Tensor], before: Tensor
     ) -> list[Tensor]:
-        """Every token, caches overwritten."""
+        """Compute every token; overwrite the caches."""
         emit = self._emit(emit_block_dense)
         return list(self._run("block_dense", emit, [*inputs, *caches, before]))
 
@@ -222,7 +224,7 @@ class BlockPrograms(Lowered):
         active: Tensor,
         before: Tensor | None,
     ) -> list[Tensor]:
-        """K active tokens; one program for each K, with and without importance."""
+        """Compute K active tokens: one program for each K, with or without importance."""
         count, importance = active.shape[1], before is not None
         emit = self._emit(emit_block_selective, count, importance=importance)
         values = [*inputs, *caches, active, *([before] if importance else ())]
@@ -231,5 +233,5 @@ class BlockPrograms(Lowered):
 
 
 def named_for(kind: str, count: int, importance: bool) -> str:
-    """What a program of K = `count` active tokens is called."""
+    """The name of a program for K = `count` active tokens."""
     return f"{kind}_{count}" + "_measured" * importance

@@ -1,1 +1,5 @@
-"""Graphs as such: `writer` builds them, `listing` prints them, `dump` keeps what each pass left."""
+"""Tools for fx graphs.
+
+`writer` builds one, `python_file` prints one, `dump` writes the graph after each pass to a folder,
+`dependence` and `in_place` answer questions about one.
+"""

@@ -8,7 +8,7 @@ from torch import fx
 
 
 def ancestors(*targets: fx.Node, known: Container[fx.Node] = ()) -> list[fx.Node]:
-    """The targets and all that they depend on, in graph order, up to what is `known`."""
+    """The targets and all that they depend on, in graph order; known nodes are left out."""
     reached: set[fx.Node] = set()
     pending = list(targets)
     while pending:

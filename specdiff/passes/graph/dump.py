@@ -1,4 +1,4 @@
-"""Dump: what each pass left, as numbered files that can be read, run and compared."""
+"""Dump: the graph after each pass, as numbered files that can be read, run and compared."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 from torch import fx
 
 from specdiff.passes.base import Notes, PassRecord
-from specdiff.passes.graph.listing import constants_of, listing
+from specdiff.passes.graph.python_file import constants_of, to_python
 
 log = logging.getLogger(__name__)
 
 
 class Dump:
-    """One folder for one graph: `01_normalize.py`, what changed in `01_normalize.diff`, and so on.
+    """The folder of one graph: `01_normalize.py`, its changes in `01_normalize.diff`, and so on.
 
-    A file that cannot be written is reported and never stops a compilation.
+    A file that cannot be written is reported; it never stops a compilation.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -30,7 +30,7 @@ class Dump:
 
     @classmethod
     def below(cls, dump_dir: Path) -> Dump | None:
-        """A folder of its own for each graph, graph_0, graph_1 ...; None if there can be none."""
+        """A new folder graph_0, graph_1, ... in `dump_dir`; None if none can be made."""
         try:
             dump_dir.mkdir(parents=True, exist_ok=True)
             for number in itertools.count():
@@ -43,13 +43,13 @@ class Dump:
         return None
 
     def observe(self, record: PassRecord, module: fx.GraphModule, notes: Notes) -> None:
-        """Write the code after a pass, and its difference from the code before."""
+        """Write the code after a pass and its difference from the code before."""
         name = f"{self._written:02d}_{record.name}"
         self._written += 1
         unfailing(lambda: self._write(name, record, module, notes))
 
     def _write(self, name: str, record: PassRecord, module: fx.GraphModule, notes: Notes) -> None:
-        text = listing(module, str(record), notes)
+        text = to_python(module, str(record), notes)
         lines = text.splitlines(keepends=True)
         (self.folder / f"{name}.py").write_text(text, encoding="utf-8")
         constants = constants_of(module)
@@ -63,7 +63,7 @@ class Dump:
 
 
 def unfailing(work: Callable[[], object]) -> None:
-    """Write what people look at: a fault is said and stops nothing."""
+    """Run `work`; log an error instead of raising it."""
     try:
         work()
     except Exception as error:

@@ -1,4 +1,4 @@
-"""In place: whether a Dynamo graph writes to what it is given, so that no call may be left out."""
+"""In place: whether a Dynamo graph writes to its inputs, so that each of its calls must run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ VIEWS = ("view", "reshape", "transpose", "permute", "flatten", "unsqueeze", "squ
 
 
 def writes_to_inputs(graph: fx.Graph) -> bool:
-    """Whether an input, or a view of one, is changed in place, as a cache of keys is."""
+    """Whether the graph changes an input, or a view of one, in place, such as a key cache."""
     return any(
         _is_write(node) and node.args and _comes_from_input(node.args[0]) for node in graph.nodes
     )
@@ -24,7 +24,7 @@ def _is_write(node: fx.Node) -> bool:
 
 
 def _comes_from_input(value: object) -> bool:
-    """Through views alone."""
+    """Whether `value` is an input or a view of one."""
     while isinstance(value, fx.Node) and value.op != "placeholder":
         is_view = value.target is operator.getitem or value.target in VIEWS
         if not is_view or not value.args:

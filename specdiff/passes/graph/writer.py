@@ -1,4 +1,4 @@
-"""A graph under construction: every node is evaluated on fake tensors as it is written."""
+"""Writer: builds a graph and evaluates each node on fake tensors as it is written."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from specdiff import torch_adapter
 aten = torch.ops.aten
 PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack")
 STRIDED_VIEWS = (aten.view.default, aten._unsafe_view.default)
-"""Views that fail where `reshape` copies: whether they may depends on strides."""
+"""Views that fail where `reshape` copies, depending on strides."""
 
 
 class GraphWriter:
-    """Writes one program; `meta["val"]` of each node is fresh, provenance is that of its source."""
+    """Writes one program. Each node gets a new `meta["val"]` and the provenance of its source."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         self.graph = fx.Graph()
@@ -30,9 +30,9 @@ class GraphWriter:
         self.device = fakes[0].device
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """One op on nodes and constants."""
+        """Write one op on nodes and constants."""
         if target is aten.view_as_complex.default:
-            # rows and values out of a cache have other strides than those that were traced
+            # rows, and values read from a cache, have other strides than the traced values
             args = (self.call(aten.contiguous.default, *args),)
         node = self.graph.call_function(target, args, kwargs)
         node.meta.update(self._provenance)
@@ -42,19 +42,19 @@ class GraphWriter:
         return node
 
     def copy(self, node: fx.Node, values: Mapping[fx.Node, fx.Node]) -> fx.Node:
-        """`node` with its operands replaced."""
+        """Write `node` with its operands replaced."""
         self.follow(node)
         if node.op == "get_attr":
             new = self.graph.get_attr(str(node.target))
             new.meta = dict(node.meta)
             return new
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
-        # a value that comes out of a cache has other strides than it had when it was traced
+        # a value read from a cache has other strides than the traced value
         viewed = node.target in STRIDED_VIEWS
         return self.call(aten.reshape.default if viewed else node.target, *args, **kwargs)
 
     def inline(self, graph: fx.Graph, inputs: Sequence[fx.Node]) -> Sequence[fx.Node]:
-        """Another graph of functions alone, on `inputs`: its outputs."""
+        """Write a graph of functions, applied to `inputs`; return its outputs."""
         made = dict(zip(graph.find_nodes(op="placeholder"), inputs, strict=True))
         for node in graph.nodes:
             if node.op == "call_function":
@@ -64,11 +64,11 @@ class GraphWriter:
         return [made[node] for node in outputs]
 
     def follow(self, node: fx.Node) -> None:
-        """Nodes written from now on descend from `node`."""
+        """Give nodes written from now on the provenance of `node`."""
         self._provenance = {k: node.meta[k] for k in PROVENANCE if k in node.meta}
 
     def copy_placeholder(self, node: fx.Node) -> fx.Node:
-        """An input of the traced graph, with the metadata that marks it static."""
+        """Add an input of the traced graph, with the metadata that marks it static."""
         new = self.graph.placeholder(node.name)
         new.meta = dict(node.meta)
         self.placeholders.append(new)
@@ -77,7 +77,7 @@ class GraphWriter:
     def add_tensor(
         self, name: str, shape: tuple[int, ...], like: fx.Node, dtype: torch.dtype | None = None
     ) -> fx.Node:
-        """A further input, of the device (and dtype, unless given) of `like`."""
+        """Add another input with the device, and by default the dtype, of `like`."""
         node = self.graph.placeholder(name)
         value = like.meta["val"]
         with self._fake_mode:
@@ -88,7 +88,7 @@ class GraphWriter:
     def add_cache(
         self, of: fx.Node, suffix: str, shape: tuple[int, ...], dtype: torch.dtype
     ) -> fx.Node:
-        """A further input that is updated in place and never moves."""
+        """Add another input, one that is updated in place and keeps its address."""
         node = self.add_tensor(f"cache_{of.name}{suffix}", shape, of, dtype)
         node.meta["static"] = True
         return node

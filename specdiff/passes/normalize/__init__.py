@@ -1,1 +1,5 @@
-"""A Dynamo graph in one form: `specialise` to a shape, `normalize`, `rewrite`, `fuse_attention`."""
+"""Bringing a Dynamo graph into one form.
+
+`specialise` fixes its sizes; `normalize` makes it functional ATen, with `fuse_attention` and, for
+both, `rewrite`.
+"""

@@ -1,9 +1,17 @@
-"""Fuse: attention written out by hand becomes one op, for tokens are found by that op.
+"""Fuse attention: attention that is written out becomes one op, by which tokens are found.
 
-A softmax between two products is matched outwards from the softmax; heads that were merged into the
-batch become an axis of their own again. What does not match exactly stays: correct, only slower.
-One difference is meant: where an added mask is -inf for every key, the op gives zeros, the written
-form nan. Scores that a condition overwrites (masked_fill) stay, for there the nan may count.
+    before                                     after
+    q3 = view(q, [B * H, N, D])                (views are gone: heads are an axis again)
+    k3 = view(k, [B * H, S, D])
+    s  = baddbmm(mask, q3, transpose(k3))
+    w  = softmax(s * scale, -1)                out = scaled_dot_product_attention(
+    o3 = bmm(to(w, bf16), v3)                            q, k, v, mask, scale=scale)
+    out = view(o3, [B, H, N, D])
+
+The match starts at the softmax and goes outwards to both products. What does not match exactly
+stays as it is: correct, only slower. The two forms differ in one case: if an added mask is -inf for
+every key, the op gives zeros and the written form nan. Scores that a condition overwrites
+(masked_fill) are not fused, since a model may rely on their nan.
 """
 
 from __future__ import annotations
@@ -47,35 +55,35 @@ class Written:
 
 
 def fuse_attention(graph: fx.Graph) -> None:
-    """Rewrite every attention that is written out, and every view of a view."""
+    """Fuse every attention that is written out; collapse every view of a view."""
     _remove_idle_dropouts(graph)
     moved = collapse_views(graph)
     for node in list(graph.nodes):
         result = _weighted_values(node) if node.target in SOFTMAX else None
-        found = _match(node, result) if result is not None else None
-        if result is not None and found is not None:
-            moved |= replace(result, _fused(found, result))
+        written = _match(node, result) if result is not None else None
+        if result is not None and written is not None:
+            moved |= replace(result, _fused(written, result))
     graph.eliminate_dead_code()
     moved |= collapse_views(graph)
     refresh(graph, moved)
 
 
 def drops_nothing(node: fx.Node) -> bool:
-    """Whether `node` is a dropout that is not in effect."""
+    """Whether `node` is a dropout without effect."""
     if node.target is not aten.dropout.default:
         return False
     return not argument(node, 1, "p") or not argument(node, 2, "train")
 
 
 def _remove_idle_dropouts(graph: fx.Graph) -> None:
-    # fx takes every dropout for a draw, so one that is left would keep the weights alive
+    # fx counts every dropout as a random draw, so it would not remove the dead weights
     for node in list(graph.nodes):
         if drops_nothing(node):
             replace(node, operand_at(node, 0))
 
 
 def _weighted_values(softmax: fx.Node) -> fx.Node | None:
-    """Forwards to the product that takes the weights as its left operand, as nothing else does."""
+    """Follow the weights forwards to the product with the values, their only use."""
     node, path = softmax, [softmax]
     while len(node.users) == 1:
         user = next(iter(node.users))
@@ -90,7 +98,7 @@ def _weighted_values(softmax: fx.Node) -> fx.Node | None:
 
 
 def _match(softmax: fx.Node, result: fx.Node) -> Written | None:
-    """The attention of which `softmax` gives the weights and `result` is the output."""
+    """The attention with the weights `softmax` and the output `result`; None if it is none."""
     if axis_index(argument(softmax, 1, "dim"), rank_of(softmax)) != rank_of(softmax) - 1:
         return None
     scores = _scores(operand_at(softmax, 0), result)
@@ -104,20 +112,20 @@ def _match(softmax: fx.Node, result: fx.Node) -> Written | None:
     key, of_key = (right, 1.0) if transposed else _unscaled(operand_at(right, 0), result)
     value = operand_at(result, 1)
     scale *= of_query * of_right * of_key
-    found = Written(query, key, transposed, value, mask, scale)
-    return found if _is_exact(found, product) else None
+    written = Written(query, key, transposed, value, mask, scale)
+    return written if _is_exact(written, product) else None
 
 
 def _scores(
     node: fx.Node, result: fx.Node, mask: fx.Node | None = None, scale: float = 1.0
 ) -> tuple[fx.Node, fx.Node | None, float] | None:
-    """Backwards to the product of queries and keys, with mask and scale met on the way."""
+    """Follow the scores back to the product of queries and keys; collect mask and scale."""
     if len(node.users) != 1 or not _is_precise(node, result):
         return None
     factor = _factor(node)
     if factor is not None or _is_conversion(node):
         return _scores(operand_at(node, 0), result, mask, scale * (factor or 1.0))
-    # a mask that is scaled with the scores, or a second one, is not what the op adds
+    # the op adds one mask, and adds it after scaling
     may_add = mask is None and scale == 1.0
     if node.target is aten.baddbmm.default:
         beta, alpha = argument(node, 3, "beta", 1), argument(node, 4, "alpha", 1)
@@ -134,9 +142,11 @@ def _masked_scores(added: fx.Node, result: fx.Node) -> tuple[fx.Node, fx.Node | 
     for scores, mask in ((first, second), (second, first)):
         if not is_tensor(scores) or not is_tensor(mask) or scores is mask:
             continue
-        found = _scores(scores, result, mask) if shape_of(scores) == shape_of(added) else None
-        if found is not None:
-            return found
+        if shape_of(scores) != shape_of(added):
+            continue
+        traced_back = _scores(scores, result, mask)
+        if traced_back is not None:
+            return traced_back
     return None
 
 
@@ -156,7 +166,7 @@ def _factor(node: fx.Node) -> float | None:
 
 
 def _unscaled(node: fx.Node, result: fx.Node) -> tuple[fx.Node, float]:
-    """`node` before it was scaled and made more precise than the result, and that scale."""
+    """`node` before scaling and before conversion to a more precise dtype; and the scale."""
     scale = 1.0
     while True:
         factor = _factor(node)
@@ -175,13 +185,13 @@ def _swaps_last_axes(node: fx.Node) -> bool:
     return order == [*range(rank - 2), rank - 1, rank - 2]
 
 
-def _is_exact(found: Written, product: fx.Node) -> bool:
-    """Whether the op takes these operands and means by them what was written."""
-    operands = [found.query, found.right, found.value]
+def _is_exact(written: Written, product: fx.Node) -> bool:
+    """Whether the op accepts these operands and computes the same from them."""
+    operands = [written.query, written.right, written.value]
     leads = {shape_of(operand)[:-2] for operand in (*operands, product)}
     if len(leads) > 1 or leads <= {()}:
-        return False  # the products broadcast; the op promises it for some kernels alone
-    mask, shape = found.mask, shape_of(product)
+        return False  # products broadcast; the op does so only in some kernels
+    mask, shape = written.mask, shape_of(product)
     if mask is not None:
         operands.append(mask)
         sizes = shape_of(mask)
@@ -189,7 +199,7 @@ def _is_exact(found: Written, product: fx.Node) -> bool:
         fits = 2 <= len(sizes) <= len(shape) and sizes[-1] == shape[-1]
         if not fits or any(size not in (1, whole) for size, whole in placed):
             return False
-    return len({_dtype(operand) for operand in operands}) == 1 and 0 < found.scale < inf
+    return len({_dtype(operand) for operand in operands}) == 1 and 0 < written.scale < inf
 
 
 def _is_conversion(node: fx.Node) -> bool:
@@ -199,7 +209,7 @@ def _is_conversion(node: fx.Node) -> bool:
 
 
 def _is_precise(node: fx.Node, result: fx.Node) -> bool:
-    """Whether `node` is held at least as precisely as the result: the op rounds no earlier."""
+    """Whether `node` is at least as precise as the result: then the op rounds no earlier."""
     inner, outer = _dtype(node), _dtype(result)
     if not (inner.is_floating_point and outer.is_floating_point):
         return False
@@ -211,9 +221,9 @@ def _dtype(node: fx.Node) -> torch.dtype:
     return dtype
 
 
-def _fused(found: Written, result: fx.Node) -> fx.Node:
-    """The attention as one op, with the heads on an axis of their own if they ever were."""
-    query, key, value, mask = found.query, found.right, found.value, found.mask
+def _fused(written: Written, result: fx.Node) -> fx.Node:
+    """The attention as one op; heads that were merged into the batch get their axis back."""
+    query, key, value, mask = written.query, written.right, written.value, written.mask
     lead = _merged_axes(query, key, value)
     if lead is not None:
         query, key, value = (
@@ -221,10 +231,10 @@ def _fused(found: Written, result: fx.Node) -> fx.Node:
             for operand in (query, key, value)
         )
         mask = _split_mask(result, mask, lead)
-    if found.transposed:
+    if written.transposed:
         key = call(result, aten.transpose.int, key, -2, -1)
     options = (mask, 0.0, False)
-    fused = call(result, ATTENTION, query, key, value, *options, scale=found.scale)
+    fused = call(result, ATTENTION, query, key, value, *options, scale=written.scale)
     return reshaped(result, fused, shape_of(result))
 
 
@@ -244,6 +254,6 @@ def _split_mask(result: fx.Node, mask: fx.Node | None, lead: Sequence[int]) -> f
     if mask.target is aten.repeat_interleave.self_int:
         repeats, dim = argument(mask, 1, "repeats"), argument(mask, 2, "dim")
         if dim == 0 and repeats == lead[1]:
-            # one mask for all heads: its samples are an axis as they are
+            # one mask for all heads: its batch axis was never merged
             return call(result, aten.unsqueeze.default, operand_at(mask, 0), 1)
     return reshaped(result, mask, (*lead, *shape_of(mask)[1:]))

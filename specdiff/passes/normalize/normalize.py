@@ -1,9 +1,14 @@
-"""Normalize: a Dynamo graph becomes functional ATen with attention, norms and linears still whole.
+"""Normalize: a Dynamo graph becomes functional ATen; attention, norms and linears stay one op each.
 
-Splits and unbinds become slices and selects, so that every later pass sees one tensor a node;
-attention that is written out becomes one op; what functionalization leaves of writes to slices
-becomes joins, which are known to keep tokens; equal expressions are computed once, so that a
-position table is gathered once.
+    before                              after
+    a, b = chunk(x, 2, -1)              a = slice(x, -1, 0, n); b = slice(x, -1, n, 2 * n)
+    y = x.view_as(z)                    y = view(x, [shape of z])
+    softmax(q @ k.T) @ v                scaled_dot_product_attention(q, k, v)
+    buffer[:, 4:8] = x                  buffer = cat([buffer[:, :4], x, buffer[:, 8:]], 1)
+    r1 = table[ids]; r2 = table[ids]    r1 = r2 = table[ids]
+
+So every later pass sees one tensor per node, attention as one op, and writes as joins, which keep
+tokens; equal expressions are computed once, and then gathered once.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ from torch import fx
 from specdiff import torch_adapter
 from specdiff.errors import Unsupported
 from specdiff.passes.base import Pass, PassError, check_values
-from specdiff.passes.graph.listing import kinds_of_ops
+from specdiff.passes.graph.python_file import op_counts
 from specdiff.passes.normalize.fuse_attention import drops_nothing, fuse_attention
 from specdiff.passes.normalize.rewrite import call, replace
 from specdiff.passes.rules.attention import ATTENTION
@@ -38,7 +43,7 @@ ALLOCATIONS = {
     aten.empty_like.default: aten.zeros_like.default,
     aten.new_empty.default: aten.new_zeros.default,
 }
-"""What holds anything at first, and the same with zeros: no two runs may differ, even unread."""
+"""Ops that return uninitialised memory, and their like with zeros, so that all runs agree."""
 LIKENESS = {
     aten.view_as.default: aten.view.default,
     aten.reshape_as.default: aten.reshape.default,
@@ -55,7 +60,7 @@ class DynamoGraph:
 
 
 class NormalizePass(Pass[DynamoGraph, fx.GraphModule]):
-    """Dynamo graph in, functional pre-dispatch ATen out; placeholders keep their order."""
+    """From a Dynamo graph to functional pre-dispatch ATen; placeholders keep their order."""
 
     name = "normalize"
 
@@ -63,7 +68,7 @@ class NormalizePass(Pass[DynamoGraph, fx.GraphModule]):
         self._export = export
 
     def apply(self, value: DynamoGraph) -> fx.GraphModule:
-        """Export, then tidy. Raises Unsupported for what no rewriting could keep."""
+        """Export and rewrite. Raises Unsupported unless outputs are functions of input values."""
         module = self._export(value.module, value.inputs)
         require_static_shapes(module.graph)
         require_functions_of_values(module.graph)
@@ -80,7 +85,7 @@ class NormalizePass(Pass[DynamoGraph, fx.GraphModule]):
         return module
 
     def verify(self, value: DynamoGraph, result: fx.GraphModule) -> None:
-        """Same inputs, fresh values, no op that mutates."""
+        """Check for the same inputs, a value at every node, and no op that mutates."""
         check_values(result.graph)
         if len(result.graph.find_nodes(op="placeholder")) != len(value.inputs):
             raise PassError("normalize changed the number of inputs")
@@ -89,8 +94,8 @@ class NormalizePass(Pass[DynamoGraph, fx.GraphModule]):
                 raise PassError(f"{node.name} ({node.target}) mutates its input")
 
     def summary(self, result: fx.GraphModule) -> str:
-        """The ops there are now."""
-        counts = kinds_of_ops(result.graph)
+        """The most frequent ops."""
+        counts = op_counts(result.graph)
         most = ", ".join(f"{count} {name}" for name, count in list(counts.items())[:5])
         return f"{len(counts)} kinds of functional ops, most often {most}"
 
@@ -122,7 +127,7 @@ def _draws_nothing(node: fx.Node) -> bool:
 
 
 def remove_assertions(graph: fx.Graph) -> None:
-    """Drop `_assert_tensor_metadata`: its facts were checked while tracing."""
+    """Remove `_assert_tensor_metadata`: tracing has checked what it asserts."""
     for node in graph.find_nodes(op="call_function", target=aten._assert_tensor_metadata.default):
         graph.erase_node(node)
 
@@ -151,7 +156,7 @@ def _single_output(source: fx.Node, position: int) -> tuple[Any, tuple[Any, ...]
 
 
 def replace_likeness(graph: fx.Graph) -> None:
-    """Say what an op takes from another value: dtype and device, or shape, never its entries."""
+    """Replace an operand that only gives dtype, device or shape by these themselves."""
     for node in list(graph.nodes):
         wanted = node.meta.get("val")
         if node.target is aten.type_as.default:
@@ -163,7 +168,7 @@ def replace_likeness(graph: fx.Graph) -> None:
 
 
 def replace_permutations(graph: fx.Graph) -> None:
-    """Rewrite an einsum of one operand whose letters only change places to a permutation."""
+    """Rewrite an einsum that only permutes the axes of one operand to a permutation."""
     for node in graph.find_nodes(op="call_function", target=aten.einsum.default):
         equation, operands = str(node.args[0]).replace(" ", ""), operands_at(node, 1)
         letters, _, moved = equation.partition("->")
@@ -173,7 +178,7 @@ def replace_permutations(graph: fx.Graph) -> None:
 
 
 def remove_idle_squeezes(graph: fx.Graph) -> None:
-    """Drop squeezes that change nothing: one of a token axis would, of a single active token."""
+    """Remove squeezes without effect: on a token axis they would have one with one active token."""
     for node in graph.find_nodes(op="call_function", target=aten.squeeze.dim):
         operand = operand_at(node, 0)
         if operand.meta["val"].shape == node.meta["val"].shape:
@@ -181,7 +186,7 @@ def remove_idle_squeezes(graph: fx.Graph) -> None:
 
 
 def replace_writes(graph: fx.Graph) -> None:
-    """Say of a written slice what is kept and what is new: nothing that is overwritten is read."""
+    """Rewrite writes to slices as joins, so that what is overwritten is not an operand."""
     for node in list(graph.nodes):
         if node.target in ALLOCATIONS:
             named = {k: v for k, v in node.kwargs.items() if k != "memory_format"}
@@ -210,21 +215,21 @@ def _converted(node: fx.Node, source: fx.Node) -> fx.Node:
 
 
 def _joined(node: fx.Node) -> fx.Node:
-    """The destination in front of the written slice, the source, the destination behind it."""
+    """A join of the destination before the slice, the source, and the destination after it."""
     destination, source = operand_at(node, 0), _converted(node, operand_at(node, 1))
     dim, size = argument(node, 2, "dim", 0), node.meta["val"].shape
     start = start_of(node, 3, size[dim])
     stop = start + source.meta["val"].shape[dim]
     pieces = [
-        *_kept(node, destination, dim, 0, start),
+        *_remaining(node, destination, dim, 0, start),
         source,
-        *_kept(node, destination, dim, stop, size[dim]),
+        *_remaining(node, destination, dim, stop, size[dim]),
     ]
     return pieces[0] if len(pieces) == 1 else call(node, aten.cat.default, pieces, dim)
 
 
-def _kept(node: fx.Node, value: fx.Node, dim: int, start: int, stop: int) -> Iterator[fx.Node]:
-    """What makes up `value` from `start` to `stop`: of a join, the pieces that lie there."""
+def _remaining(node: fx.Node, value: fx.Node, dim: int, start: int, stop: int) -> Iterator[fx.Node]:
+    """The values that make up `value` from `start` to `stop`: of a join, its pieces there."""
     if start >= stop:
         return
     if (start, stop) == (0, value.meta["val"].shape[dim]):
@@ -236,7 +241,7 @@ def _kept(node: fx.Node, value: fx.Node, dim: int, start: int, stop: int) -> Ite
             shape = piece.meta["val"].shape
             length = shape[dim] if len(shape) == value.meta["val"].dim() else 0
             first, last = max(start - offset, 0), min(stop - offset, length)
-            yield from _kept(node, piece, dim, first, last)
+            yield from _remaining(node, piece, dim, first, last)
             offset += length
     else:
         yield call(node, aten.slice.Tensor, value, dim, start, stop)

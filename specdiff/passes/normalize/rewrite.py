@@ -1,4 +1,4 @@
-"""Rewrite: put nodes of a traced graph in the place of others that have the same value."""
+"""Rewrite: replace nodes of a traced graph by others with the same value."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from specdiff.passes.rules.registry import operand_at, shape_of
 from specdiff.passes.rules.shape import VIEWS
 
 aten = torch.ops.aten
-# these ask how their operand is stored, so it must stay the one it is
+# these depend on how their operand is stored, so it must not be replaced
 STORAGE_BOUND = (aten.view_as_complex.default, aten.view.dtype)
 
 
 def collapse_views(graph: fx.Graph) -> set[fx.Node]:
-    """Make a view of a view one view, and none where it has the shape of what is viewed.
+    """Replace a view of a view by one view, or by the base itself if it has the same shape.
 
-    So axes that were merged and split again are found again. Returns the values that took the place
-    of values stored in another order.
+    Axes that were merged and split again are thereby the same axes again. Returns the new values
+    whose strides differ from those of the values that they replace.
     """
     moved: set[fx.Node] = set()
     for node in list(graph.nodes):
@@ -38,14 +38,14 @@ def collapse_views(graph: fx.Graph) -> set[fx.Node]:
 
 
 def reshaped(before: fx.Node, value: fx.Node, shape: Sequence[int]) -> fx.Node:
-    """`value` in this shape: itself if it has it, else a new node before `before`."""
+    """`value` in this shape: the value itself, or a new node before `before`."""
     if shape_of(value) == tuple(shape):
         return value
     return call(before, aten.reshape.default, value, list(shape))
 
 
 def call(before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-    """A new node with a value and the provenance of the one it comes before."""
+    """A new node before `before`, evaluated, with the provenance of `before`."""
     with before.graph.inserting_before(before):
         node = before.graph.call_function(target, args, kwargs)
     node.meta.update({key: before.meta[key] for key in PROVENANCE if key in before.meta})
@@ -60,7 +60,7 @@ def _evaluate(node: fx.Node, mode: Any) -> None:
 
 
 def replace(old: fx.Node, new: fx.Node) -> set[fx.Node]:
-    """Use `new` for `old`; returns it if it is stored in another order."""
+    """Use `new` instead of `old`; return {new} if its strides differ, else nothing."""
     moved = new.meta["val"].stride() != old.meta["val"].stride()
     old.replace_all_uses_with(new)
     old.graph.erase_node(old)
@@ -68,7 +68,7 @@ def replace(old: fx.Node, new: fx.Node) -> set[fx.Node]:
 
 
 def refresh(graph: fx.Graph, moved: set[fx.Node]) -> None:
-    """Evaluate again what is computed from moved values; a view of them may have to copy."""
+    """Evaluate again what depends on `moved`: strides follow, and some views become reshapes."""
     modes = [torch_adapter.fake_mode_of(node.meta["val"]) for node in moved]
     for node in graph.nodes:
         if node.op != "call_function" or moved.isdisjoint(node.all_input_nodes):

@@ -1,8 +1,11 @@
-"""Specialise: a Dynamo graph with symbolic sizes, for calls of one shape.
+"""Specialise: turn a Dynamo graph with symbolic sizes into one for calls of one shape.
 
-Dynamo keeps its one symbolic graph and adds no guard; the compiler sees a static one a shape. Under
-dynamic shapes Dynamo also passes Python floats, even constants such as the epsilon of a norm, as
-float64 tensors on the CPU of which the graph takes `item()`: here they become constants again.
+Dynamo keeps its one symbolic graph and adds no guard; the passes see a static graph for each shape.
+Under dynamic shapes Dynamo also passes Python floats, even constants such as the epsilon of a norm,
+as float64 tensors on the CPU whose `item()` the graph takes. They become constants again:
+
+    before                                 after
+    norm(x, eps.item())                    norm(x, 1e-06)
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Transfer rules by op family. Importing this package registers all of them."""
+"""Transfer rules by op family; importing this package registers all of them."""
 
 from specdiff.passes.rules import attention, elementwise, linear, products, shape, spatial, writes
 from specdiff.passes.rules.registry import Facts, Link, Part, facts_of

@@ -57,23 +57,23 @@ class Attention:
 
 
 def reads(user: fx.Node, node: fx.Node) -> bool:
-    """Whether `user` is an attention whose keys or values `node` holds."""
+    """Whether `user` is an attention with `node` as its key or value."""
     return user.target is ATTENTION and node in (Attention.of(user).key, Attention.of(user).value)
 
 
 @transfer(ATTENTION)
 def attention(node: fx.Node) -> Facts:
     """Output rows are query rows; batch and head axes come from the query."""
-    found = Attention.of(node)
+    query, key, value = (operand_at(node, position) for position in range(3))
     rank = rank_of(node)
     out = shape_of(node)
     links = []
-    # a query may be broadcast over samples, and the heads of a grouped one outnumber its key's
-    for operand, kept in ((found.query, rank - 1), (found.key, rank - 2), (found.value, rank - 2)):
+    # sizes differ where a query is broadcast over samples, and where query heads share a key head
+    for operand, leading in ((query, rank - 1), (key, rank - 2), (value, rank - 2)):
         if rank_of(operand) == rank:
             links += [
                 Link(axis, operand, axis)
-                for axis in range(kept)
+                for axis in range(leading)
                 if shape_of(operand)[axis] == out[axis]
             ]
     return Facts(tuple(links))

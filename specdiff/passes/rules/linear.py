@@ -1,4 +1,4 @@
-"""Ops that mix channels or reduce them, and leave the other axes alone."""
+"""Ops that mix or reduce channels and leave the other axes alone."""
 
 from __future__ import annotations
 
@@ -40,24 +40,26 @@ def softmax(node: fx.Node) -> Facts:
 
 @transfer(aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default)
 def reduction(node: fx.Node) -> Facts:
-    """All axes but the reduced ones, which stay as size one or vanish."""
+    """All axes but the reduced ones; those get size one or vanish."""
     operand = operand_at(node, 0)
     rank = rank_of(operand)
     dims = argument(node, 1, "dim") or list(range(rank))
     dims = {axis_index(d, rank) for d in ([dims] if isinstance(dims, int) else dims)}
-    kept = [axis for axis in range(rank) if axis not in dims]
+    unreduced = [axis for axis in range(rank) if axis not in dims]
     keepdim = argument(node, 2, "keepdim", False)
-    return Facts(tuple(Link(axis if keepdim else i, operand, axis) for i, axis in enumerate(kept)))
+    return Facts(
+        tuple(Link(axis if keepdim else i, operand, axis) for i, axis in enumerate(unreduced))
+    )
 
 
 @transfer(aten.embedding.default)
 def embedding(node: fx.Node) -> Facts:
-    """A row of the table for each index: the axes of the indices."""
+    """The axes of the indices; each index picks a row of the table."""
     indices = operand_at(node, 1)
     return Facts(tuple(Link(axis, indices, axis) for axis in range(rank_of(indices))))
 
 
 @transfer(aten.index_select.default, aten.argsort.default, aten.glu.default)
 def along_one_axis(node: fx.Node) -> Facts:
-    """All axes but the one that is looked along."""
+    """All axes but the one that the op works along."""
     return same_axes(node, operand_at(node, 0), skip=(argument(node, 1, "dim", -1),))

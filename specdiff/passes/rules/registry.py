@@ -1,7 +1,7 @@
-"""The registry of transfer rules: which output axis of an op *is* which input axis.
+"""The registry of transfer rules: which output axis of an op is the same as which input axis.
 
-Two axes are "the same" when they index the same tokens in the same order and position i of the
-output depends, along that axis, on position i of the input alone. An op without a rule is mixing.
+Two axes are the same if they index the same tokens in the same order and position i of the output
+depends, along that axis, on position i of the input alone. An op without a rule mixes all axes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Axis = tuple[fx.Node, int]
 
 @dataclass(frozen=True)
 class Link:
-    """Axis `out_axis` of a node is axis `in_axis` of `operand`, in one of its occurrences."""
+    """Axis `out_axis` of a node is axis `in_axis` of (one occurrence of) `operand`."""
 
     out_axis: int
     operand: fx.Node
@@ -44,14 +44,14 @@ class Facts:
     parts: tuple[Part, ...] = ()
 
 
-Rule = Callable[[fx.Node], Facts]
-_RULES: dict[Any, Rule] = {}
+TransferRule = Callable[[fx.Node], Facts]
+_RULES: dict[Any, TransferRule] = {}
 
 
-def transfer(*targets: Any) -> Callable[[Rule], Rule]:
+def transfer(*targets: Any) -> Callable[[TransferRule], TransferRule]:
     """Register a rule for these op overloads."""
 
-    def register(rule: Rule) -> Rule:
+    def register(rule: TransferRule) -> TransferRule:
         for target in targets:
             if target in _RULES:
                 raise ValueError(f"two rules for {target}")
@@ -61,8 +61,8 @@ def transfer(*targets: Any) -> Callable[[Rule], Rule]:
     return register
 
 
-def rule_for(node: fx.Node) -> Rule | None:
-    """The rule of this node's op; pointwise ops share one by their tag."""
+def rule_for(node: fx.Node) -> TransferRule | None:
+    """The rule of a node's op; all ops tagged pointwise share one."""
     rule = _RULES.get(node.target)
     if rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
         rule = _RULES[torch.Tag.pointwise]
@@ -70,7 +70,7 @@ def rule_for(node: fx.Node) -> Rule | None:
 
 
 def facts_of(node: fx.Node) -> Facts:
-    """The facts of one node; none for an op without a rule."""
+    """The facts of one node; empty for an op without a rule."""
     if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
         return Facts()
     rule = rule_for(node)
@@ -100,12 +100,12 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
 
 
 def start_of(node: fx.Node, position: int, size: int) -> int:
-    """Where a slice of an axis of this size begins, counted from the front; `start` is given so."""
+    """Where a slice begins on an axis of this size; a negative `start` counts from the end."""
     return slice(argument(node, position, "start"), None).indices(size)[0]
 
 
 def operand_at(node: fx.Node, position: int) -> fx.Node:
-    """The operand at `position`, which the op's schema says is one tensor."""
+    """The operand at `position`, which by the op's schema is one tensor."""
     value = node.args[position]
     if not isinstance(value, fx.Node):
         raise PassError(f"{node.name}: argument {position} is no tensor")
@@ -113,7 +113,7 @@ def operand_at(node: fx.Node, position: int) -> fx.Node:
 
 
 def operands_at(node: fx.Node, position: int) -> list[fx.Node]:
-    """The operands at `position`, which the op's schema says is a list of tensors."""
+    """The operands at `position`, which by the op's schema is a list of tensors."""
     value = node.args[position]
     if not isinstance(value, list | tuple):
         raise PassError(f"{node.name}: argument {position} is no list")
@@ -121,10 +121,10 @@ def operands_at(node: fx.Node, position: int) -> list[fx.Node]:
 
 
 def operands(node: fx.Node) -> list[fx.Node]:
-    """The operands of a node in the order of its arguments, as often as they occur."""
-    found: list[fx.Node] = []
-    fx.map_arg((node.args, node.kwargs), found.append)
-    return found
+    """The operands of a node in the order of its arguments; repeated ones are repeated."""
+    nodes: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), nodes.append)
+    return nodes
 
 
 def is_tensor(value: Any) -> TypeGuard[fx.Node]:
@@ -133,14 +133,14 @@ def is_tensor(value: Any) -> TypeGuard[fx.Node]:
 
 
 def same_axes(node: fx.Node, operand: fx.Node, skip: tuple[int, ...] = ()) -> Facts:
-    """Every axis of `node` is the same axis of `operand`, save those in `skip`."""
+    """Every axis of `node` is the same axis of `operand`, except those in `skip`."""
     rank = rank_of(node)
     skipped = {axis_index(axis, rank) for axis in skip}
     return Facts(tuple(Link(axis, operand, axis) for axis in range(rank) if axis not in skipped))
 
 
 def broadcast_links(node: fx.Node, operand: fx.Node, trailing: int = 0) -> list[Link]:
-    """Axes of `operand`, aligned from the right, that keep their size; its last ones left out."""
+    """Links of axes aligned from the right that keep their size, without the last `trailing`."""
     out, shape = shape_of(node), shape_of(operand)
     shift = len(out) - len(shape)
     return [

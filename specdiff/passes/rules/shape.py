@@ -35,7 +35,7 @@ VIEWS = (
 
 
 def aligned_axes(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Pairs (old axis, new axis) that a row-major reshape leaves unmixed.
+    """Pairs (old axis, new axis) that a row-major reshape does not mix with others.
 
     Axes that are merged or split belong to no pair; a size of one pairs only with a size of one.
     """
@@ -66,7 +66,7 @@ def _skip_mixed(old: Sequence[int], new: Sequence[int], i: int, j: int) -> tuple
 
 @transfer(*VIEWS)
 def view(node: fx.Node) -> Facts:
-    """Axes whose factor is not mixed with another."""
+    """Axes that are neither merged nor split."""
     operand = operand_at(node, 0)
     if 0 in shape_of(node):
         return Facts()
@@ -103,7 +103,7 @@ def unsqueeze(node: fx.Node) -> Facts:
 
 @transfer(aten.squeeze.dim, aten.select.int)
 def drop_axis(node: fx.Node) -> Facts:
-    """One axis vanishes; nothing of a squeeze that changes nothing, which `normalize` drops."""
+    """One axis vanishes. No facts for a squeeze without effect: `normalize` removes those."""
     operand = operand_at(node, 0)
     if rank_of(node) == rank_of(operand):
         return Facts()
@@ -128,7 +128,7 @@ def repeat_interleave(node: fx.Node) -> Facts:
 
 @transfer(aten.slice.Tensor)
 def slice_(node: fx.Node) -> Facts:
-    """The sliced axis is a part; the others are the same."""
+    """The sliced axis is a part; the other axes are the same."""
     operand = operand_at(node, 0)
     dim = axis_index(argument(node, 1, "dim", 0), rank_of(node))
     if shape_of(node) == shape_of(operand):
@@ -142,7 +142,7 @@ def slice_(node: fx.Node) -> Facts:
 
 @transfer(aten.cat.default)
 def cat(node: fx.Node) -> Facts:
-    """Operands are parts along the joined axis, and the same along the others."""
+    """Operands are parts along the joined axis; the other axes are the same."""
     operands = operands_at(node, 0)
     dim = axis_index(argument(node, 1, "dim", 0), rank_of(node))
     links: list[Link] = []
@@ -172,7 +172,7 @@ def stack(node: fx.Node) -> Facts:
 
 @transfer(aten.view_as_complex.default, aten.view_as_real.default)
 def complex_pair(node: fx.Node) -> Facts:
-    """All axes but the pair of real and imaginary part."""
+    """All axes but the one that holds real and imaginary part."""
     operand = operand_at(node, 0)
-    kept = min(rank_of(node), rank_of(operand))
-    return Facts(tuple(Link(axis, operand, axis) for axis in range(kept)))
+    shared = min(rank_of(node), rank_of(operand))
+    return Facts(tuple(Link(axis, operand, axis) for axis in range(shared)))

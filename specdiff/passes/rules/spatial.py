@@ -1,11 +1,11 @@
-"""Ops over neighbourhoods: convolution, pooling, padding, shifts. They mix what they move over."""
+"""Ops over neighbourhoods: convolution, pooling, padding, shifts. They mix spatial axes."""
 
 from __future__ import annotations
 
 import torch
 from torch import fx
 
-from specdiff.passes.graph.listing import name_of
+from specdiff.passes.graph.python_file import op_name
 from specdiff.passes.rules.registry import (
     Facts,
     Link,
@@ -42,7 +42,7 @@ SHUFFLES = (aten.pixel_shuffle.default, aten.pixel_unshuffle.default)
     aten.conv_transpose3d.input,
 )
 def convolution(node: fx.Node) -> Facts:
-    """Only the samples, where there are any: an unbatched input has no axis for them."""
+    """The batch axis alone; an unbatched input has none."""
     operand, weight = operand_at(node, 0), operand_at(node, 1)
     if rank_of(operand) != rank_of(weight):
         return Facts()
@@ -55,7 +55,7 @@ def convolution(node: fx.Node) -> Facts:
     *SHUFFLES,
 )
 def channels_mixed(node: fx.Node) -> Facts:
-    """Only the samples, where there are any: pixels of an unbatched input have no axis for them."""
+    """The batch axis alone; an unbatched input has none."""
     operand = operand_at(node, 0)
     if node.target in SHUFFLES and rank_of(operand) != 4:
         return Facts()
@@ -77,9 +77,9 @@ def channels_mixed(node: fx.Node) -> Facts:
     aten.avg_pool3d.default,
 )
 def resampled(node: fx.Node) -> Facts:
-    """Samples and channels, where there are both: an unbatched input has no samples."""
+    """Batch axis and channels; no facts for an unbatched input."""
     operand = operand_at(node, 0)
-    spatial = next(n for n in (1, 2, 3) if f"{n}d" in name_of(node.target))
+    spatial = next(n for n in (1, 2, 3) if f"{n}d" in op_name(node.target))
     if rank_of(operand) != spatial + 2:
         return Facts()
     return Facts((Link(0, operand, 0), Link(1, operand, 1)))
@@ -93,7 +93,7 @@ def accumulated(node: fx.Node) -> Facts:
 
 @transfer(aten.roll.default, aten.flip.default)
 def moved(node: fx.Node) -> Facts:
-    """All axes but those along which positions change."""
+    """All axes but those along which values move."""
     dims = argument(node, 2 if node.target is aten.roll.default else 1, "dims", ())
     if not dims:
         return Facts()  # a roll without axes runs over all of them
@@ -102,7 +102,7 @@ def moved(node: fx.Node) -> Facts:
 
 @transfer(aten.constant_pad_nd.default, aten.pad.default)
 def pad(node: fx.Node) -> Facts:
-    """Axes that are not padded; one that only grows has the operand as a part."""
+    """Axes that are not padded; of an axis that only grows the operand is a part."""
     operand, amounts = operand_at(node, 0), argument(node, 1, "pad")
     rank = rank_of(node)
     padded = {rank - 1 - i // 2: amounts[i] for i in range(0, len(amounts), 2)}

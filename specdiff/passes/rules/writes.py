@@ -1,4 +1,4 @@
-"""What functionalization and `normalize` leave of in-place writes: allocations, strided slices."""
+"""In-place writes, as functionalization and `normalize` leave them: allocations, scatters."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ aten = torch.ops.aten
     aten.full_like.default,
 )
 def allocation_like(node: fx.Node) -> Facts:
-    """As many positions along every axis as the operand has; its values are not read."""
+    """All axes: they have the operand's sizes, and its values are not read."""
     return same_axes(node, operand_at(node, 0))
 
 
 @transfer(aten.slice_scatter.default)
 def slice_scatter(node: fx.Node) -> Facts:
-    """Every axis but the one written in part: in steps, for `normalize` joins all other writes."""
+    """All axes but the one written with a stride; `normalize` rewrites all other writes."""
     destination, source = operand_at(node, 0), operand_at(node, 1)
     dim = axis_index(argument(node, 2, "dim", 0), rank_of(node))
     written = [Link(a, source, a) for a in range(rank_of(node)) if a != dim]
-    kept = same_axes(node, destination, skip=(dim,))
-    return Facts((*kept.links, *written))
+    unwritten = same_axes(node, destination, skip=(dim,))
+    return Facts((*unwritten.links, *written))
 
 
 @transfer(aten.select_scatter.default)
 def select_scatter(node: fx.Node) -> Facts:
-    """The destination's axes but the one written in part, which the source lacks."""
+    """All axes of the destination but the one written in part; the source lacks that one."""
     destination, source = operand_at(node, 0), operand_at(node, 1)
     dim = axis_index(argument(node, 2, "dim"), rank_of(node))
     written = [Link(a + (a >= dim), source, a) for a in range(rank_of(source))]

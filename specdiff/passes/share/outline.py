@@ -1,8 +1,15 @@
-"""Share: blocks that repeat in an emitted program become calls of one graph, compiled once.
+"""Outline: repeated blocks of an emitted program become calls of one graph, compiled once.
 
-A call is PyTorch's `invoke_subgraph`, what `torch.compiler.nested_compile_region` makes: Inductor
-writes the code of the graph once, as a function of its operands, and its writes to operands stay
-in place. Weights, caches and whatever else differs from copy to copy are operands.
+A call is PyTorch's `invoke_subgraph`, as `torch.compiler.nested_compile_region` makes it: Inductor
+writes code for the graph once, as a function of its operands, and keeps its writes to operands in
+place. Weights, caches and all else that differs from copy to copy are operands.
+
+    before                                   after
+    h1 = linear(x,  w1);  y1 = gelu(h1)      y1 = call(shared_0, x,  w1)
+    h2 = linear(y1, w2);  y2 = gelu(h2)      y2 = call(shared_0, y1, w2)
+    h3 = linear(y2, w3);  y3 = gelu(h3)      y3 = call(shared_0, y2, w3)
+
+                                             shared_0(x, w): return gelu(linear(x, w))
 """
 
 from __future__ import annotations
@@ -38,34 +45,34 @@ class Shared:
     """In one copy."""
 
     def __str__(self) -> str:
-        """For logs."""
+        """One line for logs."""
         return f"{self.copies} copies of {self.nodes} nodes share one graph, {self.name}"
 
 
 def share_repeats(program: fx.GraphModule, call: Any) -> tuple[fx.GraphModule, list[Shared]]:
-    """The program with its repeats called by `call`, and what is shared; itself if nothing is."""
+    """The program with its repeats as calls by `call`, and what is shared; unchanged if nothing."""
     graph, values = fx.Graph(), dict[fx.Node, Any]()
     graph.output(graph.graph_copy(program.graph, values))
-    shared = fx.GraphModule(program, graph)  # takes along the constants that the graph names
+    shared = fx.GraphModule(program, graph)  # copies the constants that the graph names
     shared.meta = dict(program.meta)
-    found: list[Shared] = []
+    outlined: list[Shared] = []
     for copies in find_repeats(shared.graph):
         body = settled(copies)
         if body and len(body[0]) >= FEWEST_NODES:
-            name = f"shared_{len(found)}"
+            name = f"shared_{len(outlined)}"
             outline(shared, name, lift_starts(shared, name, body), call)
-            found.append(Shared(name, len(body), len(body[0])))
-    if not found:
+            outlined.append(Shared(name, len(body), len(body[0])))
+    if not outlined:
         return program, []
     shared.graph.lint()
     shared.recompile()
-    return shared, found
+    return shared, outlined
 
 
 def settled(copies: Sequence[Copy]) -> list[Copy]:
-    """The copies without views that only others use, or none if a call would lose an alias.
+    """The copies without views that only outside nodes use; none if a call would lose an alias.
 
-    What a call returns is memory of its own: neither that of an operand nor of another result.
+    What a call returns has memory of its own, which no operand and no other result may share.
     """
     copies = [*copies]
     while leaving := {i for i in results(copies) if all(sinks(copy, i) for copy in copies)}:
@@ -76,15 +83,15 @@ def settled(copies: Sequence[Copy]) -> list[Copy]:
 
 def results(copies: Sequence[Copy]) -> list[int]:
     """Which values of a copy are used outside it, in any copy."""
-    found: set[int] = set()
+    used_outside: set[int] = set()
     for copy in copies:
         inside = set(copy)
-        found.update(i for i, node in enumerate(copy) if not inside.issuperset(node.users))
-    return sorted(found)
+        used_outside.update(i for i, node in enumerate(copy) if not inside.issuperset(node.users))
+    return sorted(used_outside)
 
 
 def sinks(copy: Copy, index: int) -> bool:
-    """Whether a value is a view of another of the copy and used only outside it."""
+    """Whether a value is a view of another value of the copy and only used outside."""
     node = copy[index]
     memory = memory_of(node)
     if memory is None or not set(copy).isdisjoint(node.users):
@@ -94,9 +101,10 @@ def sinks(copy: Copy, index: int) -> bool:
 
 
 def is_self_contained(copy: Copy, returned: Sequence[int]) -> bool:
-    """Whether results and written operands of a copy alias nothing else that crosses its border.
+    """Whether a copy can become a call without losing an alias.
 
-    Nor may anything outside read what a copy writes: Inductor does not see that a call writes.
+    Its results and the operands that it writes to must not share memory with each other or with
+    other operands. Nothing outside may read what it writes: Inductor does not see that calls write.
     """
     inside, inputs = set(copy), inputs_of(copy)
     given = [memory_of(node) for node in inputs]
@@ -115,31 +123,31 @@ def is_write(node: fx.Node) -> bool:
 
 
 def memory_of(node: fx.Node) -> int | None:
-    """What values that alias one another have in common; None for what is no tensor."""
+    """An identifier of a tensor's memory, the same for aliases; None if it is no tensor."""
     value = node.meta.get("val")
     return torch_adapter.storage_of(value) if isinstance(value, Tensor) else None
 
 
 def inputs_of(copy: Copy) -> list[fx.Node]:
-    """Values from outside, each once."""
+    """Values from outside that a copy reads, each once."""
     inside = set(copy)
     return [o for o in dict.fromkeys(o for n in copy for o in operands(n)) if o not in inside]
 
 
 def lift_starts(module: fx.GraphModule, name: str, copies: Sequence[Copy]) -> list[Copy]:
-    """Where a copy takes every so many rows, let the first one come from a table of all copies."""
+    """Make the start of a strided slice an operand, where copies differ in nothing else."""
     positions = [i for i, node in enumerate(copies[0]) if starts_anywhere(node)]
     for index in reversed(positions):
         starts = [start_of(copy[index], 2, sliced_size(copy[index])) for copy in copies]
         if len(set(starts)) > 1:
             device = copies[0][index].meta["val"].device
-            told = start_nodes(module, f"{name}_starts_{index}", starts, device)
-            copies = [lifted(copy, index, start) for copy, start in zip(copies, told, strict=True)]
+            given = start_nodes(module, f"{name}_starts_{index}", starts, device)
+            copies = [lifted(copy, index, start) for copy, start in zip(copies, given, strict=True)]
     return [*copies]
 
 
 def sliced_size(node: fx.Node) -> int:
-    """Rows that a slice takes its own from."""
+    """Size of the axis that a slice cuts."""
     dim: int = argument(node, 1, "dim", 0)
     return shape_of(operand_at(node, 0))[dim]
 
@@ -147,7 +155,7 @@ def sliced_size(node: fx.Node) -> int:
 def start_nodes(
     module: fx.GraphModule, name: str, starts: Sequence[int], device: torch.device
 ) -> list[fx.Node]:
-    """int64 [1] for each of `starts`, out of one constant in which each is aligned."""
+    """A node int64 [1] for each of `starts`, cut from one constant in which each is aligned."""
     every = ALIGNMENT // torch.int64.itemsize
     table = torch.tensor(starts, device=device).repeat_interleave(every)
     module.register_buffer(name, table)
@@ -160,7 +168,7 @@ def start_nodes(
 
 
 def lifted(copy: Copy, index: int, start: fx.Node) -> Copy:
-    """A copy in which node `index` takes its rows from `start` on."""
+    """The copy with strided slice `index` replaced by one that begins at the value `start`."""
     node = copy[index]
     value, axis, step = node.args[0], node.args[1], argument(node, 4, "step", 1)
     count, device = node.meta["val"].shape[axis], node.meta["val"].device
@@ -175,7 +183,7 @@ def lifted(copy: Copy, index: int, start: fx.Node) -> Copy:
 
 
 def outline(module: fx.GraphModule, name: str, copies: Sequence[Copy], call: Any) -> None:
-    """Put a call of one graph, kept as `name`, in the place of each copy."""
+    """Replace each copy by a call of one graph, stored as `name`."""
     returned = results(copies)
     body, slots = as_graph(copies, returned)
     setattr(module, name, fx.GraphModule(module, body))
@@ -201,7 +209,7 @@ def outline(module: fx.GraphModule, name: str, copies: Sequence[Copy], call: Any
 def as_graph(
     copies: Sequence[Copy], returned: Sequence[int]
 ) -> tuple[fx.Graph, list[tuple[int, int]]]:
-    """The graph of every copy, and for each of its inputs which operand of which node it is."""
+    """The graph of all copies, and for each of its inputs (i, k): it is operand k of node i."""
     graph, inside, inputs = fx.Graph(), dict[fx.Node, fx.Node](), dict[Copy, fx.Node]()
     places = []
     for i, k, slot in operand_slots(copies):
@@ -217,20 +225,20 @@ def as_graph(
 
 
 def in_turn(nodes: Sequence[fx.Node]) -> Callable[[fx.Node], fx.Node]:
-    """Operands by position: what is one value in this copy may be two in another."""
+    """A mapping of operands by position: one value in this copy may be two in another."""
     pending = iter(nodes)
     return lambda _: next(pending)
 
 
 def operand_slots(copies: Sequence[Copy]) -> Iterator[tuple[int, int, Copy]]:
-    """For node i, its operand k: what stands there in every copy."""
+    """(i, k, operand k of node i in each copy), for all i and k."""
     for i, nodes in enumerate(zip(*copies, strict=True)):
         for k, slot in enumerate(zip(*map(operands, nodes), strict=True)):
             yield i, k, slot
 
 
 def after(copy: Copy) -> Iterator[fx.Node]:
-    """What stands between the nodes of a copy and is made of them."""
+    """Nodes between those of a copy that depend on them."""
     inside, made = set(copy), set(copy)
     node = copy[0]
     while node is not copy[-1]:

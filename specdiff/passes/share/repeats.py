@@ -1,9 +1,12 @@
-"""Repeats: stretches of a program that do the same work on other operands, such as its blocks.
+"""Repeats: find blocks of a program that do the same work on other operands.
 
 Two nodes are alike if they have the same op, the same constants, and operands and results of the
-same shapes, strides, dtypes and devices. Blocks that follow one another are a stretch of nodes in
-which each is alike the one a period later. The first block often holds more, namely what all
-blocks use; up to where it does not, it stays as it is.
+same shapes, strides, dtypes and devices. Blocks that follow one another form a stretch of nodes in
+which each node is alike the one a period later:
+
+    a b c | d e f g | d e f g | d e f g | h      a stretch of 12 nodes with period 4
+
+The first block often holds more, such as values that all blocks use; these nodes stay outside.
 """
 
 from __future__ import annotations
@@ -16,27 +19,27 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from specdiff.passes.plan.residuals import PROJECTIONS
 from specdiff.passes.rules.attention import ATTENTION
 from specdiff.passes.rules.registry import argument, operands
+from specdiff.passes.select.residuals import PROJECTIONS
 
 aten = torch.ops.aten
 FEWEST_COPIES = 3
 FEWEST_NODES = 16
-"""In one copy: less is not worth a call of its own."""
+"""Least number of nodes in one copy: fewer are not worth a call."""
 PERIODS = 64
-"""Candidates for the length of a block that are tried, the likeliest."""
+"""Number of likeliest block lengths that are tried."""
 ALIGNMENT = 16
-"""Bytes; code made for an operand that begins at a multiple of it may rely on that."""
+"""Bytes; code for an operand that begins at a multiple of this may rely on it."""
 MATRIX = (*PROJECTIONS, ATTENTION, aten.matmul.default, aten.bmm.default, aten.addmm.default)
-"""Ops whose operands and results are in memory in any case: no fusion is lost at their border."""
+"""Ops whose operands and results are in memory anyway: a border beside one costs no fusion."""
 
 Copy = tuple[fx.Node, ...]
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """`length` nodes from `start` on, each alike the one `period` later if that is among them."""
+    """`length` nodes from `start` on; each is alike the one `period` later, if that is inside."""
 
     start: int
     length: int
@@ -49,39 +52,45 @@ class Stretch:
 
 
 def find_repeats(graph: fx.Graph) -> list[tuple[Copy, ...]]:
-    """Alike copies, in graph order; no node is in two of them."""
+    """Groups of alike copies, in graph order; no node is in two of them."""
     nodes = [node for node in graph.nodes if node.op == "call_function"]
     keys = interned([alike(node) for node in nodes])
-    found, free = [], [True] * len(nodes)
+    repeats, free = [], [True] * len(nodes)
     while (stretch := longest(keys, free)) is not None:
         copies = split(nodes, stretch)
         free[stretch.start : stretch.start + stretch.length] = [False] * stretch.length
         if len(copies) >= FEWEST_COPIES:
-            found.append(copies)
-    return found
+            repeats.append(copies)
+    return repeats
 
 
 def interned(values: Sequence[Hashable]) -> list[int]:
-    """The same numbers for equal values."""
+    """A number for each value, the same for equal values."""
     numbers: dict[Hashable, int] = {}
     return [numbers.setdefault(value, len(numbers)) for value in values]
 
 
 def alike(node: fx.Node) -> Hashable:
-    """What nodes have in common that are alike."""
+    """A key that is equal for nodes that are alike."""
     anywhere = starts_anywhere(node)
     args = node.args[:2] if anywhere else node.args
     step = argument(node, 4, "step", 1) if anywhere else None
-    return node.target, _frozen(args), _frozen(node.kwargs), step, described(node.meta.get("val"))
+    return (
+        node.target,
+        _hashable(args),
+        _hashable(node.kwargs),
+        step,
+        described(node.meta.get("val")),
+    )
 
 
 def starts_anywhere(node: fx.Node) -> bool:
-    """Whether a node takes every so many rows: from which one on may be told from outside."""
+    """Whether a node is a strided slice: its start may become an operand."""
     return node.target is aten.slice.Tensor and argument(node, 4, "step", 1) != 1
 
 
 def described(value: Any) -> Hashable:
-    """Whatever code compiled for one value may rely on in another."""
+    """What compiled code may rely on in a value."""
     if isinstance(value, Tensor):
         aligned = value.storage_offset() * value.element_size() % ALIGNMENT == 0
         return (value.dtype, tuple(value.shape), value.stride(), value.device, aligned)
@@ -90,19 +99,19 @@ def described(value: Any) -> Hashable:
     return str(type(value))
 
 
-def _frozen(value: Any) -> Hashable:
+def _hashable(value: Any) -> Hashable:
     if isinstance(value, fx.Node):
         return described(value.meta.get("val"))
     if isinstance(value, list | tuple):
-        return tuple(_frozen(part) for part in value)
+        return tuple(_hashable(part) for part in value)
     if isinstance(value, dict):
-        return tuple((name, _frozen(value[name])) for name in sorted(value))
+        return tuple((name, _hashable(value[name])) for name in sorted(value))
     # 1, 1.0 and True are equal to Python but not to an op's dtype
     return type(value), str(value)
 
 
 def longest(keys: Sequence[int], free: Sequence[bool]) -> Stretch | None:
-    """The stretch that saves most, of the shortest period that does."""
+    """The stretch that saves most nodes; of several, the one with the shortest period."""
     best = None
     for period in sorted(likely_periods(keys, free)):
         for stretch in stretches(keys, free, period):
@@ -112,7 +121,7 @@ def longest(keys: Sequence[int], free: Sequence[bool]) -> Stretch | None:
 
 
 def likely_periods(keys: Sequence[int], free: Sequence[bool]) -> list[int]:
-    """Distances between neighbours that are alike, the most frequent ones."""
+    """The most frequent distances from a node to the next one that is alike."""
     last: dict[int, int] = {}
     distances: Counter[int] = Counter()
     for i, key in enumerate(keys):
@@ -123,7 +132,7 @@ def likely_periods(keys: Sequence[int], free: Sequence[bool]) -> list[int]:
 
 
 def stretches(keys: Sequence[int], free: Sequence[bool], period: int) -> Iterator[Stretch]:
-    """All stretches of one period that hold two copies or more."""
+    """All stretches of one period with at least two copies."""
     start = 0
     for i in range(len(keys) - period + 1):
         inside = i + period < len(keys) and free[i] and free[i + period]
@@ -144,10 +153,22 @@ def split(nodes: Sequence[fx.Node], stretch: Stretch) -> tuple[Copy, ...]:
 
 
 def cheapest_cut(nodes: Sequence[fx.Node], stretch: Stretch) -> int:
-    """Where in a period a border separates least that could be fused, measured in the second copy.
+    """Offset in a period at which a border between copies costs least.
 
-    What an op could be fused with is of the same depth in matrix products: in front of one, its
-    operand is in memory anyway.
+    A border costs the bytes of values that cross it and could have been fused with their users. A
+    matrix product reads and writes memory anyway, so a value can be fused only with users between
+    the same products: those of the same depth. Ties go to the border that fewest bytes cross.
+
+    An example of period 4, costs taken in the second copy; each value has 1 byte, y' is the last y:
+
+        node, depth      n = norm(y'), 1   q = linear(n), 2   h = gelu(q), 2   y = h + y', 2
+        lost before it   1  (y' to n)      0                  0                1  (h to y)
+        crossing         1  (y')           2  (y', n)         2  (y', q)       2  (y', h)
+
+    The cut goes before q.
+
+    Returns:
+        How many nodes of the stretch come before the first copy.
     """
     depth = matrix_depths(nodes)
     position = {node: i for i, node in enumerate(nodes)}
@@ -165,13 +186,13 @@ def cheapest_cut(nodes: Sequence[fx.Node], stretch: Stretch) -> int:
 
 
 def bytes_of(node: fx.Node) -> int:
-    """Memory of a value."""
+    """Bytes of a value."""
     value = node.meta.get("val")
     return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
 
 
 def matrix_depths(nodes: Sequence[fx.Node]) -> dict[fx.Node, int]:
-    """Of each node, the most matrix products on a way to it."""
+    """For each node, the largest number of matrix products on a path to it, itself included."""
     depth: dict[fx.Node, int] = {}
     for node in nodes:
         before = max((depth.get(operand, 0) for operand in node.all_input_nodes), default=0)
@@ -180,6 +201,6 @@ def matrix_depths(nodes: Sequence[fx.Node]) -> dict[fx.Node, int]:
 
 
 def wiring(copy: Copy) -> list[list[int | None]]:
-    """For each node, which nodes of the copy its operands are; None: one from outside."""
+    """For each node, the positions of its operands in the copy; None for one from outside."""
     index = {node: i for i, node in enumerate(copy)}
     return [[index.get(operand) for operand in operands(node)] for node in copy]

@@ -10,7 +10,7 @@ from torch import fx, nn
 from specdiff.passes.emit.importance import even_stride
 from specdiff.passes.emit.rows import emit_selective
 from specdiff.passes.emit.whole import emit_block_probe, emit_dense, emit_probe
-from specdiff.passes.emit.without_text import emit_frozen
+from specdiff.passes.emit.without_text import emit_without_text
 from tests.models import flux
 from tests.oracles import trace
 from tests.passes.checks import importance_of
@@ -34,15 +34,15 @@ def analysis(**sizes):
 def test_a_selective_step_samples_as_small_a_share_as_a_dense_one():
     found = analysis(rows=24, columns=28, text=8)
     # every eleventh of 680: an even stride would meet the same columns again and again
-    assert sampled(emit_dense(found.module, found.plan, 68)) == {61}
+    assert sampled(emit_dense(found.module, found.selection, 68)) == {61}
     # 332 image tokens and the text: half of all
-    assert sampled(emit_selective(found.module, found.plan, 68, 332)) == {30}
+    assert sampled(emit_selective(found.module, found.selection, 68, 332)) == {30}
 
 
 @pytest.mark.parametrize(("sample", "rows"), [(128, 5), (24, 5), (2, 1)])
 def test_a_few_rows_are_sampled_anyway(sample, rows):
     found = analysis(rows=12, columns=14, text=12)
-    assert sampled(emit_frozen(found.module, found.plan, sample, 5)) == {rows}
+    assert sampled(emit_without_text(found.module, found.selection, sample, 5)) == {rows}
 
 
 def softmaxes(program: fx.GraphModule) -> int:
@@ -52,10 +52,10 @@ def softmaxes(program: fx.GraphModule) -> int:
 def test_importance_that_nobody_reads_is_not_measured():
     """Of a plan that selects no tokens, and of selective steps that are not to measure it."""
     found = analysis(rows=4, columns=6, text=8)
-    assert softmaxes(emit_dense(found.module, found.plan, 8)) == 2
-    selective = (emit_selective, 0, 5), (emit_frozen, 0, 5)
+    assert softmaxes(emit_dense(found.module, found.selection, 8)) == 2
+    selective = (emit_selective, 0, 5), (emit_without_text, 0, 5)
     for emit, *wanted in ((emit_probe,), (emit_block_probe,), *selective):
-        program = emit(found.module, found.plan, *wanted)
+        program = emit(found.module, found.selection, *wanted)
         assert softmaxes(program) == 0
         # nor does it compute anything else that the model does not
         products = program.graph.find_nodes(op="call_function", target=aten.matmul.default)

@@ -48,7 +48,7 @@ def run(found: Traced, programs: LoweredPrograms, name: str) -> Any:
             return programs.probe(flat)
         if name == "dense":
             return programs.dense(flat, caches)
-        return programs.selective(flat, caches, active, text=name != "frozen")
+        return programs.selective(flat, caches, active, text=name != "textless")
 
 
 def inductor_code(found: Traced, name: str, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -81,11 +81,11 @@ def executed(code: str) -> str:
 
 def smallest_cache(found: Traced) -> int:
     """Elements of the smallest that is updated in place."""
-    count = len(found.analysis.plan.cached)
+    count = len(found.analysis.selection.cached)
     return min(prod(slot.shape) for slot in found.analysis.signature.caches[:count])
 
 
-@pytest.mark.parametrize("name", ["selective", "frozen"])
+@pytest.mark.parametrize("name", ["selective", "textless"])
 def test_selective_program_allocates_nothing_of_a_caches_size(wide, name, monkeypatch):
     code = inductor_code(wide, name, monkeypatch)
     smallest = smallest_cache(wide)
@@ -147,13 +147,13 @@ def test_dense_program_needs_no_memory_of_its_own_for_each_cache(build):
 
 def test_tables_are_neither_made_nor_gathered_block_by_block(monkeypatch):
     """Whatever the number of blocks: one gather a rotary table, and no cosine."""
-    monkeypatch.setattr("specdiff.passes.plan.invariant.LEAST", 0)
+    monkeypatch.setattr("specdiff.passes.select.invariant.LEAST", 0)
     gathered = []
     for layers in (1, 2):
         model, inputs = flux(layers=layers, single_layers=layers)
         with torch.no_grad(), small_tables():
             found = trace(model, inputs).analysis
-        graph = emit_selective(found.module, found.plan, 8, ACTIVE).graph
+        graph = emit_selective(found.module, found.selection, 8, ACTIVE).graph
         gathered.append(len(graph.find_nodes(op="call_function", target=aten.index.Tensor)))
         for function in (aten.cos.default, aten.sin.default):
             assert not graph.find_nodes(op="call_function", target=function)
@@ -161,7 +161,7 @@ def test_tables_are_neither_made_nor_gathered_block_by_block(monkeypatch):
     assert gathered == [3, 3]
 
 
-@pytest.mark.parametrize("name", ["probe", "dense", "selective", "frozen"])
+@pytest.mark.parametrize("name", ["probe", "dense", "selective", "textless"])
 def test_parameters_and_caches_are_static_inputs(wide, name, monkeypatch):
     compile_fx = torch_adapter.compile_fx
     seen: list[tuple[list[Any], set[int]]] = []
@@ -184,7 +184,7 @@ def test_parameters_and_caches_are_static_inputs(wide, name, monkeypatch):
     [(placeholders, static)] = seen
     assert len(signature.indices("parameter")) > 40
     caches = 0 if name == "probe" else len(signature.caches)
-    assert len(placeholders) == len(signature.inputs) + caches + (name in ("selective", "frozen"))
+    assert len(placeholders) == len(signature.inputs) + caches + (name in ("selective", "textless"))
     assert static == expected
     for node in placeholders:
         assert all(isinstance(size, int) for size in node.meta["val"].shape)

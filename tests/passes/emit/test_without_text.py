@@ -10,10 +10,10 @@ from torch import nn
 from specdiff.errors import Unsupported
 from specdiff.passes.emit.rows import emit_selective
 from specdiff.passes.emit.whole import emit_dense
-from specdiff.passes.emit.without_text import emit_frozen, joins_text
+from specdiff.passes.emit.without_text import emit_without_text, joins_text
 from tests.models import changed, flux, randomize, sd3
 from tests.oracles import trace
-from tests.passes.checks import check_oracles, frozen_text
+from tests.passes.checks import check_oracles, without_text
 from tests.passes.toys import CHANNELS, TEXT, TOKENS, Toy, toy, toy_inputs
 
 aten = torch.ops.aten
@@ -42,9 +42,9 @@ def linears(module):
 def test_no_text_is_computed(build):
     model, inputs = build(layers=1, batch=1)
     found = trace(model, inputs, changed(inputs)).analysis
-    arguments = (found.module, found.plan, 8)
+    arguments = (found.module, found.selection, 8)
     text = inputs["encoder_hidden_states"].shape[1]
-    with_text, without = emit_selective(*arguments, COUNT), emit_frozen(*arguments, COUNT)
+    with_text, without = emit_selective(*arguments, COUNT), emit_without_text(*arguments, COUNT)
     assert set(row_counts(with_text)) == {COUNT + text}
     assert set(row_counts(without)) == {COUNT}
     # embedding, modulation and stream of the text are gone
@@ -57,10 +57,10 @@ def test_no_text_is_computed(build):
 def test_a_model_without_text_has_nothing_to_leave_out():
     model, inputs = toy(lambda t, x: x, text=False)
     found = trace(model, inputs, changed(inputs))
-    assert not joins_text(found.analysis.plan)
+    assert not joins_text(found.analysis.selection)
     programs = found.programs()
-    assert not frozen_text(found, programs)
-    assert not any(name.startswith("frozen") for name in programs.compile_seconds)
+    assert not without_text(found, programs)
+    assert not any(name.startswith("textless") for name in programs.compile_seconds)
 
 
 class Pooled(Toy):
@@ -92,9 +92,9 @@ def test_text_that_is_read_otherwise_is_always_computed(model, caplog):
     built, inputs = randomize(model(lambda t, x: x)), toy_inputs()
     found = trace(built, inputs, changed(inputs))
     with pytest.raises(Unsupported, match="otherwise than by attention"):
-        emit_frozen(found.analysis.module, found.analysis.plan, 8, COUNT)
+        emit_without_text(found.analysis.module, found.analysis.selection, 8, COUNT)
     programs = found.programs()
-    assert not frozen_text(found, programs)
+    assert not without_text(found, programs)
     assert "text_steps='dense' has no effect" in caplog.text
     # and what runs instead is right
     check_oracles(built, (inputs, changed(inputs)), found)
@@ -110,7 +110,7 @@ def test_text_of_one_sample_for_all():
 
     built, inputs = randomize(Broadcast(lambda t, x: x)), toy_inputs()
     found = trace(built, inputs, changed(inputs))
-    assert frozen_text(found, found.programs(), rtol=1e-5, atol=1e-5)
+    assert without_text(found, found.programs(), rtol=1e-5, atol=1e-5)
 
 
 def test_joint_rows_in_a_middle():
@@ -133,7 +133,7 @@ def test_joint_rows_in_a_middle():
     built, inputs = randomize(Joint()), toy_inputs()
     found = trace(built, inputs, changed(inputs))
     check_oracles(built, (inputs, changed(inputs)), found)
-    assert frozen_text(found, found.programs(), rtol=1e-5, atol=1e-5)
+    assert without_text(found, found.programs(), rtol=1e-5, atol=1e-5)
 
 
 def test_a_joint_table_cut_where_no_attention_is():
@@ -153,4 +153,4 @@ def test_a_joint_table_cut_where_no_attention_is():
     built, inputs = randomize(Tabled(lambda t, x: x)), toy_inputs()
     found = trace(built, inputs, changed(inputs))
     check_oracles(built, (inputs, changed(inputs)), found)
-    assert frozen_text(found, found.programs(), rtol=1e-5, atol=1e-5)
+    assert without_text(found, found.programs(), rtol=1e-5, atol=1e-5)

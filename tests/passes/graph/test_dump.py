@@ -31,7 +31,7 @@ PASSES = [
     "00_dynamo",
     "01_normalize",
     "02_axes",
-    "03_selective",
+    "03_select",
     "04_timetable",
     "05_invariant",
     "06_regions",
@@ -140,7 +140,7 @@ def test_the_head_says_where_code_comes_from(dumped):
         step = name.split("_", 1)[1]
         assert head.startswith(f'"""{step}: ') and " nodes; " in head
     assert "segments of tokens: s0 of 42, s1 of 4" in heads["02_axes"]
-    assert "42 prunable tokens" in heads["03_selective"]
+    assert "42 prunable tokens" in heads["03_select"]
     program = (folder / "09_program_selective_21_measured.py").read_text().split("\n", 1)[0]
     assert "index_put_" in program
 
@@ -150,16 +150,16 @@ def test_notes_stand_above_what_they_are_about(dumped):
     index = next(i for i, line in enumerate(lines) if " linear: " in f" {line.strip()}")
     assert lines[index - 3 : index] == [
         "    # axes: [B, s0, 32]",
-        "    # selective: rows",
+        "    # select: rows",
         "    # regions: 0 embed x_embedder",
     ]
 
 
 def test_differences_between_neighbours_are_what_a_pass_added(dumped):
-    text = (dumped[0] / "03_selective.diff").read_text()
+    text = (dumped[0] / "03_select.diff").read_text()
     added = [line[1:] for line in text.splitlines() if line.startswith("+") and "+++" not in line]
-    assert text.startswith("--- 02_axes.py\n+++ 03_selective.py\n")
-    assert all(line.startswith(("    # selective: ", '"""selective: ')) for line in added)
+    assert text.startswith("--- 02_axes.py\n+++ 03_select.py\n")
+    assert all(line.startswith(("    # select: ", '"""select: ')) for line in added)
     assert len(added) > 100
 
 
@@ -219,7 +219,7 @@ def test_a_fault_in_a_trace_stops_nothing(caplog, monkeypatch):
     def broken(*_: Any) -> str:
         raise RuntimeError("no such name")
 
-    monkeypatch.setattr(pipeline, "listing", broken)
+    monkeypatch.setattr(pipeline, "to_python", broken)
     monkeypatch.setattr(torch_adapter, "traces_artifacts", lambda: True)
     monkeypatch.setattr(torch_adapter, "trace_artifact", lambda name, text: None)
     model, inputs = flux(1, 0, rows=4, columns=5, batch=1)

@@ -310,14 +310,14 @@ def test_the_tokens_of_written_attention_are_prunable(form):
     model, inputs = handwritten(form), toy_inputs()
     later = changed(inputs)
     found = trace(model, inputs, later)
-    plan = found.analysis.plan
-    assert plan.tokens == TOKENS
-    attentions = [n for n in plan.axes.graph.nodes if n.target is ATTENTION]
+    selection = found.analysis.selection
+    assert selection.tokens == TOKENS
+    attentions = [n for n in selection.axes.graph.nodes if n.target is ATTENTION]
     assert len(attentions) == 2
     # queries are rows: no attention is a mixing op, and nothing but keys and values is kept
-    assert all(plan.is_token_wise(node) for node in attentions)
+    assert all(selection.is_token_wise(node) for node in attentions)
     read = {o for n in attentions for o in (Attention.of(n).key, Attention.of(n).value)}
-    assert set(plan.cached) <= read
+    assert set(selection.cached) <= read
     check_oracles(model, (inputs, later), found)
 
 

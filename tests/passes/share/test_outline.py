@@ -20,7 +20,7 @@ from specdiff.options import Options
 from specdiff.oracles.checks import random_active
 from specdiff.passes.emit.rows import emit_selective
 from specdiff.passes.emit.whole import emit_dense, emit_probe
-from specdiff.passes.emit.without_text import emit_frozen
+from specdiff.passes.emit.without_text import emit_without_text
 from specdiff.passes.share.outline import Shared, share_repeats
 from specdiff.passes.share.repeats import find_repeats
 from tests.models import changed, flux, sd3
@@ -29,7 +29,7 @@ from tests.oracles import Traced, small_tables, trace
 aten = torch.ops.aten
 ACTIVE, SAMPLE = 5, 16
 """The sample is smaller than the attentions, so that each block samples rows of its own."""
-PROGRAMS = ("dense", "selective", "unmeasured", "frozen")
+PROGRAMS = ("dense", "selective", "unmeasured", "textless")
 """Unmeasured: selective without importance."""
 
 
@@ -56,13 +56,13 @@ def unequal_blocks() -> Traced:
 
 
 def emitted(found: Traced, name: str) -> fx.GraphModule:
-    module, plan = found.analysis.module, found.analysis.plan
+    module, selection = found.analysis.module, found.analysis.selection
     if name == "probe":
-        return emit_probe(module, plan)
+        return emit_probe(module, selection)
     if name == "dense":
-        return emit_dense(module, plan, SAMPLE)
-    emit = emit_frozen if name == "frozen" else emit_selective
-    return emit(module, plan, 0 if name == "unmeasured" else SAMPLE, ACTIVE)
+        return emit_dense(module, selection, SAMPLE)
+    emit = emit_without_text if name == "textless" else emit_selective
+    return emit(module, selection, 0 if name == "unmeasured" else SAMPLE, ACTIVE)
 
 
 def values_of(found: Traced, name: str) -> list[Any]:
@@ -75,7 +75,7 @@ def values_of(found: Traced, name: str) -> list[Any]:
     if name == "probe":
         return list(found.flat[1])
     active = random_active(signature.batch, signature.lengths, ACTIVE)
-    row = [torch.tensor([3])] if found.analysis.plan.tabulated else []
+    row = [torch.tensor([3])] if found.analysis.selection.tabulated else []
     return [*found.flat[1], *caches, *([] if name == "dense" else [active, *row])]
 
 
@@ -111,7 +111,7 @@ def test_nearly_all_blocks_of_a_kind_are_shared(flux_of_blocks, sd3_of_blocks, n
     """A border lies inside a block, where it costs least: one block of a kind is not whole."""
     assert sorted(s.copies for s in shared(emitted(flux_of_blocks, name))[1]) == [3, 4]
     # the last block of SD3 computes no text, and no block does in the frozen program
-    expected = 5 if name == "frozen" else 4
+    expected = 5 if name == "textless" else 4
     assert [s.copies for s in shared(emitted(sd3_of_blocks, name))[1]] == [expected]
 
 
@@ -168,8 +168,11 @@ def uses(code: str, name: str) -> list[str]:
 def test_inductor_copies_no_cache(flux_of_blocks, name, monkeypatch):
     found = flux_of_blocks
     code = code_of(found, name, monkeypatch)
-    tables = 0 if name == "frozen" else 2
-    first, count = len(found.analysis.signature.inputs) + tables, len(found.analysis.plan.cached)
+    tables = 0 if name == "textless" else 2
+    first, count = (
+        len(found.analysis.signature.inputs) + tables,
+        len(found.analysis.selection.cached),
+    )
     written = 0
     bodies, main = code.split("def call(")[0], executed(code)
     for function, given in re.findall(r"(\w+)_args = \[(.*)\]", main):

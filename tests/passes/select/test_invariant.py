@@ -11,10 +11,10 @@ from specdiff.passes.base import PassError
 from specdiff.passes.emit.rows import emit_selective
 from specdiff.passes.emit.whole import emit_dense
 from specdiff.passes.graph.dependence import descendants
-from specdiff.passes.plan.cost import CostModel
-from specdiff.passes.plan.input_roles import VaryingInputs
-from specdiff.passes.plan.invariant import InvariantPass
-from specdiff.passes.plan.signature import varying_inputs
+from specdiff.passes.select.cost import CostModel
+from specdiff.passes.select.input_roles import VaryingInputs
+from specdiff.passes.select.invariant import InvariantPass
+from specdiff.passes.select.signature import varying_inputs
 from tests.models import changed, flux, randomize, sd3
 from tests.oracles import small_tables, trace
 from tests.passes.checks import check_oracles
@@ -27,19 +27,19 @@ COUNT = 5
 @pytest.fixture(autouse=True)
 def _any_size(monkeypatch):
     """Whatever pays in a large model is kept in a small one."""
-    monkeypatch.setattr("specdiff.passes.plan.invariant.LEAST", 200 * 16)
+    monkeypatch.setattr("specdiff.passes.select.invariant.LEAST", 200 * 16)
     with torch.no_grad():
         yield
 
 
 def kept(found):
     """Target and shape of every value that is kept."""
-    plan = found.analysis.plan
-    return [(str(n.target), tuple(n.meta["val"].shape)) for n in plan.fixed]
+    selection = found.analysis.selection
+    return [(str(n.target), tuple(n.meta["val"].shape)) for n in selection.fixed]
 
 
 def count(found, emit, target, *arguments):
-    module = emit(found.analysis.module, found.analysis.plan, 8, *arguments)
+    module = emit(found.analysis.module, found.analysis.selection, 8, *arguments)
     return len(module.graph.find_nodes(op="call_function", target=target))
 
 
@@ -65,26 +65,28 @@ def test_what_depends_on_time_is_never_kept():
     for build in (flux, sd3):
         model, inputs = build(batch=1)
         analysis = trace(model, inputs).analysis
-        states = [spec.role == "parameter" for spec in analysis.signature.inputs]
-        varying = varying_inputs(analysis.plan, states, None)
+        is_state = [spec.role == "parameter" for spec in analysis.signature.inputs]
+        varying = varying_inputs(analysis.selection, is_state, None)
         names = {str(node.meta["source"]) for node in varying.all}
         assert any("timestep" in name for name in names)
         assert any("hidden_states" in name for name in names)
         assert not any("encoder" in name or "pooled" in name for name in names)
-        changing = descendants(analysis.plan.axes.graph, varying.all)
-        assert analysis.plan.fixed
-        assert changing.isdisjoint(analysis.plan.fixed)
+        changing = descendants(analysis.selection.axes.graph, varying.all)
+        assert analysis.selection.fixed
+        assert changing.isdisjoint(analysis.selection.fixed)
 
 
 def test_a_value_that_varies_is_seen_by_the_verifier():
     model, inputs = flux(batch=1)
     analysis = trace(model, inputs).analysis
-    step = InvariantPass(lambda plan: VaryingInputs(None, (), ()))  # nothing varies, it is told
-    wrong = step.apply(analysis.plan)
-    states = [spec.role == "parameter" for spec in analysis.signature.inputs]
-    honest = InvariantPass(lambda plan: varying_inputs(plan, states, None))
+    step = InvariantPass(
+        lambda selection: VaryingInputs(None, (), ())
+    )  # nothing varies, it is told
+    wrong = step.apply(analysis.selection)
+    is_state = [spec.role == "parameter" for spec in analysis.signature.inputs]
+    honest = InvariantPass(lambda selection: varying_inputs(selection, is_state, None))
     with pytest.raises(PassError, match="changes from step to step"):
-        honest.verify(analysis.plan, wrong)
+        honest.verify(analysis.selection, wrong)
 
 
 class Cross(Toy):
@@ -109,8 +111,8 @@ class Timed(Cross):
 
 def test_keys_and_values_of_text_are_kept(monkeypatch):
     # the toy is eight wide: a linear of it does little for the bytes that it makes
-    monkeypatch.setattr("specdiff.passes.plan.invariant.WORTH", 1.0)
-    monkeypatch.setattr("specdiff.passes.plan.invariant.LEAST", 0)
+    monkeypatch.setattr("specdiff.passes.select.invariant.WORTH", 1.0)
+    monkeypatch.setattr("specdiff.passes.select.invariant.LEAST", 0)
     model, inputs = randomize(Cross(lambda t, x: x)), toy_inputs()
     found = trace(model, inputs, changed(inputs))
     assert [name for name, _ in kept(found)] == ["aten.linear.default"] * 2
@@ -140,13 +142,18 @@ def test_kept_values_are_caches():
     """Allocated, counted and bounded as those are; selective steps no longer compute them."""
     model, inputs = flux(text=40, batch=1)
     analysis = trace(model, inputs).analysis
-    signature, plan = analysis.signature, analysis.plan
-    assert len(signature.caches) == len(plan.cached) + len(plan.fixed) + len(plan.tabulated)
-    cost = CostModel(plan)
-    assert cost.sizes.evaluate(cost.caches([*plan.cached, *plan.known])) == signature.cache_bytes
-    linear = next(n for n in plan.fixed if n.target is aten.linear.default)
-    assert cost.sizes.evaluate(cost.selective([linear]).flops) == 0
-    assert cost.sizes.evaluate(cost.dense([linear]).flops) > 0
+    signature, selection = analysis.signature, analysis.selection
+    assert len(signature.caches) == len(selection.cached) + len(selection.fixed) + len(
+        selection.tabulated
+    )
+    cost = CostModel(selection)
+    assert (
+        cost.sizes.evaluate(cost.caches([*selection.cached, *selection.known]))
+        == signature.cache_bytes
+    )
+    linear = next(n for n in selection.fixed if n.target is aten.linear.default)
+    assert cost.sizes.evaluate(cost.selective_work([linear]).flops) == 0
+    assert cost.sizes.evaluate(cost.dense_work([linear]).flops) > 0
 
 
 def test_another_prompt_is_read_anew():

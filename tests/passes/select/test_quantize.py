@@ -13,12 +13,12 @@ from specdiff.oracles.checks import all_active, coded, idempotence, random_activ
 from specdiff.passes.emit.rows import emit_selective
 from specdiff.passes.emit.whole import emit_dense
 from specdiff.passes.graph.writer import GraphWriter
-from specdiff.passes.plan.cache_layout import decode, encode, largest_code
-from specdiff.passes.plan.cost import CostModel, Sizes
-from specdiff.passes.plan.quantize import QuantizePass, quantized, uncoded
+from specdiff.passes.select.cache_layout import decode, encode, largest_code
+from specdiff.passes.select.cost import CostModel, Sizes
+from specdiff.passes.select.quantize import QuantizePass, quantized, uncoded
 from tests.models import ZOO, Inputs, changed, flux, randomize, sd3
 from tests.oracles import Traced, trace
-from tests.passes.checks import frozen_text, masked_dense
+from tests.passes.checks import masked_dense, without_text
 from tests.passes.toys import Toy, toy_inputs
 
 aten = torch.ops.aten
@@ -69,9 +69,12 @@ def precise(request) -> tuple[nn.Module, Inputs, Traced]:
 
 @pytest.mark.parametrize("code", [None, *CODES])
 def test_formula_is_signature_is_what_is_allocated(found, code):
-    plan, signature = found.coded(code).analysis.plan, found.coded(code).analysis.signature
-    cost = CostModel(plan)
-    formula = cost.caches((*plan.cached, *plan.known))
+    selection, signature = (
+        found.coded(code).analysis.selection,
+        found.coded(code).analysis.signature,
+    )
+    cost = CostModel(selection)
+    formula = cost.caches((*selection.cached, *selection.known))
     assert cost.sizes.evaluate(formula) == signature.cache_bytes
     allocated = [slot.allocate() for slot in signature.caches]
     assert sum(cache.untyped_storage().nbytes() for cache in allocated) == signature.cache_bytes
@@ -87,9 +90,9 @@ def test_formula_is_signature_is_what_is_allocated(found, code):
 )
 def test_the_formula_of_one_trace_holds_at_other_sizes(build, other, code):
     here, there = (trace(*build(**sizes)).coded(code).analysis for sizes in ({}, other))
-    formula = CostModel(here.plan).caches((*here.plan.cached, *here.plan.known))
-    assert Sizes.of(here.plan) != Sizes.of(there.plan)
-    assert Sizes.of(there.plan).evaluate(formula) == there.signature.cache_bytes
+    formula = CostModel(here.selection).caches((*here.selection.cached, *here.selection.known))
+    assert Sizes.of(here.selection) != Sizes.of(there.selection)
+    assert Sizes.of(there.selection).evaluate(formula) == there.signature.cache_bytes
 
 
 def test_bytes_of_flux_by_hand():
@@ -106,8 +109,8 @@ def test_bytes_of_flux_by_hand():
 
 
 def test_without_a_code_nothing_changes(found):
-    assert quantized(found.analysis.plan, None) is found.analysis.plan
-    assert not found.analysis.plan.codes
+    assert quantized(found.analysis.selection, None) is found.analysis.selection
+    assert not found.analysis.selection.codes
     shapes = [slot.dtype for slot in found.analysis.signature.caches]
     assert not set(shapes).intersection(CODES)
 
@@ -116,10 +119,10 @@ def test_without_a_code_nothing_changes(found):
 def test_oracle_2_is_exact(precise, code):
     """Stale rows are those that codes and scales tell, with text and without."""
     coded_found = precise[2].coded(code)
-    assert coded_found.analysis.plan.codes.keys() == set(coded_found.analysis.plan.cached)
+    assert coded_found.analysis.selection.codes.keys() == set(coded_found.analysis.selection.cached)
     programs = coded_found.programs()
     masked_dense(coded_found, programs, **EXACT)
-    assert frozen_text(coded_found, programs, **EXACT)
+    assert without_text(coded_found, programs, **EXACT)
 
 
 @pytest.mark.parametrize(("code", "bound"), [(torch.int8, 0.02), (torch.float8_e4m3fn, 0.2)])
@@ -201,21 +204,23 @@ class Neighbours(Toy):
 
 def test_what_attention_does_not_read_stays_in_the_models_dtype():
     found = trace(randomize(Neighbours(lambda t, x: x)), toy_inputs())
-    plan = quantized(found.analysis.plan, torch.int8)
-    reasons = uncoded(plan, torch.int8)
+    selection = quantized(found.analysis.selection, torch.int8)
+    reasons = uncoded(selection, torch.int8)
     assert set(reasons.values()) == {"it is not the key or value of attentions alone"}
-    assert set(reasons) == set(plan.cached) - set(plan.codes)
-    assert len(reasons) == 1 and len(plan.codes) == 4
-    summary = QuantizePass(torch.int8).summary(plan)
+    assert set(reasons) == set(selection.cached) - set(selection.codes)
+    assert len(reasons) == 1 and len(selection.codes) == 4
+    summary = QuantizePass(torch.int8).summary(selection)
     assert summary.startswith("4 of 5 caches as torch.int8; 1 as they are: it is not the key")
 
 
 def test_heads_too_narrow_for_a_scale():
     """Four channels in bfloat16 are eight bytes, as are their codes and a scale."""
     found = trace(*narrow(torch.bfloat16))
-    plan = quantized(found.analysis.plan, torch.int8)
-    assert not plan.codes
-    assert set(uncoded(plan, torch.int8).values()) == {"codes and scales would take as much memory"}
+    selection = quantized(found.analysis.selection, torch.int8)
+    assert not selection.codes
+    assert set(uncoded(selection, torch.int8).values()) == {
+        "codes and scales would take as much memory"
+    }
     assert found.coded(torch.int8).analysis.signature == found.analysis.signature
 
 
@@ -229,9 +234,9 @@ def narrow(dtype: torch.dtype) -> tuple[nn.Module, Inputs]:
 
 
 def test_devices_without_float8(monkeypatch):
-    found = trace(*flux()).analysis.plan
+    found = trace(*flux()).analysis.selection
     monkeypatch.setattr(
-        "specdiff.passes.plan.quantize._unsupported", lambda device, code: "too old"
+        "specdiff.passes.select.quantize._unsupported", lambda device, code: "too old"
     )
     assert set(uncoded(found, torch.float8_e4m3fn).values()) == {"too old"}
     assert quantized(found, torch.float8_e4m3fn).codes == {}
@@ -242,15 +247,15 @@ def test_the_option_reaches_the_plan():
     seen = []
 
     def backend(module, values):
-        states = pipeline.module_states(module, values)
+        is_state = pipeline.module_states(module, values)
         for name in (None, *KV_CACHE_DTYPES):
             options = Options(kv_cache_dtype=name)
             traced = pipeline.trace(module, values, options, verify=True)
-            seen.append(pipeline.analyse(traced, states, options))
+            seen.append(pipeline.analyse(traced, is_state, options))
         return module.forward
 
     torch.compile(model, backend=backend, fullgraph=True, dynamic=False)(**inputs)
-    assert [set(a.plan.codes.values()) for a in seen] == [set(), *({code} for code in CODES)]
+    assert [set(a.selection.codes.values()) for a in seen] == [set(), *({code} for code in CODES)]
     # off, the pass is not even run
     assert ["quantize" in [r.name for r in a.records] for a in seen] == [False, True, True]
 
@@ -260,16 +265,16 @@ def test_the_option_reaches_the_plan():
 
 def test_only_active_rows_are_coded_by_a_selective_step():
     plain = trace(*flux()).analysis
-    plan = quantized(plain.plan, torch.int8)
-    graph = emit_selective(plain.module, plan, 8, 5).graph
+    selection = quantized(plain.selection, torch.int8)
+    graph = emit_selective(plain.module, selection, 8, 5).graph
     rounded = graph.find_nodes(op="call_function", target=aten.round.default)
-    assert len(rounded) == len(plan.codes)
+    assert len(rounded) == len(selection.codes)
     assert {n.meta["val"].shape[1] for n in rounded} == {5 + 4}
-    every = emit_dense(plain.module, plan, 8).graph
+    every = emit_dense(plain.module, selection, 8).graph
     written = every.find_nodes(op="call_function", target=aten.copy_.default)
-    assert len(written) == 2 * len(plan.codes)
+    assert len(written) == 2 * len(selection.codes)
     # a dense step attends to the values themselves: nothing of it reads a code
     static = [n for n in every.find_nodes(op="placeholder") if n.meta.get("static")]
-    assert len(static) == 2 * len(plan.codes)
+    assert len(static) == 2 * len(selection.codes)
     for node in static:
         assert {user.target for user in node.users} == {aten.copy_.default}

@@ -1,9 +1,8 @@
 """Regions: the attention and MLP subgraphs of a model, found from the graph alone.
 
-Between the attentions and the residual additions lie token-wise connected components. A component
-that feeds or drains an attention belongs to that attention's region; one with an activation between
-linears is an MLP; what holds no tokens is modulation, or a table (of positions) if nothing in it is
-learned. Regions carry their cost (`passes.plan.cost`).
+Without its residual additions a graph falls into connected pieces, the regions. A region with an
+attention is an attention; one with an activation is an MLP; one without tokens is a modulation, or
+a table (of positions) if nothing in it is learned. A region knows its cost (`select.cost`).
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ import torch
 from torch import fx
 
 from specdiff.passes.base import Pass, PassError
-from specdiff.passes.plan.cost import NOTHING, CostModel, Work
-from specdiff.passes.plan.residuals import PROJECTIONS, residual_additions
-from specdiff.passes.plan.selective_plan import SelectivePlan
-from specdiff.passes.plan.signature import module_path
 from specdiff.passes.rules.attention import ATTENTION
 from specdiff.passes.rules.registry import is_tensor
 from specdiff.passes.rules.spatial import CONVOLUTIONS
+from specdiff.passes.select.cost import NOTHING, CostModel, Work
+from specdiff.passes.select.residuals import PROJECTIONS, residual_additions
+from specdiff.passes.select.selection import Selection
+from specdiff.passes.select.signature import module_path
 
 aten = torch.ops.aten
 ACTIVATIONS = (
@@ -45,39 +44,39 @@ class Region:
     kind: str
     """attention, mlp, attention+mlp, modulation, table, embed, head or other."""
     path: str
-    """Common module path of its nodes."""
+    """Module path that its nodes share."""
     nodes: tuple[fx.Node, ...]
     cost: CostModel = field(repr=False)
-    """Counts when it is asked: a compilation does not need to know."""
+    """Counts on demand: a compilation does not need the numbers."""
 
     @cached_property
-    def dense(self) -> Work:
-        """What a dense step takes, in B, N and T."""
-        return self.cost.dense(self.nodes)
+    def dense_work(self) -> Work:
+        """Cost of a dense step, in B, N and T."""
+        return self.cost.dense_work(self.nodes)
 
     @cached_property
-    def selective(self) -> Work:
-        """What a selective step takes, in B, N, K and T."""
-        return self.cost.selective(self.nodes)
+    def selective_work(self) -> Work:
+        """Cost of a selective step, in B, N, K and T."""
+        return self.cost.selective_work(self.nodes)
 
     @cached_property
     def cache_bytes(self) -> sympy.Expr:
-        """Bytes of what is kept of it between steps, in B, N and T."""
+        """Bytes that it stores between steps, in B, N and T."""
         return self.cost.caches(self.nodes)
 
     @property
     def shrinks(self) -> bool:
         """Whether a selective step computes less of it than a dense one."""
-        return bool(self.selective.flops != self.dense.flops)
+        return bool(self.selective_work.flops != self.dense_work.flops)
 
 
-class RegionsPass(Pass[SelectivePlan, tuple[Region, ...]]):
-    """Groups the nodes of a plan into regions, in graph order."""
+class RegionsPass(Pass[Selection, tuple[Region, ...]]):
+    """Groups the nodes of a graph into regions, in graph order."""
 
     name = "regions"
 
-    def apply(self, value: SelectivePlan) -> tuple[Region, ...]:
-        """Connected components between attentions and residual additions."""
+    def apply(self, value: Selection) -> tuple[Region, ...]:
+        """Remove residual additions, then take connected components."""
         graph = value.axes.graph
         order = {node: i for i, node in enumerate(graph.nodes)}
         links: networkx.Graph[fx.Node] = networkx.Graph()
@@ -90,7 +89,7 @@ class RegionsPass(Pass[SelectivePlan, tuple[Region, ...]]):
         for node in computed:
             for operand in node.all_input_nodes:
                 both = node in links and operand in links
-                within = operand not in starts  # an embedding ends where the trunk begins
+                within = operand not in starts  # an embedding ends where the blocks begin
                 if both and within and (node in tokens) == (operand in tokens):
                     links.add_edge(operand, node)
         connected = networkx.connected_components(links)
@@ -99,12 +98,12 @@ class RegionsPass(Pass[SelectivePlan, tuple[Region, ...]]):
         cost = CostModel(value)
         return tuple(_region(cost, tuple(c), _kind(value, c, tokens)) for c in components)
 
-    def verify(self, value: SelectivePlan, result: tuple[Region, ...]) -> None:
-        """Every attention lies in exactly one region."""
-        found = [n for region in result for n in region.nodes]
-        if len(found) != len(set(found)):
+    def verify(self, value: Selection, result: tuple[Region, ...]) -> None:
+        """Check that every attention lies in exactly one region."""
+        members = [n for region in result for n in region.nodes]
+        if len(members) != len(set(members)):
             raise PassError("two regions share a node")
-        missing = {n for n in value.axes.graph.nodes if n.target is ATTENTION} - set(found)
+        missing = {n for n in value.axes.graph.nodes if n.target is ATTENTION} - set(members)
         if missing:
             raise PassError(f"no region holds {', '.join(n.name for n in missing)}")
 
@@ -123,22 +122,22 @@ class RegionsPass(Pass[SelectivePlan, tuple[Region, ...]]):
 
 
 def dense_work(regions: Sequence[Region]) -> Work:
-    """Of all regions, in B, N and T."""
-    return sum((region.dense for region in regions), NOTHING)
+    """Cost of all regions in a dense step, in B, N and T."""
+    return sum((region.dense_work for region in regions), NOTHING)
 
 
 def selective_work(regions: Sequence[Region]) -> Work:
-    """Of all regions, in B, N, K and T."""
-    return sum((region.selective for region in regions), NOTHING)
+    """Cost of all regions in a selective step, in B, N, K and T."""
+    return sum((region.selective_work for region in regions), NOTHING)
 
 
-def _token_streams(plan: SelectivePlan, computed: list[fx.Node]) -> set[fx.Node]:
-    """Values that hold tokens and learned features of them: not masks, nor position tables."""
+def _token_streams(selection: Selection, computed: list[fx.Node]) -> set[fx.Node]:
+    """Values that hold learned features of tokens; masks and position tables do not."""
     learned: set[fx.Node] = set()
     for node in computed:
         if node.target in PROJECTIONS or not learned.isdisjoint(node.all_input_nodes):
             learned.add(node)
-    return {node for node in learned if plan.axes.axes_with(node, *plan.axes.segments)}
+    return {node for node in learned if selection.axes.axes_with(node, *selection.axes.segments)}
 
 
 def _region(cost: CostModel, nodes: tuple[fx.Node, ...], kind: str) -> Region:
@@ -146,18 +145,20 @@ def _region(cost: CostModel, nodes: tuple[fx.Node, ...], kind: str) -> Region:
     return Region(kind, _common_path(paths), nodes, cost)
 
 
-def _kind(plan: SelectivePlan, nodes: Sequence[fx.Node], tokens: set[fx.Node]) -> str:
-    if set(plan.slots) & set(nodes):
+def _kind(selection: Selection, nodes: Sequence[fx.Node], tokens: set[fx.Node]) -> str:
+    if set(selection.slots) & set(nodes):
         return "head"
     if not set(nodes) & tokens:
         if any(n.target in CONVOLUTIONS for n in nodes):
             return "embed"
         return "modulation" if any(n.target in PROJECTIONS for n in nodes) else "table"
-    attention = any(n.target is ATTENTION for n in nodes)
-    mlp = any(n.target in ACTIVATIONS for n in nodes)
-    if attention or mlp:
-        return "+".join(name for name, found in (("attention", attention), ("mlp", mlp)) if found)
-    return "other" if set(nodes) & plan.attention_dependent else "embed"
+    kinds = [
+        *(["attention"] if any(n.target is ATTENTION for n in nodes) else []),
+        *(["mlp"] if any(n.target in ACTIVATIONS for n in nodes) else []),
+    ]
+    if kinds:
+        return "+".join(kinds)
+    return "other" if set(nodes) & selection.attention_dependent else "embed"
 
 
 def _common_path(paths: list[str]) -> str:

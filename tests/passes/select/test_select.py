@@ -277,7 +277,7 @@ def test_a_causal_attention_counts_positions_of_tokens_not_of_rows(batch):
     found = trace(model, inputs, changed(inputs))
     check_oracles(model, (inputs, changed(inputs)), found)
     attention = next(n for n in found.analysis.module.graph.nodes if n.target is ATTENTION)
-    assert found.analysis.plan.is_token_wise(attention)
+    assert found.analysis.selection.is_token_wise(attention)
 
 
 def test_queries_that_may_attend_to_nothing_have_no_importance():
@@ -534,7 +534,9 @@ def test_a_dict_like_output():
 
 def test_a_written_slice_of_tokens_stays_token_wise():
     model, inputs = toy(_written_behind)
-    plan = trace(model, inputs).analysis.plan
-    late = [n for n in plan.whole if n in plan.attention_dependent and plan.carries(n)]
-    assert set(late) <= set(plan.cached)
-    assert not [n for n in plan.axes.graph.nodes if "scatter" in str(n.target)]
+    selection = trace(model, inputs).analysis.selection
+    late = [
+        n for n in selection.whole if n in selection.attention_dependent and selection.carries(n)
+    ]
+    assert set(late) <= set(selection.cached)
+    assert not [n for n in selection.axes.graph.nodes if "scatter" in str(n.target)]

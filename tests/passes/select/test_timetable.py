@@ -14,8 +14,8 @@ from specdiff.errors import Unsupported
 from specdiff.passes.base import PassError
 from specdiff.passes.emit.rows import emit_selective
 from specdiff.passes.emit.whole import emit_dense, emit_timetable, emit_timetable_row
-from specdiff.passes.plan.signature import varying_inputs
-from specdiff.passes.plan.timetable import TimetablePass
+from specdiff.passes.select.signature import varying_inputs
+from specdiff.passes.select.timetable import TimetablePass
 from specdiff.program import TIMES_AT_ONCE
 from tests.models import ZOO, changed, flux, randomize, sd3
 from tests.oracles import small_tables, trace
@@ -40,12 +40,12 @@ def linears(program):
 def test_modulations_are_looked_up_and_nothing_is_left_of_their_making(build):
     model, inputs = build(batch=2)
     found = trace(model, inputs, changed(inputs))
-    module, plan = found.analysis.module, found.analysis.plan
+    module, selection = found.analysis.module, found.analysis.selection
     adaptive = [m for m in model.modules() if type(m).__name__.startswith("AdaLayerNorm")]
-    assert len(plan.tabulated) == len(adaptive)
-    selective = emit_selective(module, plan, 0, COUNT)
+    assert len(selection.tabulated) == len(adaptive)
+    selective = emit_selective(module, selection, 0, COUNT)
     # an embedding of time and one of guidance or pooled text have two linears each
-    gone = len(adaptive) + linears(emit_dense(module, plan, 0)) - linears(selective)
+    gone = len(adaptive) + linears(emit_dense(module, selection, 0)) - linears(selective)
     assert gone >= 2 * len(adaptive) + 4
     check_oracles(model, (inputs, changed(inputs)), found)
 
@@ -63,7 +63,7 @@ def test_every_row_is_that_of_its_time(build, backend):
     model, inputs = build(batch=2)
     found = trace(model, inputs)
     programs, caches = found.programs(backend), caches_of(found)
-    count, index = len(found.analysis.plan.tabulated), found.analysis.signature.time
+    count, index = len(found.analysis.selection.tabulated), found.analysis.signature.time
     calls = [at(found, factor) for factor in (1.0, 0.7, 0.4)]
     programs.tabulate(calls[0], caches, [call[index] for call in calls[1:]])
     tables = [cache.clone() for cache in caches[-count:]]
@@ -95,7 +95,7 @@ def test_a_selective_step_reads_the_row_it_is_told():
 def test_a_dense_step_leaves_tables_alone():
     model, inputs = flux(batch=1)
     found = trace(model, inputs)
-    caches, count = caches_of(found), len(found.analysis.plan.tabulated)
+    caches, count = caches_of(found), len(found.analysis.selection.tabulated)
     found.programs().dense(found.flat[0], caches)
     assert all(cache.isnan().all() for cache in caches[-count:])
     assert all(len(cache) == TIMES_AT_ONCE for cache in caches[-count:])
@@ -126,7 +126,7 @@ def test_what_depends_on_the_latent_is_not_looked_up(more, linears):
     model, inputs = randomize(Shifted(lambda t, x: x)), toy_inputs()
     model.more = more
     found = trace(model, inputs, changed(inputs))
-    targets = [node.target for node in found.analysis.plan.tabulated]
+    targets = [node.target for node in found.analysis.selection.tabulated]
     assert targets.count(aten.linear.default) == linears
     assert (found.analysis.signature.tabulated_from is not None) == bool(linears)
     check_oracles(model, (inputs, changed(inputs)), found)
@@ -142,20 +142,22 @@ def test_tokens_that_time_moves_are_not_looked_up():
 
     model, inputs = randomize(TimedText(lambda t, x: x)), toy_inputs()
     found = trace(model, inputs, changed(inputs))
-    assert not any(node.meta["val"].dim() > 1 for node in found.analysis.plan.tabulated)
+    assert not any(node.meta["val"].dim() > 1 for node in found.analysis.selection.tabulated)
     check_oracles(model, (inputs, changed(inputs)), found)
 
 
 def test_a_value_that_depends_on_more_is_seen_by_the_verifier():
     model, inputs = flux(batch=1)
     analysis = trace(model, inputs).analysis
-    states = [spec.role == "parameter" for spec in analysis.signature.inputs]
-    step = TimetablePass(lambda plan: varying_inputs(plan, states, None), torch_adapter.vectorized)
-    plan = analysis.plan
-    step.verify(plan, plan)
-    moved = dataclasses.replace(plan.timetable, values=(plan.slots[0],))
-    with pytest.raises(PassError, match="more than time moves it"):
-        step.verify(plan, dataclasses.replace(plan, timetable=moved))
+    is_state = [spec.role == "parameter" for spec in analysis.signature.inputs]
+    step = TimetablePass(
+        lambda selection: varying_inputs(selection, is_state, None), torch_adapter.vectorized
+    )
+    selection = analysis.selection
+    step.verify(selection, selection)
+    moved = dataclasses.replace(selection.timetable, values=(selection.slots[0],))
+    with pytest.raises(PassError, match="depends on more than time"):
+        step.verify(selection, dataclasses.replace(selection, timetable=moved))
 
 
 def test_what_cannot_be_vectorized_is_computed_as_ever():
@@ -164,13 +166,13 @@ def test_what_cannot_be_vectorized_is_computed_as_ever():
 
     model, inputs = flux(batch=1)
     analysis = trace(model, inputs).analysis
-    states = [spec.role == "parameter" for spec in analysis.signature.inputs]
-    before = dataclasses.replace(analysis.plan, timetable=None, fixed=())
-    step = TimetablePass(lambda plan: varying_inputs(plan, states, None), refuse)
-    plan = step.apply(before)
-    step.verify(before, plan)
-    assert plan.timetable is None and plan.whole == before.whole
-    assert step.summary(plan).endswith("RuntimeError: vmap: called random operation")
+    is_state = [spec.role == "parameter" for spec in analysis.signature.inputs]
+    before = dataclasses.replace(analysis.selection, timetable=None, fixed=())
+    step = TimetablePass(lambda selection: varying_inputs(selection, is_state, None), refuse)
+    selection = step.apply(before)
+    step.verify(before, selection)
+    assert selection.timetable is None and selection.whole == before.whole
+    assert step.summary(selection).endswith("RuntimeError: vmap: called random operation")
 
 
 def test_what_vmap_refuses_is_a_reason():
@@ -184,10 +186,12 @@ def test_what_vmap_refuses_is_a_reason():
 def test_a_table_serves_all_blocks():
     """PixArt's blocks add what they have learned to one projection of time."""
     case = ZOO["pixart_transformer"]()
-    plan = trace(case.model, case.inputs).analysis.plan
-    projections = [n for n in plan.tabulated if "adaln_single" in str(n.meta["nn_module_stack"])]
+    selection = trace(case.model, case.inputs).analysis.selection
+    projections = [
+        n for n in selection.tabulated if "adaln_single" in str(n.meta["nn_module_stack"])
+    ]
     assert len(projections) == 2  # and the embedding itself, which the head takes
-    assert len(plan.tabulated) == 2
+    assert len(selection.tabulated) == 2
 
 
 @pytest.mark.parametrize(
@@ -195,24 +199,24 @@ def test_a_table_serves_all_blocks():
 )
 def test_tables_take_no_more_memory_than_weights(name, monkeypatch):
     """Of a time for each token, a table would take more than all caches together."""
-    monkeypatch.setattr("specdiff.passes.plan.timetable.MOST", 1.0)
+    monkeypatch.setattr("specdiff.passes.select.timetable.MOST", 1.0)
     case = ZOO[name]()
-    plan = trace(case.model, case.inputs).analysis.plan
+    selection = trace(case.model, case.inputs).analysis.selection
     weights = sum(parameter.nbytes for parameter in case.model.parameters())
-    assert TIMES_AT_ONCE * sum(n.meta["val"].nbytes for n in plan.tabulated) < weights
-    assert bool(plan.tabulated) == (name == "flux_guidance")
+    assert TIMES_AT_ONCE * sum(n.meta["val"].nbytes for n in selection.tabulated) < weights
+    assert bool(selection.tabulated) == (name == "flux_guidance")
 
 
 @pytest.mark.parametrize("emit", [emit_timetable, emit_timetable_row])
 def test_the_programs_of_tables_write_nothing_else(emit):
     model, inputs = flux(batch=1)
     found = trace(model, inputs)
-    program = emit(found.analysis.module, found.analysis.plan)
+    program = emit(found.analysis.module, found.analysis.selection)
     written = []
     for node in program.graph.find_nodes(op="call_function", target=aten.copy_.default):
         table = node.args[0] if emit is emit_timetable else node.args[0].args[0]
         written.append(table.name)
-    assert written == [f"cache_{node.name}" for node in found.analysis.plan.tabulated]
+    assert written == [f"cache_{node.name}" for node in found.analysis.selection.tabulated]
     assert program.graph.output_node().args == ((),)
 
 
@@ -234,6 +238,6 @@ def test_what_has_another_dtype_for_many_times_is_not_tabulated():
         "hidden_states": toy_inputs(1)["hidden_states"],
         "timestep": torch.tensor(0.7).double(),
     }
-    plan = trace(randomize(Mixed()), inputs).analysis.plan
-    assert plan.timetable is None
-    assert "for many times" in plan.untabulated
+    selection = trace(randomize(Mixed()), inputs).analysis.selection
+    assert selection.timetable is None
+    assert "for many times" in selection.untabulated

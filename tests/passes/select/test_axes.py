@@ -10,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from specdiff.passes.base import PassError
 from specdiff.passes.normalize.normalize import replace_tuples
-from specdiff.passes.plan.axes import AxesPass, AxisClasses, AxisFacts
+from specdiff.passes.select.axes import AxesPass, AxisClasses, AxisFacts
 from tests.passes.toys import attend
 
 T, N, C = 3, 6, 8

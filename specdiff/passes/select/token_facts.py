@@ -1,7 +1,7 @@
-"""What is proved of every value once the prunable tokens are known.
+"""Token facts: where the prunable tokens of each value lie, and which values are token-wise.
 
-Where its tokens lie, and whether a row of it depends on the same row of its operands alone. What
-cannot be proved is no row, which is always right.
+A value is token-wise if each of its rows provably depends on the same rows of its operands alone.
+Without a proof it is not, which is always right.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ import torch
 from torch import fx
 
 from specdiff.passes.graph.dependence import descendants
-from specdiff.passes.plan.axes import AxisFacts, ClassId, Layout
 from specdiff.passes.rules.attention import ATTENTION, Attention
 from specdiff.passes.rules.elementwise import elementwise
 from specdiff.passes.rules.registry import operands, rank_of, rule_for, shape_of
+from specdiff.passes.select.axes import AxisFacts, ClassId, Layout
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TokenFacts:
-    """A graph seen by the tokens that a selective step may leave out."""
+    """A graph, and the tokens of it that a selective step may leave out."""
 
     axes: AxisFacts
     prunable: tuple[ClassId, ...]
-    """The segments whose tokens may be left out; tokens are numbered through all of them."""
+    """Segments whose tokens may be left out; tokens are numbered through all of them."""
     stale: frozenset[fx.Node] = frozenset()
-    """Inputs whose inactive rows are not up to date: streams of tokens between two blocks."""
+    """Inputs whose inactive rows are out of date: the tokens that one block hands to the next."""
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
@@ -66,17 +66,17 @@ class TokenFacts:
         return () if axis is None else self.axes.layout(node, axis)
 
     def token_operands(self, node: fx.Node) -> list[fx.Node]:
-        """Operands that must be rows where `node` is: of an attention only its query."""
+        """Operands that must be rows if `node` is; of an attention only the query."""
         if node.target is ATTENTION:
             return [o for o in [Attention.of(node).query] if self.carries(o)]
         return [o for o in node.all_input_nodes if self.carries(o)]
 
     def is_token_wise(self, node: fx.Node) -> bool:
-        """Whether rows of `node` are proved to depend on the same rows of its operands alone."""
+        """Whether rows of `node` provably depend on the same rows of its operands alone."""
         return self.why_whole(node) is None
 
     def why_whole(self, node: fx.Node) -> str | None:
-        """What keeps `node` from being computed row by row, or None if nothing does."""
+        """Why `node` cannot be computed row by row, or None if it can."""
         axis = self.token_axis(node)
         if node.op != "call_function":
             return "it is an input"
@@ -126,7 +126,7 @@ class TokenFacts:
         return rule_for(node) is elementwise and (position < 0 or shape_of(operand)[position] == 1)
 
     def extracted_from(self, node: fx.Node) -> fx.Node | None:
-        """The operand of which `node` is a piece without prunable tokens, if there is one."""
+        """The operand that `node` cuts a piece without prunable tokens out of, if there is one."""
         if self.carries(node):
             return None
         for part in self.axes.facts[node].parts:
@@ -137,7 +137,7 @@ class TokenFacts:
         return None
 
     def cache_order(self, node: fx.Node) -> list[int]:
-        """The permutation that brings batch and token axes of a cached value to the front."""
+        """The permutation that brings the batch and token axes of a cached value to the front."""
         batch, tokens = self.axes.batch_axis(node), self.token_axis(node)
         assert batch is not None and tokens is not None
         return [batch, tokens, *(a for a in range(rank_of(node)) if a not in (batch, tokens))]
@@ -148,6 +148,6 @@ class TokenFacts:
 
 
 def _treats_alike(node: fx.Node) -> bool:
-    """Whether what a node does with one operand it does with each; an attention is told apart."""
+    """Whether a node does the same with each operand, or, as an attention, is handled apart."""
     joins = (aten.cat.default, aten.stack.default, ATTENTION)
     return rule_for(node) is elementwise or node.target in joins

@@ -7,10 +7,10 @@ from collections import Counter
 import pytest
 import torch
 
-from specdiff.passes.plan.cost import ACTIVE, BATCH, TOKENS, Sizes
-from specdiff.passes.plan.cost import TEXT as TEXT_TOKENS
-from specdiff.passes.plan.regions import dense_work, selective_work
 from specdiff.passes.rules.attention import ATTENTION
+from specdiff.passes.select.cost import ACTIVE, BATCH, TOKENS, Sizes
+from specdiff.passes.select.cost import TEXT as TEXT_TOKENS
+from specdiff.passes.select.regions import dense_work, selective_work
 from tests.models import flux, sd3
 from tests.oracles import trace
 
@@ -71,12 +71,12 @@ def test_every_linear_and_attention_lies_in_one_region(analysis):
 
 
 def sizes(analysis) -> Sizes:
-    return Sizes.of(analysis.plan)
+    return Sizes.of(analysis.selection)
 
 
 def test_all_active_costs_what_a_dense_step_costs(analysis):
     for region in analysis.regions:
-        assert region.selective.flops.subs(ACTIVE, TOKENS).equals(region.dense.flops)
+        assert region.selective_work.flops.subs(ACTIVE, TOKENS).equals(region.dense_work.flops)
 
 
 def test_cost_falls_with_the_active_tokens(analysis):
@@ -106,7 +106,7 @@ def test_what_shrinks_is_what_holds_image_tokens(analysis):
     assert mlps == {True: LAYERS, False: LAYERS}
 
 
-@pytest.mark.parametrize("form", ["dense", "selective"])
+@pytest.mark.parametrize("form", ["dense_work", "selective_work"])
 @pytest.mark.parametrize("part", ["flops", "moved"])
 def test_formulas_hold_at_other_sizes(analysis, form, part):
     """What one trace says in B, N and T is what a trace at those sizes counts."""
@@ -131,8 +131,8 @@ def test_memory_traffic_of_one_region_is_a_hand_count(analysis):
     """The text's embedding: tokens in and out, weight and bias."""
     (region,) = [r for r in analysis.regions if r.path == "context_embedder"]
     expected = 4 * (BATCH * TEXT_TOKENS * (24 + WIDTH) + WIDTH * 24 + WIDTH)
-    assert region.dense.moved.equals(expected)
-    assert region.selective.moved.equals(expected)
+    assert region.dense_work.moved.equals(expected)
+    assert region.selective_work.moved.equals(expected)
 
 
 def test_convolutions_count():
@@ -144,4 +144,4 @@ def test_convolutions_count():
     ]
     width = model.config.num_attention_heads * model.config.attention_head_dim
     patches, channels = 6 * 8, inputs["hidden_states"].shape[1]
-    assert sizes(found).evaluate(embed.dense.flops) == 2 * 2 * patches * width * channels * 4
+    assert sizes(found).evaluate(embed.dense_work.flops) == 2 * 2 * patches * width * channels * 4

@@ -1,9 +1,13 @@
 """Axes: which axes of which values index the same tokens.
 
-Every (value, axis) is an element of a union-find. The rules' links unite elements; their parts
-say that an axis is a piece of another. The relation is closed as a congruence: pieces of one axis
-at the same offset with the same length are one axis. A *segment* is an axis that occurs as a
-sequence of an attention, taken apart into its pieces: text tokens, image tokens.
+Every (value, axis) is an element of a union-find. A rule's links unite two elements; its parts say
+that one axis is a piece of another. Pieces of one axis with the same offset and length are one
+axis, too; this is applied until nothing changes. A *segment* is a smallest piece of an attention's
+sequence axis, such as the text or the image:
+
+    x = cat([text, image], 1)       text [B, 77, C], image [B, 256, C], x [B, 333, C]
+    y = attention(q(x), k(x), v(x)) links: axis 1 of x, q, k and y is one class
+    z = y[:, 77:]                   part: axis 1 of z is y's piece at offset 77, so it is the image
 """
 
 from __future__ import annotations
@@ -38,7 +42,7 @@ Layout = tuple[Piece, ...]
 
 
 class AxisClasses:
-    """A union-find over axes with part-whole facts, closed as a congruence."""
+    """A union-find over axes that also knows which axis is a piece of which."""
 
     def __init__(self) -> None:
         self._parent: list[ClassId] = []
@@ -47,13 +51,13 @@ class AxisClasses:
         self._parts: set[tuple[ClassId, int, int, ClassId]] = set()
 
     def class_of(self, axis: Axis) -> ClassId:
-        """The class of an axis; a new one if the axis was never seen."""
+        """The class of an axis; a new class if the axis is new."""
         if axis not in self._of:
             self._of[axis] = self.fresh(shape_of(axis[0])[axis[1]])
         return self.find(self._of[axis])
 
     def fresh(self, size: int) -> ClassId:
-        """A class with no member."""
+        """A new class without members."""
         self._parent.append(len(self._parent))
         self._size.append(size)
         return len(self._parent) - 1
@@ -70,14 +74,14 @@ class AxisClasses:
         return self._size[self.find(item)]
 
     def unite(self, left: ClassId, right: ClassId) -> None:
-        """State that two classes are one. Raises PassError if their sizes differ."""
+        """Make two classes one. Raises PassError if their sizes differ."""
         left, right = self.find(left), self.find(right)
         if self._size[left] != self._size[right]:
             raise PassError(f"axes of {self._size[left]} and {self._size[right]} positions united")
         self._parent[max(left, right)] = min(left, right)
 
     def add(self, node: fx.Node, facts: Facts) -> None:
-        """Take in one node's facts."""
+        """Add one node's facts."""
         for link in facts.links:
             self.unite(
                 self.class_of((node, link.out_axis)), self.class_of((link.operand, link.in_axis))
@@ -87,7 +91,7 @@ class AxisClasses:
             self._parts.add((whole, part.offset, self.size(piece), piece))
 
     def close(self) -> None:
-        """Unite pieces at the same place of the same whole until nothing changes."""
+        """Unite pieces with the same place in the same whole, until nothing changes."""
         changed = True
         while changed:
             changed = False
@@ -106,7 +110,7 @@ class AxisClasses:
         }
 
     def layout(self, item: ClassId) -> Layout:
-        """The axis taken apart as far as its pieces go, in order."""
+        """The smallest pieces of an axis, in order."""
         item = self.find(item)
         pieces = {(offset, length): part for w, offset, length, part in self._parts if w == item}
         if not pieces:
@@ -124,7 +128,7 @@ class AxisClasses:
 
 @dataclass
 class AxisFacts:
-    """The result: per node its links and parts, per axis its layout."""
+    """What `AxesPass` finds: the facts of each node, the layout of each axis, the segments."""
 
     graph: fx.Graph
     classes: AxisClasses
@@ -148,9 +152,9 @@ class AxisFacts:
         return self._layouts[item]
 
     def is_exact(self, part: Part) -> bool:
-        """Whether a part is made of the same segments as its place in the whole.
+        """Whether a part consists of the same segments as its place in the whole.
 
-        It is not where pieces overlap: the whole is then cut more finely than the part.
+        It does not where pieces overlap: the whole is then cut more finely than the part.
         """
         stop = part.offset + shape_of(part.part[0])[part.part[1]]
         inside = [p for p in self.layout(*part.whole) if part.offset <= p.offset < stop]
@@ -169,8 +173,8 @@ class AxisFacts:
 
     def batch_axis(self, node: fx.Node) -> int | None:
         """The axis that counts samples, if there is exactly one."""
-        found = [a for a in range(rank_of(node)) if self.classes.class_of((node, a)) == self.batch]
-        return found[0] if len(found) == 1 else None
+        axes = [a for a in range(rank_of(node)) if self.classes.class_of((node, a)) == self.batch]
+        return axes[0] if len(axes) == 1 else None
 
     def outputs(self) -> Iterator[fx.Node]:
         """The tensors that the graph returns."""
@@ -185,16 +189,16 @@ class AxisFacts:
 
 
 class AxesPass(Pass[fx.GraphModule, AxisFacts]):
-    """Finds segments and batch. Raises Unsupported where a graph has no attention."""
+    """Finds segments and batch axis. Raises Unsupported if a graph has no attention."""
 
     name = "axes"
 
     def apply(self, value: fx.GraphModule) -> AxisFacts:
-        """Collect the facts of every node, close them, read off the segments."""
+        """Collect the facts of every node, unite what is one axis, read off the segments."""
         classes = AxisClasses()
         facts = {node: facts_of(node) for node in value.graph.nodes}
-        for node, found in facts.items():
-            classes.add(node, found)
+        for node, facts_of_node in facts.items():
+            classes.add(node, facts_of_node)
         classes.close()
         attentions = [Attention.of(n) for n in value.graph.nodes if n.target is ATTENTION]
         if not attentions:
@@ -230,7 +234,7 @@ class AxesPass(Pass[fx.GraphModule, AxisFacts]):
         return f"segments of tokens: {', '.join(sizes)}"
 
     def notes(self, result: AxisFacts) -> dict[fx.Node, str]:
-        """The segments along each axis, of values that hold any; B counts samples."""
+        """For values with segments, what lies along each axis; B counts samples."""
         known = {segment: f"s{i}" for i, segment in enumerate(result.segments)}
         return {
             node: _axes_text(node, result, known)
@@ -240,15 +244,15 @@ class AxesPass(Pass[fx.GraphModule, AxisFacts]):
 
 
 def _batch_of(classes: AxisClasses, graph: fx.Graph, attentions: list[Attention]) -> ClassId:
-    """The axis in front of the queries.
+    """The first axis of the queries.
 
-    Some attentions may have another, such as samples times frames: that of the graph's outputs is
-    preferred, then that of most work.
+    Attentions may differ in it: some count samples times frames. The first axis of the graph's
+    outputs wins, then that of the attentions with most work.
     """
     work: Counter[ClassId] = Counter()
-    for found in attentions:
-        work[classes.class_of((found.query, 0))] += (
-            found.query.meta["val"].numel() * shape_of(found.key)[-2]
+    for attention in attentions:
+        work[classes.class_of((attention.query, 0))] += (
+            attention.query.meta["val"].numel() * shape_of(attention.key)[-2]
         )
     outputs = [n for n in graph.output_node().all_input_nodes if is_tensor(n) and rank_of(n)]
     returned = {classes.class_of((node, 0)) for node in outputs}

@@ -1,4 +1,10 @@
-"""Output: find what a model computes per token, and what it makes of that for its caller."""
+"""Output: split a graph into what computes a value per token, and the tail that follows it.
+
+For example:
+
+    ... -> blocks -> proj_out [B, N, C] | reshape, permute -> velocity [B, 4, H, W]
+                     slot               | tail
+"""
 
 from __future__ import annotations
 
@@ -7,9 +13,9 @@ import dataclasses
 from torch import fx
 
 from specdiff.errors import Unsupported
-from specdiff.passes.plan.axes import AxisFacts, ClassId, Layout
 from specdiff.passes.rules.attention import ATTENTION
 from specdiff.passes.rules.registry import is_tensor
+from specdiff.passes.select.axes import AxisFacts, ClassId, Layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,17 +23,17 @@ class TokenOutput:
     """The token-level output of a graph."""
 
     slots: tuple[fx.Node, ...]
-    """What the model computes per token before the tail."""
+    """The last values that the model computes token by token."""
     segments: tuple[ClassId, ...]
-    """Those of the slots, in their order; tokens are numbered through all of them."""
+    """The segments of the slots, in order; tokens are numbered through all of them."""
     tail: tuple[fx.Node, ...]
     """Nodes from the slots to the outputs, in order."""
 
 
 def find_output(axes: AxisFacts) -> TokenOutput:
-    """Walk back from the outputs to the last values that still have segments along one axis.
+    """Walk back from the outputs to the first values with segments along one axis.
 
-    Raises Unsupported if none is there, or if they have tokens in common.
+    Raises Unsupported if there are none, or if two of them share tokens.
     """
     slots: dict[fx.Node, frozenset[ClassId]] = {}
     tail: set[fx.Node] = set()
@@ -38,7 +44,7 @@ def find_output(axes: AxisFacts) -> TokenOutput:
     names = ", ".join(sorted(node.name for node in slots))
     order = {node: i for i, node in enumerate(axes.graph.nodes)}
     while shared := _sharing(slots):
-        # several outputs may come from one value: what lies between it and them is tail too
+        # several outputs may come from one value: what lies between belongs to the tail
         last = max(shared, key=order.__getitem__)
         if last in attended:
             raise Unsupported(f"the output is made of several token-level values: {names}")
@@ -60,7 +66,7 @@ def _walk_back(
     slots: dict[fx.Node, frozenset[ClassId]],
     tail: set[fx.Node],
 ) -> None:
-    """From `start` to values with segments (`slots`); what is passed on the way is `tail`."""
+    """Walk from `start` to values with segments: those go into `slots`, all before into `tail`."""
     pending = list(start)
     while pending:
         node = pending.pop()
@@ -75,7 +81,7 @@ def _walk_back(
 
 
 def _sharing(slots: dict[fx.Node, frozenset[ClassId]]) -> set[fx.Node]:
-    """Slots that have a segment in common with another."""
+    """Slots that share a segment with another slot."""
     return {
         one
         for one, here in slots.items()
@@ -85,8 +91,8 @@ def _sharing(slots: dict[fx.Node, frozenset[ClassId]]) -> set[fx.Node]:
 
 
 def _token_layout(axes: AxisFacts, node: fx.Node) -> Layout:
-    """The pieces of the one axis with segments, of a value that also counts samples."""
+    """The layout of the one axis with segments; empty unless the value also has a batch axis."""
     if not is_tensor(node) or node.op != "call_function" or axes.batch_axis(node) is None:
         return ()
-    found = axes.axes_with(node, *axes.segments)
-    return axes.layout(node, found[0]) if len(found) == 1 else ()
+    token_axes = axes.axes_with(node, *axes.segments)
+    return axes.layout(node, token_axes[0]) if len(token_axes) == 1 else ()

@@ -1,8 +1,8 @@
-"""Cost: arithmetic and memory traffic of a plan, as formulas in B, N, K and T.
+"""Cost: arithmetic and memory traffic of dense and selective steps, as formulas in B, N, K and T.
 
-A size that is proved to count samples, image tokens or text tokens is a symbol; every other is the
-number that was traced. Where there are several prunable segments, each holds its share of N and
-of K; the others likewise share T.
+A size that provably counts samples, image tokens or text tokens is a symbol; any other is the
+traced number. Several prunable segments share N and K in proportion to their lengths; the other
+segments share T.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import fx
 
 from specdiff.passes.graph.dependence import ancestors
 from specdiff.passes.normalize.fuse_attention import PRODUCTS
-from specdiff.passes.plan.cache_layout import SCALE
-from specdiff.passes.plan.selective_plan import SelectivePlan
 from specdiff.passes.rules.attention import ATTENTION, Attention
 from specdiff.passes.rules.registry import is_tensor, operand_at, rank_of, shape_of
 from specdiff.passes.rules.spatial import CONVOLUTIONS
+from specdiff.passes.select.cache_layout import SCALE
+from specdiff.passes.select.selection import Selection
 from specdiff.program import TIMES_AT_ONCE
 
 aten = torch.ops.aten
@@ -39,12 +39,12 @@ FUNCTIONS = (
     aten.polar.default,
 )
 FUNCTION_FLOPS = 16
-"""What an element of one of these costs, about."""
+"""Rough cost of one element of such a function."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the symbols stand for in the graph that was traced."""
+    """The values of the symbols in the traced graph."""
 
     batch: int
     """B: samples of a call."""
@@ -54,14 +54,16 @@ class Sizes:
     """T: tokens that are always computed."""
 
     @classmethod
-    def of(cls, plan: SelectivePlan) -> Sizes:
-        """Those of a plan."""
-        classes = plan.axes.classes
-        others = [s for s in plan.axes.segments if s not in plan.prunable]
-        return cls(classes.size(plan.axes.batch), plan.tokens, sum(map(classes.size, others)))
+    def of(cls, selection: Selection) -> Sizes:
+        """The sizes of a selection's graph."""
+        classes = selection.axes.classes
+        others = [s for s in selection.axes.segments if s not in selection.prunable]
+        return cls(
+            classes.size(selection.axes.batch), selection.tokens, sum(map(classes.size, others))
+        )
 
     def evaluate(self, formula: sympy.Expr, active: int | None = None) -> float:
-        """A formula's value, at K = `active` if given, else at K = N."""
+        """A formula's value at K = `active`, by default at K = N."""
         known = {
             BATCH: self.batch,
             TOKENS: self.tokens,
@@ -73,12 +75,12 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Work:
-    """What one run of some nodes takes."""
+    """The cost of running some nodes once."""
 
     flops: sympy.Expr
-    """A multiplication and an addition count as two; of products, attentions, convolutions."""
+    """Those of products, attentions and convolutions; a multiplication and an addition are two."""
     moved: sympy.Expr
-    """Bytes read from and written to memory if every region is one kernel: the least there is."""
+    """Bytes read and written if every region is one kernel: a lower bound."""
 
     def __add__(self, other: Work) -> Work:
         return Work(self.flops + other.flops, self.moved + other.moved)
@@ -88,64 +90,72 @@ NOTHING = Work(ZERO, ZERO)
 
 
 class CostModel:
-    """Counts what nodes of one plan take, in a dense step and in a selective one."""
+    """Counts the cost of nodes, in a dense step and in a selective step."""
 
-    def __init__(self, plan: SelectivePlan) -> None:
-        self._plan = plan
-        self.sizes = Sizes.of(plan)
+    def __init__(self, selection: Selection) -> None:
+        self._selection = selection
+        self.sizes = Sizes.of(selection)
 
-    def dense(self, nodes: Collection[fx.Node]) -> Work:
-        """All rows of a region."""
+    def dense_work(self, nodes: Collection[fx.Node]) -> Work:
+        """The cost of some nodes in a dense step: all rows."""
         flops = sum((self._flops(node, rows=False) for node in nodes), ZERO)
         values = [*_inputs(nodes), *_outputs(nodes)]
         moved = sum((self._bytes(value, rows=False) for value in values), ZERO)
-        filled = [node for node in nodes if node not in self._plan.tabulated]
+        filled = [node for node in nodes if node not in self._selection.tabulated]
         return Work(flops, moved + self.caches(filled))
 
-    def selective(self, nodes: Collection[fx.Node]) -> Work:
-        """The rows that a selective step computes of a region."""
-        plan = self._plan
+    def selective_work(self, nodes: Collection[fx.Node]) -> Work:
+        """The cost of some nodes in a selective step."""
+        selection = self._selection
         flops = sum((self._flops(n, rows=True) for n in nodes if self._as_rows(n)), ZERO)
         flops += sum((self._flops(n, rows=False) for n in nodes if self._as_whole(n)), ZERO)
-        # what is known is an input of whatever reads it
-        needed = [n for n in nodes if (n in plan.rows or n in plan.whole) and n not in plan.known]
+        # known values are inputs of whatever reads them
+        needed = [
+            n
+            for n in nodes
+            if (n in selection.rows or n in selection.whole) and n not in selection.known
+        ]
         values = [*_inputs(needed), *_outputs(needed)]
-        moved = sum((self._bytes(v, rows=v in plan.rows) for v in values), ZERO)
-        cached = [n for n in nodes if n in plan.cached]
-        written = sum((self._kept(n, rows=True) for n in cached), ZERO)
+        moved = sum((self._bytes(v, rows=v in selection.rows) for v in values), ZERO)
+        cached = [n for n in nodes if n in selection.cached]
+        written = sum((self._stored_bytes(n, rows=True) for n in cached), ZERO)
         return Work(flops, moved + written + self.caches(cached))
 
     def caches(self, nodes: Collection[fx.Node]) -> sympy.Expr:
-        """Bytes of what is kept of a region between steps."""
-        plan = self._plan
-        held = (node for node in nodes if node in plan.cached or node in plan.fixed)
-        tables = (self._bytes(node, rows=False) for node in nodes if node in plan.tabulated)
-        return sum((self._kept(n, rows=False) for n in held), TIMES_AT_ONCE * sum(tables, ZERO))
+        """Bytes that some nodes store between steps."""
+        selection = self._selection
+        held = (node for node in nodes if node in selection.cached or node in selection.fixed)
+        tables = (self._bytes(node, rows=False) for node in nodes if node in selection.tabulated)
+        return sum(
+            (self._stored_bytes(n, rows=False) for n in held), TIMES_AT_ONCE * sum(tables, ZERO)
+        )
 
     def flops(self, node: fx.Node) -> sympy.Expr:
-        """All rows of one node."""
+        """FLOPs of all rows of one node."""
         return self._flops(node, rows=False)
 
     def _as_rows(self, node: fx.Node) -> bool:
-        return node in self._plan.rows and self._plan.is_token_wise(node)
+        return node in self._selection.rows and self._selection.is_token_wise(node)
 
     def _as_whole(self, node: fx.Node) -> bool:
-        plan = self._plan
-        computed = node in plan.whole and node not in plan.cached and node not in plan.known
-        return computed and plan.extracted_from(node) is None
+        selection = self._selection
+        computed = (
+            node in selection.whole and node not in selection.cached and node not in selection.known
+        )
+        return computed and selection.extracted_from(node) is None
 
     def _size(self, node: fx.Node, axis: int, rows: bool) -> sympy.Expr:
-        """Positions along one axis, of the active tokens alone if `rows`."""
-        plan, axes = self._plan, self._plan.axes
+        """Positions along one axis; of prunable tokens only the active ones if `rows`."""
+        selection, axes = self._selection, self._selection.axes
         if axis == axes.batch_axis(node):
             return BATCH
         layout = axes.layout(node, axis)
         if any(piece.segment not in axes.segments for piece in layout):
             return sympy.Integer(shape_of(node)[axis])
-        image = TOKENS if not rows or axis != plan.token_axis(node) else ACTIVE
-        prunable = sum(piece.length for piece in layout if piece.segment in plan.prunable)
+        image = TOKENS if not rows or axis != selection.token_axis(node) else ACTIVE
+        prunable = sum(piece.length for piece in layout if piece.segment in selection.prunable)
         others = sum(piece.length for piece in layout) - prunable
-        return image * sympy.Rational(prunable, plan.tokens) + (
+        return image * sympy.Rational(prunable, selection.tokens) + (
             TEXT * sympy.Rational(others, self.sizes.text) if others else ZERO
         )
 
@@ -155,9 +165,9 @@ class CostModel:
     def _bytes(self, node: fx.Node, rows: bool) -> sympy.Expr:
         return self._elements(node, rows) * node.meta["val"].dtype.itemsize
 
-    def _kept(self, node: fx.Node, rows: bool) -> sympy.Expr:
-        """Bytes of the tensors in which a value is kept between steps."""
-        code = self._plan.codes.get(node)
+    def _stored_bytes(self, node: fx.Node, rows: bool) -> sympy.Expr:
+        """Bytes of the tensors that store a value between steps."""
+        code = self._selection.codes.get(node)
         if code is None:
             return self._bytes(node, rows)
         scale = sympy.Rational(SCALE.itemsize, shape_of(node)[-1])
@@ -167,9 +177,9 @@ class CostModel:
         if node.target is aten.linear.default:
             return 2 * self._elements(node, rows) * shape_of(operand_at(node, 1))[1]
         if node.target is ATTENTION:
-            found = Attention.of(node)
-            keys = self._size(found.key, rank_of(found.key) - 2, rows=False)
-            elements = self._elements(found.query, rows) + self._elements(node, rows)
+            attention = Attention.of(node)
+            keys = self._size(attention.key, rank_of(attention.key) - 2, rows=False)
+            elements = self._elements(attention.query, rows) + self._elements(node, rows)
             return 2 * keys * elements
         if node.target in PRODUCTS:
             left = operand_at(node, 0)
@@ -181,34 +191,34 @@ class CostModel:
 
 
 class Arithmetic:
-    """What it takes to compute values of one plan from the graph's inputs."""
+    """FLOPs of computing values from the graph's inputs."""
 
-    def __init__(self, plan: SelectivePlan) -> None:
-        self._cost = CostModel(plan)
-        self._known: dict[fx.Node, float] = {}
+    def __init__(self, selection: Selection) -> None:
+        self._cost = CostModel(selection)
+        self._flops: dict[fx.Node, float] = {}
 
     def behind(self, node: fx.Node, known: Collection[fx.Node]) -> float:
-        """FLOPs of a value and of all that it depends on and that is not known."""
+        """FLOPs of a value and of all that it depends on, except known values."""
         return sum(map(self.of, ancestors(node, known=set(known))))
 
     def of(self, node: fx.Node) -> float:
         """FLOPs of one node."""
-        if node not in self._known:
+        if node not in self._flops:
             if node.target in FUNCTIONS:
-                self._known[node] = FUNCTION_FLOPS * float(node.meta["val"].numel())
+                self._flops[node] = FUNCTION_FLOPS * float(node.meta["val"].numel())
             else:
-                self._known[node] = self._cost.sizes.evaluate(self._cost.flops(node))
-        return self._known[node]
+                self._flops[node] = self._cost.sizes.evaluate(self._cost.flops(node))
+        return self._flops[node]
 
 
 def _inputs(nodes: Collection[fx.Node]) -> list[fx.Node]:
-    """Tensors that these nodes read from elsewhere, each once."""
+    """Tensors from outside that these nodes read, each once."""
     inside = set(nodes)
     read = {o: None for n in nodes for o in n.all_input_nodes if o not in inside and is_tensor(o)}
     return list(read)
 
 
 def _outputs(nodes: Collection[fx.Node]) -> list[fx.Node]:
-    """Those of these nodes that are read elsewhere."""
+    """Those of these nodes that others read."""
     inside = set(nodes)
     return [n for n in nodes if is_tensor(n) and not inside.issuperset(n.users)]

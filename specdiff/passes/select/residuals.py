@@ -1,4 +1,4 @@
-"""Trunk: the residual additions that all blocks of a model share, which cut it into regions."""
+"""Residuals: the additions `x + branch(x)` between which the regions of a model lie."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ PROJECTIONS = (aten.linear.default, *CONVOLUTIONS)
 
 
 def residual_additions(computed: Sequence[fx.Node], tokens: set[fx.Node]) -> set[fx.Node]:
-    """Additions of two values in `tokens` of one shape, a branch and what it branched from.
+    """Additions x + branch(x) among `tokens`; `computed` are all nodes, in graph order.
 
-    `computed` are all nodes, in graph order. RoPE, too, adds two token values, but neither is made
-    of the other; nor is there a projection between the two that a written-out GELU adds.
+    Other ops also add two token values of one shape. RoPE does, but neither of its values depends
+    on the other; a written-out GELU does, but no projection lies between its values.
     """
-    found = set()
+    additions = set()
     branches = _Branches(computed, tokens)
     for node in tokens:
         if node.target is not aten.add.Tensor:
@@ -29,12 +29,12 @@ def residual_additions(computed: Sequence[fx.Node], tokens: set[fx.Node]) -> set
         operands = [o for o in node.args[:2] if isinstance(o, fx.Node)]
         same = all(o in tokens and shape_of(o) == shape_of(node) for o in operands)
         if len(operands) == 2 and same and branches.meet(*operands):
-            found.add(node)
-    return found
+            additions.add(node)
+    return additions
 
 
 class _Branches:
-    """Which values are made of which, as bits of whole numbers."""
+    """Which values depend on which: a set of nodes is an integer with a bit for each."""
 
     def __init__(self, computed: Sequence[fx.Node], tokens: set[fx.Node]) -> None:
         self._bit = {node: 1 << i for i, node in enumerate(computed)}
@@ -48,7 +48,7 @@ class _Branches:
         self._work = [node for node in computed if node in tokens and node.target in working]
 
     def meet(self, one: fx.Node, other: fx.Node) -> bool:
-        """Whether either is a branch: made of the other by a projection, or a gated linear."""
+        """Whether one is a branch: computed from the other by a projection, or a gated linear."""
         return (
             self._branched(one, other)
             or self._branched(other, one)
@@ -56,15 +56,15 @@ class _Branches:
             or _is_gated_linear(other)
         )
 
-    def _branched(self, trunk: fx.Node, end: fx.Node) -> bool:
-        start, made = self._bit[trunk], self._made_of[end]
+    def _branched(self, stem: fx.Node, end: fx.Node) -> bool:
+        start, made = self._bit[stem], self._made_of[end]
         return bool(made & start) and any(
             made & self._bit[work] and self._made_of[work] & start for work in self._work
         )
 
 
 def _is_gated_linear(node: fx.Node) -> bool:
-    """The end of a branch that runs beside another, from a trunk further back."""
+    """Whether `node` ends a branch that started further back, beside another branch."""
     while node.target in (aten.mul.Tensor, aten.dropout.default, aten.div.Tensor):
         streams = [o for o in node.all_input_nodes if shape_of(o) == shape_of(node)]
         if len(streams) != 1:

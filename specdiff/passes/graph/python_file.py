@@ -1,4 +1,4 @@
-"""Listing: a graph as a Python file that a person can read and run."""
+"""Python file: a graph as code that a person can read and run."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ if __name__ == "__main__":
 """
 
 
-def listing(module: fx.GraphModule, head: str, notes: Mapping[fx.Node, list[str]]) -> str:
-    """The code of a graph: `forward(constants, *inputs())`.
+def to_python(module: fx.GraphModule, head: str, notes: Mapping[fx.Node, list[str]]) -> str:
+    """The text of a file that runs a graph: `forward(constants, *inputs())`.
 
     Args:
-        module: The graph. Its own tensors, if it has any, are read from a file beside the listing
-            that is named like it and ends in `.pt` (`constants_of`).
+        module: The graph. Its own tensors (`constants_of`), if it has any, are read from a file of
+            the same name that ends in `.pt`.
         head: One line of provenance.
-        notes: What to say above the statement of a node, a line each.
+        notes: Comment lines to write above the statement of a node.
     """
     code = module.graph.python_code("self", verbose=True)
     blocks = [
@@ -52,8 +52,8 @@ def listing(module: fx.GraphModule, head: str, notes: Mapping[fx.Node, list[str]
 def constants_of(module: fx.GraphModule) -> dict[str, Tensor]:
     """The tensors that a graph holds itself, by name; parameters are inputs."""
     names = {str(node.target) for node in module.graph.find_nodes(op="get_attr")}
-    found = {name: getattr(module, name, None) for name in sorted(names)}
-    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    attributes = {name: getattr(module, name, None) for name in sorted(names)}
+    return {name: value for name, value in attributes.items() if isinstance(value, Tensor)}
 
 
 def _head(imports: Iterable[str], constants: bool) -> Iterator[str]:
@@ -68,7 +68,7 @@ def _head(imports: Iterable[str], constants: bool) -> Iterator[str]:
 
 
 def _imports(code: PythonCode) -> Iterator[str]:
-    """What the code names, of all that it may name."""
+    """Import statements for the names that the code uses."""
     used = set(re.findall(r"\w+", code.src)) - {"torch"}
     return (_import(name, value) for name, value in sorted(code.globals.items()) if name in used)
 
@@ -105,23 +105,23 @@ def _annotated(source: str, notes: Mapping[str, list[str]]) -> str:
     lines = []
     for line in source.splitlines():
         statement = STATEMENT.match(line)
-        found = notes.get(statement[1], []) if statement else []
-        lines += [*(f"    # {note}" for note in found), line.rstrip()]
+        comments = notes.get(statement[1], []) if statement else []
+        lines += [*(f"    # {comment}" for comment in comments), line.rstrip()]
     return "\n".join(lines)
 
 
-def kinds_of_ops(graph: fx.Graph) -> dict[str, int]:
+def op_counts(graph: fx.Graph) -> dict[str, int]:
     """How often each op occurs, most often first."""
     counts: dict[str, int] = {}
     for node in graph.nodes:
         if node.op not in ("call_function", "call_method", "call_module"):
             continue
-        name = name_of(node.target)
+        name = op_name(node.target)
         counts[name] = counts.get(name, 0) + 1
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def name_of(target: Any) -> str:
-    """An op without its namespace and overload: `linear`."""
+def op_name(target: Any) -> str:
+    """The name of an op without namespace and overload, e.g. `linear`."""
     packet = getattr(target, "overloadpacket", target)
     return str(getattr(packet, "__name__", packet))

@@ -1,0 +1,64 @@
+"""Block: the selection for one block of a model that is compiled block by block.
+
+A block has neither latent nor time, so the caller says which segment is prunable, by its number of
+tokens. A block's outputs are whole: rows of active tokens are fresh, the others are left from the
+last time they were computed. Only the root's head reads those; the runtime replaces its result.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import fx
+
+from specdiff.errors import Unsupported
+from specdiff.passes.rules.registry import is_tensor
+from specdiff.passes.rules.shape import VIEWS
+from specdiff.passes.select.axes import AxisFacts
+from specdiff.passes.select.selection import Selection
+
+aten = torch.ops.aten
+AS_STRIDES_ARE = (*VIEWS, aten.clone.default, aten.contiguous.default, aten.alias.default)
+"""Ops that a graph has or lacks depending on the strides of its inputs."""
+
+
+def work_of(graph: fx.Graph) -> Hashable:
+    """A fingerprint of a graph: how often each op occurs with which numbers, sizes left out."""
+    work: Counter[Hashable] = Counter()
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target not in AS_STRIDES_ARE:
+            given = (*node.args, *node.kwargs.values())
+            work[(node.target, *(v for v in given if isinstance(v, bool | float)))] += 1
+    return frozenset(work.items())
+
+
+def select_block(axes: AxisFacts, tokens: int, is_state: Sequence[bool]) -> Selection:
+    """The selection in which the one segment with this many tokens is prunable.
+
+    `is_state[i]` says whether input i is a parameter or buffer. Raises Unsupported unless exactly
+    one segment has this length, or if the block mixes the tokens of an input before any attention:
+    it would read rows that are out of date.
+    """
+    matching = [s for s in axes.segments if axes.classes.size(s) == tokens]
+    if len(matching) != 1:
+        raise Unsupported(f"{len(matching)} segments of a block have {tokens} tokens, not one")
+    (segment,) = matching
+    inputs = zip(axes.graph.find_nodes(op="placeholder"), is_state, strict=True)
+    streams = [
+        node
+        for node, state in inputs
+        if not state and is_tensor(node) and _is_stream(axes, node, segment)
+    ]
+    selection = Selection(axes=axes, prunable=(segment,), stale=frozenset(streams)).with_needs()
+    mixed = [node.name for node in streams if node in selection.whole]
+    if mixed:
+        raise Unsupported(f"a block mixes the tokens of its input {', '.join(mixed)}")
+    if not selection.cached:
+        raise Unsupported("no attention of a block reads the prunable tokens")
+    return selection
+
+
+def _is_stream(axes: AxisFacts, node: fx.Node, segment: int) -> bool:
+    return bool(axes.axes_with(node, segment)) and axes.batch_axis(node) is not None
