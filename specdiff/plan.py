@@ -170,18 +170,24 @@ class Plan:
     def due(self, index: int, total: float, before: float) -> int | None:
         """The entry of a list that evaluation `index` of a run follows; None: it is in a gap.
 
-        Entry i of N has its place at i / N of the way in time, and goes to the evaluation nearest
-        to it; of several there the one that computes most counts. So the dense evaluations of a
-        shorter or longer run lie where they lay in noise, and a longer run gains more. A last
-        evaluation that is hardly a step, as that of Stable Diffusion 3, has the last entry like the
-        one before it: it rids pictures of noise.
+        Entry i of N belongs to the evaluation nearest to i / N of the way in time. If several
+        belong to one evaluation, the one that computes most counts. So the dense evaluations lie at
+        the same noise in a run of any length. For the list dense, skip, skip, dense:
+
+            evaluations in the run    entries that they follow
+            4                         0, 1, 2, 3
+            3                         0, 1, 3           of 2 and 3, the dense one counts
+            8                         0, -, 1, -, 2, -, 3, -
+
+        A last evaluation that is hardly a step, as in Stable Diffusion 3, follows the last entry,
+        as does the one before it: it removes the rest of the noise.
 
         Args:
             index: of the evaluation, from 0.
-            total: evaluations until time ends, as far as is known; need not be whole.
-            before: the same, as it was known at the previous evaluation.
+            total: evaluations until time ends, as far as is known now; need not be whole.
+            before: `total` as it was known at the previous evaluation.
         """
-        if index >= before:  # the run is longer than was thought: what is left is unknown
+        if index >= before:  # the run is longer than it seemed: nobody knows what is left
             return self.dense[-1]
         first = self._reached(index - 1, before) + 1 if index else 0
         if first == len(self.ratios) and index + 0.5 > total:
@@ -190,9 +196,9 @@ class Plan:
         return min(entries, key=lambda entry: self.ratios[entry], default=None)
 
     def _reached(self, index: int, total: float) -> int:
-        """The last entry whose place is nearest to evaluation `index` or an earlier one."""
+        """The last entry that belongs to evaluation `index` or an earlier one."""
         count = len(self.ratios)
-        if index + 1.5 > total:  # the last one, or what follows it is hardly a step
+        if index + 1.5 > total:  # the last evaluation, or one before a last that is hardly a step
             return count - 1
         return min(math.ceil((index + 0.5) * count / total) - 1, count - 1)
 

@@ -20,9 +20,9 @@ from specdiff import torch_adapter
 from specdiff.passes.emit.lower import Lowered
 from specdiff.passes.select.axes import AxesPass
 from specdiff.plan import Plan
+from tests.helpers import THREE_DENSE, counts
 from tests.models import flux, sd3
 
-PLAN = {"plan": Plan.warmup(3), "cache_ratio": 0.75}
 EXACT = {"rtol": 1e-4, "atol": 1e-5}
 STEPS = 10
 
@@ -33,7 +33,7 @@ def small() -> tuple[nn.Module, dict[str, Any]]:
 
 
 def compiled(model: nn.Module, **options: Any) -> Any:
-    options = {"inner_backend": "eager", **PLAN, **options}
+    options = {"inner_backend": "eager", **THREE_DENSE, **options}
     return torch.compile(model, backend="specdiff", fullgraph=True, options=options)
 
 
@@ -47,11 +47,6 @@ def loop(model: Any, inputs: dict[str, Any], steps: int = STEPS) -> list[Tensor]
         velocities.append(velocity)
         latent = latent - velocity / STEPS
     return velocities
-
-
-def counts(model: nn.Module) -> tuple[int, int, int, int]:
-    found = specdiff.stats(model)
-    return found.dense, found.selective, found.skipped, found.speculative
 
 
 def configured(**options: Any) -> Any:
@@ -159,7 +154,7 @@ def test_mode_reaches_inductor(small, handed_over, arguments):
 
 def test_inductor_settings_among_the_options(small, handed_over):
     model, inputs = small
-    options = {"epilogue_fusion": False, "cpp.simdlen": 1, **PLAN}
+    options = {"epilogue_fusion": False, "cpp.simdlen": 1, **THREE_DENSE}
     loop(torch.compile(model, backend="specdiff", options=options), inputs)
     settings = {"epilogue_fusion": False, "cpp.simdlen": 1}
     assert handed_over == [settings] * 3  # dense, tail, selective
@@ -188,7 +183,7 @@ def test_options_reach_the_runtime(small):
 
 def test_configured_backend(small):
     model, inputs = small
-    backend = configured(**PLAN, inner_backend="eager")
+    backend = configured(**THREE_DENSE, inner_backend="eager")
     selective = torch.compile(model, backend=backend, fullgraph=True)
     loop(selective, inputs)
     assert counts(selective) == (3, 7, 0, 1)
@@ -265,7 +260,9 @@ def test_training_runs_plain_with_gradients(small, caplog):
 
 def test_sampling_between_training_steps_is_selective(small):
     model, inputs = small
-    mixed = torch.compile(model, backend="specdiff", options={"inner_backend": "eager", **PLAN})
+    mixed = torch.compile(
+        model, backend="specdiff", options={"inner_backend": "eager", **THREE_DENSE}
+    )
     mixed(**inputs)[0].sum().backward()
     loop(mixed, inputs)
     assert counts(mixed) == (4, 7, 0, 1)
@@ -496,7 +493,7 @@ def test_fifteen_compilations_of_one_model(small):
     limit = torch._dynamo.config.recompile_limit
     for index, settings in enumerate(FIFTEEN):
         variant = torch.compile(
-            model, backend="specdiff", options={"inner_backend": "eager", **PLAN, **settings}
+            model, backend="specdiff", options={"inner_backend": "eager", **THREE_DENSE, **settings}
         )
         result = loop(variant, inputs)
         found = specdiff.stats(variant)

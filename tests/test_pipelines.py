@@ -17,11 +17,10 @@ from diffusers.callbacks import PipelineCallback
 from torch import Tensor, nn
 
 import specdiff
-from specdiff.plan import Plan
+from tests.helpers import THREE_DENSE, counts
 from tests.models import flux, sd3
 
 STEPS = 10
-PLAN = {"plan": Plan.warmup(3), "cache_ratio": 0.75}
 """Three dense evaluations at the start of a generation, then selective ones only."""
 EXACT: dict[str, float] = {"rtol": 1e-4, "atol": 1e-5}
 ROWS, COLUMNS = 4, 6
@@ -30,7 +29,7 @@ ACTIVE = TOKENS // 4
 
 
 def compiled(model: nn.Module, dynamic: bool | None = False, **options: Any) -> Any:
-    options = {"inner_backend": "eager", **PLAN, **options}
+    options = {"inner_backend": "eager", **THREE_DENSE, **options}
     return torch.compile(
         model, backend="specdiff", fullgraph=True, dynamic=dynamic, options=options
     )
@@ -38,11 +37,6 @@ def compiled(model: nn.Module, dynamic: bool | None = False, **options: Any) -> 
 
 def apart(image: Tensor, reference: Tensor) -> float:
     return ((image - reference).norm() / reference.norm()).item()
-
-
-def counts(model: nn.Module) -> tuple[int, int, int, int]:
-    found = specdiff.stats(model)
-    return found.dense, found.selective, found.skipped, found.speculative
 
 
 def embeddings(seed: int, text: int, channels: int = 24, pooled: int = 20) -> list[Tensor]:

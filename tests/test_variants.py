@@ -18,6 +18,7 @@ from specdiff.compiler import CHANGING
 from specdiff.plan import Plan
 from specdiff.runtime.blocks.block import RootCall
 from specdiff.runtime.step.shapes import MAX_VALUES
+from tests.helpers import counts
 from tests.models import flux, sd3
 from tests.models.case import Inputs
 
@@ -76,11 +77,6 @@ def errors(model: nn.Module, seen: Seen) -> list[float]:
         assert answer.dtype is exact.dtype
         found.append(float((answer.float() - exact.float()).abs().max() / exact.abs().max()))
     return found
-
-
-def counts(model: nn.Module) -> tuple[int, int, int, int]:
-    found = specdiff.stats(model)
-    return found.dense, found.selective, found.skipped, found.speculative
 
 
 def assert_generations(

@@ -63,7 +63,7 @@ GEOMETRIES = {
 
 @dataclass(frozen=True)
 class Sampler:
-    """One model of a geometry and everything that a run of it takes."""
+    """One model of a geometry, and all inputs of a run."""
 
     geometry: Geometry
     model: nn.Module
@@ -72,7 +72,7 @@ class Sampler:
     """Keyword arguments of the model that stay the same from step to step."""
     noise: Tensor
     time_scale: float
-    """What the scheduler's times, from 1000 to 0, are divided by for the model."""
+    """Divisor from the scheduler's times, 1000 to 0, to those of the model."""
 
     def timesteps(self) -> Tensor:
         """The scheduler's times, in the order of the run."""
@@ -114,7 +114,7 @@ class Sampler:
 
 
 def at_depth(geometry: Geometry, share: float) -> Geometry:
-    """The same with a share of its blocks, one of each kind at least: each costs what it did."""
+    """The same geometry with a share of its blocks, at least one of each kind."""
 
     def fewer(blocks: int) -> int:
         return max(1, round(share * blocks)) if blocks else 0
@@ -125,7 +125,7 @@ def at_depth(geometry: Geometry, share: float) -> Geometry:
 
 
 def require_known(names: Sequence[str]) -> None:
-    """Raises SpecdiffError for a geometry that is none."""
+    """Raise SpecdiffError for an unknown geometry."""
     for name in names:
         if name not in GEOMETRIES:
             raise SpecdiffError(f"no geometry {name!r}; there are {', '.join(GEOMETRIES)}")
@@ -134,7 +134,7 @@ def require_known(names: Sequence[str]) -> None:
 def build(
     name: str, device: torch.device, dtype: torch.dtype, steps: int = 28, depth: float = 1.0
 ) -> Sampler:
-    """A sampler of a geometry, at a share of its depth, its weights and inputs always the same."""
+    """A sampler of a geometry at a share of its depth; weights and inputs are always the same."""
     geometry = at_depth(GEOMETRIES[name], depth)
     generator = torch.Generator("cpu").manual_seed(0)
 

@@ -47,7 +47,7 @@ class Program:
     seconds: float
     """Median of these calls."""
     floor: float | None
-    """Seconds that no program with its FLOPs and bytes can beat on this machine."""
+    """Least seconds that its FLOPs and bytes take on this machine."""
     compile_seconds: float
 
 
@@ -64,7 +64,7 @@ class Trial:
     """Of every run since."""
     programs: tuple[Program, ...] = ()
     peak_bytes: int | None = None
-    """Of device memory, or of the process on a CPU; None where it cannot be told."""
+    """Of device memory, on a CPU of the process; None where it is unknown."""
     cache_bytes: int = 0
 
     @property
@@ -87,7 +87,7 @@ class BenchResult:
 
 
 class TimedPrograms:
-    """Programs that note how long each call took, the device waited for."""
+    """Programs that note how long each call took; each waits for the device."""
 
     def __init__(self, programs: Programs) -> None:
         self._programs = programs
@@ -118,8 +118,8 @@ class TimedPrograms:
     ) -> Evaluation:
         """As `Programs.selective`."""
         name = named_for("selective" if text else "textless", active.shape[1], importance)
-        wanted = inputs, caches, active, text, importance, row
-        return self._timed(name, lambda: self._programs.selective(*wanted))
+        arguments = inputs, caches, active, text, importance, row
+        return self._timed(name, lambda: self._programs.selective(*arguments))
 
     def tabulate(
         self, inputs: Sequence[object], caches: Sequence[Tensor], later: Sequence[Tensor] = ()
@@ -213,7 +213,7 @@ def compiled(sampler: Sampler, backend: str, options: Mapping[str, Any]) -> Any:
 def run(sampler: Sampler, trial: Trial) -> None:
     """One run by one method.
 
-    Its caches stay for the next, as in a pipeline: CUDA graphs are recorded for their addresses.
+    The next run uses the same caches, as in a pipeline: CUDA graphs need the same addresses.
     """
     if not trial.ratio:
         sampler.run(trial.compiled)
@@ -227,7 +227,7 @@ def run(sampler: Sampler, trial: Trial) -> None:
 def programs_of(
     sampler: Sampler, trial: Trial, analysis: Analysis, rates: MachineRates
 ) -> tuple[Program, ...]:
-    """Each program of one further run, by itself."""
+    """Time each program of one more run by itself."""
     runtime = runtime_of(trial)
     programs = runtime.programs
     runtime.programs = watched = TimedPrograms(programs)
@@ -248,15 +248,15 @@ def programs_of(
 
 
 def runtime_of(trial: Trial) -> Runtime:
-    """What answers the graph of a method that has run."""
+    """The runtime of a method that has run."""
     graphs = list(find_or_create(trial.compiled).graphs)
     return next(graph for graph in graphs if isinstance(graph, Runtime))
 
 
 def floor(name: str, analysis: Analysis, rates: MachineRates) -> float | None:
-    """The least time of a program, where the compiler knows what it takes.
+    """The least time of a program; None where its cost is not known.
 
-    Of one that computes no text it is what a model without text would take.
+    The floor of a program without text is that of a model without text.
     """
     if name == "tail" or name.startswith(TIMETABLE):
         return None
@@ -270,7 +270,7 @@ def floor(name: str, analysis: Analysis, rates: MachineRates) -> float | None:
 
 
 def analysed(sampler: Sampler) -> Analysis:
-    """What the compiler finds in the model. Raises Unsupported if it would run dense."""
+    """The analysis of the model. Raises Unsupported if it would run dense."""
     report = explain(sampler.model, **sampler.first_call())
     if report.analysis is None:
         raise Unsupported(report.reason)

@@ -106,14 +106,14 @@ def _method_row(method: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _program_rows(methods: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """One a program; what all ratios share is told once."""
+    """A row for each program; programs that all ratios share appear once."""
     rows: list[tuple[str, ...]] = []
-    told: set[str] = set()
+    listed: set[str] = set()
     for method in methods:
         for program in method["programs"]:
-            if program["name"] in told:
+            if program["name"] in listed:
                 continue
-            told.add(program["name"])
+            listed.add(program["name"])
             seconds, floor = program["seconds_median"], program["floor_seconds"]
             rows.append(
                 (

@@ -1,4 +1,4 @@
-"""Running an evaluation: method by method, phase by phase, each kept as soon as it is done."""
+"""Campaign: measure method by method, phase by phase; save after each."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from specdiff.evaluation.measuring import (
 from specdiff.evaluation.method import DENSE, Candidate, Refused
 
 PHASES = ("draw", "compare", "time", "flops")
-"""Any of them may be left for later, or for another machine."""
+"""Each may be run later, or on another machine."""
 RESULTS, LATENTS = "results.json", "latents"
 
 
@@ -81,7 +81,7 @@ class Campaign:
         if phase == "compare":
             self._measure(DENSE, "draw")
             self._measure(candidate, "draw")
-        if self._settled(candidate, phase):  # a phase that failed took the others with it
+        if self._settled(candidate, phase):  # after a refusal no phase of a method is tried
             return
         self.findings.begin(phase)
         finding = self._finding(candidate)

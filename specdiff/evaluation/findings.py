@@ -1,4 +1,4 @@
-"""What an evaluation has found so far: one JSON file that grows method by method."""
+"""Findings: the results of an evaluation so far, in one JSON file."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Terms:
 
 @dataclass
 class Finding:
-    """What is known of one method; measures that were not taken are missing from `values`."""
+    """The results of one method; `values` lacks what was not measured."""
 
     family: str
     steps: int
@@ -135,14 +135,14 @@ class Findings:
 
 
 def frontier(findings: Findings, measure: str, *, higher_is_better: bool) -> list[str]:
-    """Names of the methods that no other beats in both speedup and the measure, fastest first."""
+    """Methods that no other beats in both speedup and the measure, by name, fastest first."""
     sign = 1 if higher_is_better else -1
     points = findings.rivals(SPEEDUP, measure)
     ordered = sorted(points, key=lambda name: -points[name].values[SPEEDUP])
-    best, kept = float("-inf"), []
+    best, unbeaten = float("-inf"), []
     for name in ordered:
         value = sign * points[name].values[measure]
         if value > best:
             best = value
-            kept.append(name)
-    return kept
+            unbeaten.append(name)
+    return unbeaten

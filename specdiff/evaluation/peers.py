@@ -1,9 +1,9 @@
 """The caches of diffusers and cache-dit, at recommended settings, compiled as far as they allow.
 
-A cache that works on blocks gets blocks that were compiled before its hooks went around them, one
-that works inside them gets compiled attention and MLP modules; the hooks themselves are made to run
-eagerly (`torch.compiler.disable`) or would recompile at every step. That is more than their
-documentation asks for, and faster. Where a library refuses the model, its own words are the reason.
+Blocks are compiled before a cache puts its hooks around them; for a cache that works inside blocks,
+their attention and MLP modules are. The hooks run eagerly (`torch.compiler.disable`), as they would
+recompile at every step. This is faster than what their documentation asks for. Where a library
+refuses the model, its own words are the reason.
 """
 
 from __future__ import annotations
@@ -113,10 +113,10 @@ def mag_cache(subject: Subject) -> Iterator[Candidate]:
         if not ratios:
             pipeline = subject.load()
             _enable(pipeline, MagCacheConfig(calibrate=True, num_inference_steps=STEPS))
-            told = io.StringIO()  # the calibration only prints what it found
-            with contextlib.redirect_stdout(told):
+            printed = io.StringIO()  # the calibration only prints its result
+            with contextlib.redirect_stdout(printed):
                 subject.draw(pipeline, Request(subject.prompts[0], CALIBRATION_SEED))
-            line = next(line for line in told.getvalue().splitlines() if line[:2] == "[1")
+            line = next(line for line in printed.getvalue().splitlines() if line[:2] == "[1")
             ratios.extend(ast.literal_eval(line))
         return ratios
 
@@ -155,7 +155,7 @@ def _latent_frames(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def _announce_steps(pipeline: Any) -> None:
-    """Tell SeaCache the step, which the pipelines of diffusers 0.42 do only for its own models."""
+    """Give SeaCache the step; pipelines of diffusers 0.42 do so only for SeaCache's own models."""
     transformer, scheduler = pipeline.transformer, pipeline.scheduler
     context = transformer.cache_context
 

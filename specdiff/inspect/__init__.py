@@ -1,1 +1,1 @@
-"""What a person looks at: graphs, drawings and pages of what the compiler and the runtime did."""
+"""For people: drawings and pages of what the compiler decided and what the runtime did."""

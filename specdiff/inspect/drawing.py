@@ -1,4 +1,4 @@
-"""Drawing: a graph that `inspect.graph` made, for Graphviz, and drawn by its program `dot`."""
+"""Drawing: a graph of `inspect.graph` in Graphviz's language, and as its program `dot` draws it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COLOURS: Mapping[str, str] = {
     "computed whole": "#eeeeee",
     "not needed": "#ffffff",
 }
-"""Fill of a node by its kind; of tones that differ in lightness, too."""
+"""Fill colour of a node by its kind; the colours also differ in lightness."""
 QUIET = ("modulation", "table")
 PALE = "73"
 """Opacity of a box that is computed whole, as the last two digits of its colour."""
@@ -38,9 +38,9 @@ SHAPES: Mapping[str, Mapping[str, str]] = {
 
 
 def to_dot(graph: networkx.DiGraph[str]) -> str:
-    """The graph in Graphviz's language; wide boxes are costly, dashed ones computed whole.
+    """The graph in Graphviz's language; wide boxes cost much, dashed ones are computed whole.
 
-    Arrows out of modulation and tables are left out: they lead everywhere.
+    Arrows from modulation and tables are left out, as they lead everywhere.
     """
     source = graphviz.Digraph(node_attr=NODE, edge_attr=EDGE)
     source.attr(ranksep="0.3", nodesep="0.2", bgcolor="transparent")
@@ -73,7 +73,7 @@ def _look(data: Mapping[str, object]) -> dict[str, str]:
 
 
 def _text(text: object) -> str:
-    """As it is: neither escapes nor HTML, and with its line breaks."""
+    """Text that Graphviz shows literally, with its line breaks."""
     escaped = graphviz.escape(str(text)).replace("\n", "\\n")
     plain: str = graphviz.nohtml(escaped)  # a kind of str that tells the writer so
     return plain

@@ -17,9 +17,9 @@ from specdiff.pipeline import Analysis
 
 
 def texts(analysis: Analysis | str, options: Options) -> Iterator[tuple[str, str]]:
-    """Names and contents of everything there is to look at; of a refused graph, the reason.
+    """Names and contents of all files about a graph; for a refused graph, just the reason.
 
-    Drawings are missing where Graphviz is: the report says so, and holds what they are made of.
+    Without Graphviz there are no drawings: the report says so and holds their sources.
     """
     report = report_of(analysis, options)
     yield "report.json", json.dumps(to_json(report), indent=2) + "\n"

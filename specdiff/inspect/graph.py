@@ -34,9 +34,9 @@ def short_count(value: float, unit: str) -> str:
 
 
 def region_graph(analysis: Analysis) -> Drawing[str]:
-    """One node a region, input, residual addition and output; an edge where a value is handed on.
+    """A node for each region, input, residual addition and output; an edge for each value.
 
-    Regions also carry `path`, `ops`, `dense_flops`, `selective_flops` (a formula) and
+    Regions also have `path`, `ops`, `dense_flops`, `selective_flops` (a formula) and
     `cache_bytes`.
     """
     graph: Drawing[str] = networkx.DiGraph()
@@ -58,7 +58,7 @@ def region_graph(analysis: Analysis) -> Drawing[str]:
 
 
 def _boxes(analysis: Analysis) -> dict[fx.Node, str]:
-    """The drawn node that each node of the traced graph belongs to; parameters to none."""
+    """For each node of the traced graph, the box that it belongs to; parameters have none."""
     boxes = {n: f"region_{i}" for i, r in enumerate(analysis.regions) for n in r.nodes}
     parameters = set(analysis.signature.indices("parameter"))
     for i, node in enumerate(analysis.selection.axes.graph.find_nodes(op="placeholder")):
@@ -108,7 +108,7 @@ def _add_plain(graph: Drawing[str], box: str, node: fx.Node) -> None:
 
 
 def block_path(analysis: Analysis) -> str:
-    """Where the first block with an attention lies, e.g. `transformer_blocks.0`."""
+    """Module path of the first block with an attention, e.g. `transformer_blocks.0`."""
     paths = [module_path(n) for n in analysis.selection.axes.graph.nodes if n.target is ATTENTION]
     first = paths[0] if paths else ""
     match = BLOCK.match(first)
@@ -116,9 +116,9 @@ def block_path(analysis: Analysis) -> str:
 
 
 def block_graph(analysis: Analysis, path: str) -> Drawing[str]:
-    """Every op of one block; what it is given is drawn as input.
+    """Every op of one block; values from outside are drawn as inputs.
 
-    The kind is the form in which a selective step has a value: rows, cached, whole or both.
+    The kind of a node is the form that its value has in a selective step, such as rows or cached.
     """
     graph: Drawing[str] = networkx.DiGraph()
     inside = [n for n in analysis.selection.axes.graph.nodes if _lies_in(n, path)]

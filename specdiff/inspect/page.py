@@ -1,4 +1,4 @@
-"""Page: one self-contained HTML file, with no script or style or picture from anywhere else."""
+"""Page: a report as one HTML file that loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from specdiff.measure.machine import MachineRates
 from specdiff.passes.select.regions import Region
 
 HARDLY_SEEN, PLAINLY_SEEN = 40, 30
-"""PSNR in dB: a rule of thumb, which the page calls one. Nobody was asked what they see."""
+"""PSNR in dB; a rule of thumb, and the page says so."""
 KINDS: Mapping[str, str] = {
     "attention": "lets every token look at every other",
     "attention+mlp": "attention and MLP side by side, which share their last projection",
@@ -33,7 +33,7 @@ STEP_KINDS: Mapping[str, tuple[str, str]] = {
     "skipped": ("#e66101", "nothing computed: predicted from earlier steps"),
     "fallback": ("#b2182b", "every token computed, because a check failed"),
 }
-"""Colour of a step by its kind, and what that means."""
+"""By the kind of a step: its colour, and what the kind means."""
 
 
 def environment() -> Environment:
@@ -63,7 +63,7 @@ def pretty_formula(formula: sympy.Expr) -> str:
 
 
 def _seen(psnr: float) -> str:
-    """A PSNR in dB in words, as the page explains it."""
+    """A PSNR in dB, in words."""
     if psnr >= HARDLY_SEEN:
         return "as a rule hardly visible"
     return "as a rule seen on a close look" if psnr >= PLAINLY_SEEN else "as a rule plain to see"
@@ -90,7 +90,7 @@ def report_page(
 
 
 def report_facts(report: Report, rates: MachineRates | None, steps: int) -> dict[str, Any]:
-    """What the templates show of a report."""
+    """The values of a report that the templates show."""
     if report.analysis is None:
         return {"report": report}
     prediction = report.predict(rates, steps) if rates else None
@@ -109,7 +109,7 @@ def report_facts(report: Report, rates: MachineRates | None, steps: int) -> dict
 
 
 def drawings(report: Report) -> dict[str, Any]:
-    """What the templates draw of a report."""
+    """The drawings of a report for the templates."""
     if report.analysis is None:
         return {}
     path = block_path(report.analysis)
@@ -121,7 +121,7 @@ def drawings(report: Report) -> dict[str, Any]:
 
 
 def _drawn(graph: Drawing[str]) -> dict[str, Any]:
-    """The drawing, or what it is to be made from where Graphviz is not installed."""
+    """The drawing, and its source, which is shown where Graphviz is not installed."""
     svg = to_svg(graph)
     return {"svg": svg and Markup(svg), "dot": to_dot(graph)}
 
@@ -177,7 +177,7 @@ def _costs(report: Report, rates: MachineRates | None) -> list[dict[str, Any]]:
 def planned_steps(
     report: Report, prediction: TimeBounds | None, steps: int
 ) -> list[dict[str, Any]]:
-    """The schedule as the timeline draws it; without times all steps are drawn alike."""
+    """The schedule for the timeline; without times all bars have the same height."""
     seconds = vars(prediction) if prediction else {}
     planned = [
         {
@@ -192,7 +192,7 @@ def planned_steps(
 
 
 def with_heights(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Steps with the height of their bars, from 0 to 1: their time, or else their active share."""
+    """Steps with heights of bars from 0 to 1: by their time, or else by their active share."""
     known = [step["seconds"] for step in steps if step["seconds"]]
     most = max(known, default=0.0)
     return [{**s, "height": s["seconds"] / most if s["seconds"] else s["share"]} for s in steps]

@@ -1,4 +1,4 @@
-"""The picture of a comparison: one row a prompt, the methods side by side, differences and maps."""
+"""Picture: a comparison with a row for each prompt, the methods side by side."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from specdiff.measure.comparison import Comparison, Quality, Trials
 
 AMPLIFICATION = 5
-"""Differences are shown this many times larger than they are: usual ones are invisible."""
+"""Factor by which differences are shown larger; usual ones are invisible."""
 PANEL_INCHES = 2.4
 DOTS_PER_INCH = 110
 PROMPT_WIDTH = 26
@@ -38,7 +38,7 @@ def difference(image: Tensor, reference: Tensor) -> Tensor:
 
 
 def token_map(counts: Tensor, height: int, width: int) -> Tensor:
-    """Lay token counts [N] (or [B, N], batch rows averaged) out like the picture they belong to.
+    """Arrange token counts [N] (or [B, N], averaged over B) like the picture that they belong to.
 
     Args:
         counts: One number a token, row by row.

@@ -16,7 +16,7 @@ SCHEMA = 1
 
 
 def to_json(report: Report, rates: MachineRates | None = None, steps: int = 28) -> dict[str, Any]:
-    """Everything a report says; times only if the rates of a machine are given, in seconds."""
+    """All of a report; with the rates of a machine also times, in seconds."""
     if not report.selective:
         return {"schema": SCHEMA, "selective": False, "reason": report.reason}
     settings = dataclasses.asdict(report.settings)

@@ -1,4 +1,4 @@
-"""Publish: hand the drawings and the report of a graph to whoever watches."""
+"""Publish: write the drawings and the report of a graph where somebody looks for them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from specdiff.pipeline import Analysis
 
 
 def publish(analysis: Analysis | str, dump: Dump | None, options: Options) -> None:
-    """Write them beside the dump and for tlparse, if either is wanted; nothing here can fail.
+    """Write them beside the dump and for tlparse, if either is wanted; errors are logged.
 
     Args:
         analysis: the analysis of the graph, or the reason why it runs dense.

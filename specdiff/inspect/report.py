@@ -1,4 +1,4 @@
-"""What the compiler found in a model, without compiling or running anything selective."""
+"""Report: what the compiler finds in a model; nothing is compiled for it."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from specdiff.settings import Settings
 RATIOS = (0.5, 0.75, 0.9, 0.95)
 """Shares of tokens left out for which costs are shown."""
 FORECAST_PASSES = 5
-"""Times that a skipped step reads or writes the token-level output: a line through two outputs is
-written, handed through the tail and copied."""
+"""How often a skipped step reads or writes the token-level output: it reads two, writes their
+extrapolation, and the tail reads and copies that."""
 
 
 @dataclass(frozen=True)
 class WholeOp:
-    """Ops of one kind that hold image tokens and that a selective step computes for all of them."""
+    """Ops of one kind that a selective step computes for all image tokens."""
 
     op: str
     count: int
@@ -43,7 +43,7 @@ class WholeOp:
 
 @dataclass(frozen=True)
 class TimeBounds:
-    """What steps should take by the rates of a machine: bounds that real programs stay behind."""
+    """Lower bounds for the times of steps, by the rates of a machine."""
 
     dense: float
     """Seconds of a dense step."""
@@ -58,7 +58,7 @@ class TimeBounds:
 
     @property
     def speedup(self) -> float:
-        """Of a generation."""
+        """Of a generation by the schedule, over a dense one."""
         return self.dense_run / self.run
 
 
@@ -68,7 +68,7 @@ class Report:
 
     selective: bool
     reason: str
-    """Why the model runs dense; empty if it does not."""
+    """Why the model runs dense; empty if it is selective."""
     latents: tuple[str, ...] = ()
     """Inputs that are denoised, by their names in the caller's frame."""
     segments: tuple[Segment, ...] = ()
@@ -76,25 +76,25 @@ class Report:
     cache_bytes: int = 0
     """Bytes of the caches of one generation."""
     uncoded: Mapping[str, int] = field(default_factory=dict)
-    """Caches that stay in the model's dtype against `kv_cache_dtype`, counted by the reason."""
+    """Caches that keep the model's dtype in spite of `kv_cache_dtype`, counted by reason."""
     whole: tuple[WholeOp, ...] = ()
     """Ops that mix tokens and therefore stay whole."""
     sizes: Sizes = field(default_factory=lambda: Sizes(0, 0, 0))
     """What B, N and T stand for."""
     passes: tuple[PassRecord, ...] = ()
     settings: Settings = field(default_factory=lambda: Options().resolve())
-    """Those that the schedule follows."""
+    """The settings that the schedule follows."""
     analysis: Analysis | None = field(default=None, repr=False)
-    """What the drawings are made of."""
+    """The source of the drawings."""
 
     @property
     def dense_work(self) -> Work:
-        """Of a dense step, in B, N and T."""
+        """Cost of a dense step, in B, N and T."""
         return dense_work(self.regions)
 
     @property
     def selective_work(self) -> Work:
-        """Of a selective step, in B, N, K and T."""
+        """Cost of a selective step, in B, N, K and T."""
         return selective_work(self.regions)
 
     @property
@@ -130,9 +130,10 @@ class Report:
         return planned
 
     def predict(self, rates: MachineRates, steps: int) -> TimeBounds:
-        """Time of each program and of a generation: each region by the slower of its two bounds.
+        """Lower bounds for the times of each program and of a generation.
 
-        Work that overlaps between regions, and what a library's kernels lose, is not in it.
+        Each region takes the longer of its arithmetic and its memory traffic. Overlap between
+        regions and losses of real kernels are not counted.
         """
         assert self.analysis is not None, self.reason
         tokens = self.analysis.signature.tokens

@@ -1,4 +1,4 @@
-"""Runs: pages of recorded runs, of anybody's pipeline and of the demo's comparison."""
+"""Runs: pages of recorded runs, of any pipeline and of the demo's comparison."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def recording_page(recording: Recording, image: Tensor | None = None, sample: in
     """One recorded run as HTML.
 
     Args:
-        recording: What `specdiff.record` yielded; its last generation is shown, or all that it has
-            if its steps belong to none.
-        image: The decoded picture [H, W, 3] in 0..1, over which classes of tokens are laid.
+        recording: What `specdiff.record` yielded. Its last generation is shown, or all of its
+            steps if they belong to no generation.
+        image: The decoded picture [H, W, 3] in 0..1, on which classes of tokens are drawn.
         sample: Which sample of the batch is shown.
 
     Raises:
@@ -58,14 +58,14 @@ def recording_page(recording: Recording, image: Tensor | None = None, sample: in
 def comparison_page(
     comparison: Comparison, report: Report, runs: Runs, rates: MachineRates, hints: Sequence[str]
 ) -> str:
-    """The demo's comparison as HTML: what was found, skipped, saved, and what it cost.
+    """The demo's comparison as HTML: what was skipped, what that saved, and what it cost.
 
     Args:
         comparison: Times and pictures; the first method is the reference, the second is specdiff.
         report: Of the model.
         runs: Recorded steps of methods.
         rates: Of this machine.
-        hints: What a reader should be warned of.
+        hints: Warnings for the reader.
     """
     reference, ours = comparison.trials[:2]
     template = environment().get_template("demo.html")

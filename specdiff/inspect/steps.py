@@ -29,7 +29,7 @@ CLASS_NAMES = {
 
 
 def veil(step: StepRecord, height: int, width: int, sample: int = 0) -> Tensor:
-    """The classes of one step as colours to lay over a picture.
+    """The classes of one step as colours, to be drawn over a picture.
 
     Args:
         step: A recorded step.
@@ -65,14 +65,14 @@ def picture(image: Tensor) -> str:
 
 
 def changed(image: Tensor, reference: Tensor) -> str:
-    """A data address of the difference of two pictures, five times as strong, white where none."""
+    """A data address of the difference of two pictures, amplified; white where there is none."""
     return png(difference(image, reference))
 
 
 def recorded_steps(
     steps: Sequence[StepRecord], image: Tensor | None, sample: int = 0
 ) -> list[dict[str, Any]]:
-    """What the page shows of each step; reads the device. `image` is [H, W, 3], the decoded one."""
+    """What the page shows of each step; `image` [H, W, 3] is decoded. Waits for the device."""
     shown = [_shown(step, image, sample) for step in steps]
     return with_heights(shown)
 

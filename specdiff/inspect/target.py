@@ -35,7 +35,7 @@ def load_target(target: str, device: torch.device) -> ModelCall:
 
     Args:
         target: `demo`, `package.module:function` or `path/to/file.py:function`.
-        device: Where the demo model is put; a function chooses for itself.
+        device: Device of the demo model; a function chooses its own.
 
     Raises:
         SpecdiffError: There is no such function, or it returns something else.
@@ -68,8 +68,8 @@ def _function(target: str) -> Callable[[], Any]:
     function = getattr(module, name, None)
     if not callable(function):
         raise SpecdiffError(f"{origin} has no function {name}")
-    found: Callable[[], Any] = function
-    return found
+    checked: Callable[[], Any] = function
+    return checked
 
 
 def _takes_nothing(function: Callable[..., Any]) -> bool:
@@ -96,7 +96,7 @@ def _from_file(file: Path) -> Any:
 
 
 def explain_call(call: ModelCall, options: Mapping[str, Any]) -> Report:
-    """What `specdiff.explain` says of it.
+    """What `specdiff.explain` says of a call.
 
     Raises:
         OptionError: An unknown option or a value out of range.
@@ -121,7 +121,7 @@ def _require_running(call: ModelCall) -> None:
 
 
 def demo_call(device: torch.device) -> ModelCall:
-    """The demo model and what its pipeline calls it with at the first step."""
+    """The demo model and its inputs at the first step of its pipeline."""
     from specdiff.models.demo import (
         PIPELINE_SIDE,
         built_in_prompts,

@@ -20,7 +20,7 @@ LETTERS = {"dense": "█", "selective": "▄", "skipped": "·"}
 
 
 def render(report: Report, rates: MachineRates | None = None, steps: int = 28) -> Group:
-    """Everything a report says, for `rich.console.Console.print`."""
+    """All of a report, for `rich.console.Console.print`."""
     return Group(*_parts(report, rates, steps))
 
 
@@ -102,7 +102,7 @@ def _schedule(report: Report, rates: MachineRates | None, steps: int) -> Iterato
 
 
 def _table(title: str, heads: tuple[str, ...], rows: list[Row]) -> Table:
-    """Text to the left, figures to the right."""
+    """A table; text is aligned to the left, figures to the right."""
     table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", collapse_padding=True)
     for position, head in enumerate(heads):
         figures = all(_is_figure(row[position]) for row in rows)

@@ -1,4 +1,4 @@
-"""Measuring generation methods against each other: time, fidelity and tokens, one process, A B A B.
+"""Comparison: measure methods against each other in turns: time, closeness, tokens.
 
 The first method is the reference: the others' pictures and times are compared with its own.
 Pictures are float32 [H, W, 3] with values in 0..1; times are wall-clock seconds per picture.
@@ -23,7 +23,7 @@ AXES_OF_A_PICTURE = 3
 
 
 class Usage(Protocol):
-    """What is read of the runtime's counters (`specdiff.Stats`), all since the last reset."""
+    """What a comparison reads of `specdiff.Stats`; all counts are since the last reset."""
 
     @property
     def tokens_computed(self) -> int:
@@ -31,7 +31,7 @@ class Usage(Protocol):
 
     @property
     def tokens_total(self) -> int:
-        """Tokens that a dense run of the same steps would have computed."""
+        """Tokens that dense steps would have computed."""
 
     @property
     def cache_bytes(self) -> int:
@@ -43,7 +43,7 @@ class Usage(Protocol):
 
     @property
     def fallbacks(self) -> Mapping[str, int]:
-        """How often a step ran dense because a guard failed, by reason."""
+        """How often a step ran dense against the plan, by reason."""
 
     @property
     def token_counts(self) -> Tensor | None:
@@ -83,7 +83,7 @@ class Quality:
 
 @dataclass
 class Trials:
-    """Everything observed of one method; the lists have one entry per request."""
+    """All that was observed of one method; lists have one entry per request."""
 
     method: Method
     seconds: list[list[float]]
@@ -92,7 +92,7 @@ class Trials:
     qualities: list[Quality]
     first_seconds: float = 0.0
     tokens_before: tuple[int, int] = (0, 0)
-    """Computed and in all, by the counters when the first picture, which compiles, was done."""
+    """Computed and in all, after the first picture, which compiles."""
     tokens_computed: int = 0
     tokens_total: int = 0
     cache_bytes: int = 0
@@ -106,7 +106,7 @@ class Trials:
 
     @property
     def compile_seconds(self) -> float:
-        """What the first picture took longer than a usual one."""
+        """How much longer the first picture took than a usual one."""
         return max(0.0, self.first_seconds - self.median_seconds) if self.method.compiles else 0.0
 
     @property

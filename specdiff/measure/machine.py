@@ -1,4 +1,4 @@
-"""How fast a machine multiplies and copies: the two rates that bound how long a program takes."""
+"""Machine: how fast it multiplies and copies, which bounds the time of any program."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COPIED_BYTES = 1 << 28
 
 @dataclass(frozen=True)
 class MachineRates:
-    """What one device reaches on large matrices and long copies."""
+    """The rates that one device reaches on large matrices and long copies."""
 
     flops_per_second: float
     """Of a square matrix product; a multiplication and an addition count as two."""
@@ -29,7 +29,7 @@ class MachineRates:
     """Of a copy; what is read and what is written both count."""
 
     def seconds(self, flops: float, moved: float) -> float:
-        """Time that no program with these FLOPs and bytes of memory traffic can beat."""
+        """Least time of a program with these FLOPs and bytes of memory traffic."""
         return max(flops / self.flops_per_second, moved / self.bytes_per_second)
 
 

@@ -1,4 +1,4 @@
-"""The most memory that was held: what torch allocated on CUDA, elsewhere this process on Linux."""
+"""Peak memory: on CUDA what torch allocated, elsewhere (on Linux) what this process held."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ PROCESS = Path("/proc/self")
 
 
 def held(device: torch.device) -> int | None:
-    """Bytes now; None where that cannot be told."""
+    """Bytes held now; None where this is unknown."""
     if device.type == "cuda":
         return int(torch.cuda.memory_allocated(device))
     return _status("VmRSS")
 
 
 def peak(device: torch.device) -> int | None:
-    """Bytes at the peak since `reset_peak`; None where that cannot be told."""
+    """Bytes held at the peak since `reset_peak`; None where this is unknown."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return _status("VmHWM")

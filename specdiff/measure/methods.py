@@ -43,7 +43,7 @@ def demo_requests(prompts: Sequence[str], seed: int) -> list[Request]:
 
 
 def picture_maker(pipeline: Any, setting: Setting, steps: int) -> Callable[[Request], Tensor]:
-    """Bind a pipeline to a number of steps; pictures arrive on the CPU, so their time is whole."""
+    """Bind a pipeline to a number of steps; pictures end on the CPU, so nothing is left untimed."""
     subject = setting.subject
     return lambda request: subject.picture(subject.draw(pipeline, request, steps))
 
@@ -98,7 +98,7 @@ def demo_methods(setting: Setting, fewer_steps: Sequence[int] = ()) -> list[Meth
 def record_methods(
     methods: Sequence[Method], requests: Sequence[Request]
 ) -> dict[str, list[list[StepRecord]]]:
-    """Draw every picture once more and keep what each step did, of methods that can be recorded."""
+    """Draw every picture once more and record each step, where a method can be recorded."""
     recorded: dict[str, list[list[StepRecord]]] = {}
     for method in methods:
         for request in requests if method.model is not None else ():

@@ -163,15 +163,15 @@ def table(comparison: Comparison) -> Table:
 
 
 def warnings(comparison: Comparison, load: float) -> list[str]:
-    """What a reader of the figures should know: a busy machine, steps that ran dense and why."""
-    told = [
+    """Warnings for the reader of the figures: a busy machine, steps that ran dense and why."""
+    hints = [
         f"{trials.method.name}: {count} steps ran dense: {reason}"
         for trials in comparison.trials
         for reason, count in trials.fallbacks.items()
     ]
     if load > BUSY:
-        told.append(
+        hints.append(
             f"other processes keep this machine busy (load {load:.1f} a core):"
             " do not trust the times"
         )
-    return told
+    return hints

@@ -1,4 +1,4 @@
-"""Timing: what one piece of work takes, and contestants that take turns (A B A B)."""
+"""Timing: measure one piece of work, or contestants that take turns (A B A B)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
@@ -26,12 +26,12 @@ def timed(
     device: torch.device = CPU,
     clock: Callable[[], float] | None = None,
 ) -> tuple[Result, float]:
-    """What `work` returns, and the seconds until the device has done it.
+    """Return what `work` returns, and the seconds until the device has finished it.
 
     Args:
         work: What to do.
-        device: Where it runs; waited for before and after.
-        clock: Tells seconds; None: `time.perf_counter`.
+        device: Where it runs; `timed` waits for it before and after.
+        clock: Returns seconds; None: `time.perf_counter`.
     """
     now = clock or time.perf_counter
     wait(device)
@@ -49,7 +49,7 @@ def in_turns(
     clock: Callable[[], float] | None = None,
     before: Callable[[Contestant, Task], None] = lambda contestant, task: None,
 ) -> Iterator[tuple[Contestant, Task, Result, float]]:
-    """Each task done by every contestant before the next task, so that all meet the same machine.
+    """Let every contestant do a task before the next task begins, so that all see the same machine.
 
     Args:
         contestants: Who takes turns.
@@ -57,7 +57,7 @@ def in_turns(
         run: Does a task; what is timed.
         device: Where it runs.
         clock: As of `timed`.
-        before: Told who begins what; not timed.
+        before: Called before each, not timed.
 
     Yields:
         Contestant, task, what `run` returned, and its seconds.

@@ -33,7 +33,7 @@ class BlockSelection:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two values that must be equal, and which oracle says so."""
+    """Two values that must be equal, and the oracle that says so."""
 
     oracle: str
     actual: Tensor
@@ -62,8 +62,8 @@ def idempotence(
     before = stored_values(analysis.selection, [cache.clone() for cache in caches])
     selective = programs.selective(inputs, caches, active)
     yield Pair("idempotence", selective.tokens, pick(dense.tokens, active))
-    for kept, old in zip(stored_values(analysis.selection, caches), before, strict=True):
-        yield Pair("idempotence", kept, old)
+    for after, old in zip(stored_values(analysis.selection, caches), before, strict=True):
+        yield Pair("idempotence", after, old)
 
 
 def masked_dense(
@@ -73,9 +73,9 @@ def masked_dense(
     later: Sequence[Any],
     active: Tensor,
 ) -> Iterator[Pair]:
-    """Oracle 2: on another input, stale rows are exactly those of the caches.
+    """Oracle 2: on another input, inactive rows are exactly those of the caches.
 
-    Of the selective program that measures no importance; oracles 1 and 3 are of the one that does.
+    It runs the selective program that measures no importance; oracles 1 and 3 run the other one.
     """
     caches = _caches(analysis)
     programs.dense(inputs, caches)
@@ -95,9 +95,9 @@ def without_text(
     later: Sequence[Any],
     active: Tensor,
 ) -> Iterator[Pair]:
-    """Oracles 1 and 2 of a step that computes no text: its rows, too, are those of the caches.
+    """Oracles 1 and 2 of a step that computes no text: rows of text, too, are those of the caches.
 
-    Yields nothing of a model whose text cannot be left out.
+    Yields nothing for a model whose text cannot be left out.
     """
     for values, name, measured in (
         (inputs, "idempotence, text kept", True),
@@ -113,18 +113,18 @@ def without_text(
         second = MaskedDense(analysis, first.values, active, text=False)
         second.run(*values)
         yield Pair(name, step.tokens, pick(as_tokens(analysis.selection, second.values), active))
-        # after them come values that no step changes
-        for kept, node in zip(
+        # the caches also hold fixed values, after the cached ones
+        for stored, node in zip(
             stored_values(analysis.selection, caches), analysis.selection.cached, strict=False
         ):
             expected = second.values[node.name].permute(analysis.selection.cache_order(node))
-            yield Pair(name, kept, expected)
+            yield Pair(name, stored, expected)
 
 
 def of_block(
     block: BlockSelection, programs: BlockPrograms, inputs: Sequence[Any], later: Sequence[Any]
 ) -> Iterator[Pair]:
-    """Oracles 1 to 3 of a block's own outputs; `later` are other values of what it transforms."""
+    """Oracles 1 to 3 of a block's own outputs; in `later` the tokens that it transforms differ."""
     selection, before = block.selection, torch.zeros(1, dtype=torch.int64)
     active = random_active(
         selection.axes.samples, selection.lengths, max(1, round(0.3 * selection.tokens))
@@ -211,11 +211,10 @@ def as_tokens(selection: Selection, values: Mapping[str, Tensor]) -> Tensor:
 
 
 class MaskedDense(fx.Interpreter):
-    """Computes every row of every op, then keeps the cached row where a token is not active.
+    """Computes every row of every op, then takes the cached row where a token is not active.
 
-    What the caches hold as codes is read as these tell it, fresh rows too.
-
-    `values` has what lives in caches and the token-level outputs, or with `every` all values.
+    Values that the caches store as codes are rounded to these, fresh rows too. `values` collects
+    cached values and token-level outputs, or with `every` all values.
     """
 
     def __init__(
@@ -235,14 +234,14 @@ class MaskedDense(fx.Interpreter):
         self.values: dict[str, Tensor] = {}
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """One op; a value mixed with the cache has other strides than it had when it was traced."""
+        """Run one op; a value mixed with the cache has other strides than the traced value."""
         target = aten.reshape.default if target in STRIDED_VIEWS else target
         if target is aten.view_as_complex.default:
             args = (args[0].contiguous(),)
         return super().call_function(target, args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
-        """The node's value, mixed with the cache where the plan keeps it in one."""
+        """The node's value; if it lives in a cache, mixed with the cached rows."""
         value = super().run_node(n)
         if n in self._selection.cached and self._cached:
             fresh = fresh_rows(self._selection, n, self._active, self._text)
@@ -254,7 +253,7 @@ class MaskedDense(fx.Interpreter):
 
 
 def coded(value: Tensor, code: torch.dtype | None) -> Tensor:
-    """What codes of that dtype tell of `value`, by its last axis; without, the value itself."""
+    """`value` rounded to codes of that dtype, one scale per row; without `code` unchanged."""
     if code is None:
         return value
     top = torch.finfo(code).max if code.is_floating_point else torch.iinfo(code).max
@@ -266,7 +265,7 @@ def coded(value: Tensor, code: torch.dtype | None) -> Tensor:
 
 
 def stored_values(selection: Selection, caches: Iterable[Tensor]) -> list[Tensor]:
-    """What the caches hold of each value but tables: codes times their scales."""
+    """The values that the caches store, tables left out; codes times their scales."""
     pending, values = iter(caches), []
     for node in (*selection.cached, *selection.fixed):
         value = next(pending)
@@ -277,7 +276,7 @@ def stored_values(selection: Selection, caches: Iterable[Tensor]) -> list[Tensor
 
 
 def fresh_rows(selection: Selection, node: fx.Node, active: Tensor, text: bool = True) -> Tensor:
-    """Boolean, broadcastable to `node`: which of its rows a selective step computes."""
+    """Boolean, broadcastable to `node`: the rows that a selective step computes."""
     axis, batch = selection.token_axis(node), selection.axes.batch_axis(node)
     assert axis is not None and batch is not None
     shape = node.meta["val"].shape

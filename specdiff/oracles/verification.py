@@ -1,8 +1,8 @@
 """`specdiff.verify`: the oracles on a user's own model and inputs.
 
-The gate before a compiled plan goes live: every graph of the model is traced, rewritten and held
-to oracles 1 to 3, in the model's own dtype and on its own device, with the programs run eagerly.
-A graph without a time or a plan is held to them as a block, which `specdiff.attach` may make it.
+A gate before a model goes live: every graph of it is traced, rewritten and held to oracles 1 to 3,
+in the model's own dtype and on its own device; the programs run eagerly. A graph without a time or
+a selective form is held to them as a block, since `specdiff.attach` may use it as one.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ TOLERANCES: Mapping[torch.dtype, float] = {
     torch.float16: 2e-2,
     torch.bfloat16: 1e-1,
 }
-"""Largest error accepted, relative to the largest magnitude, by dtype of the model's output: that
-of sums taken in another order, some layers deep."""
+"""Largest accepted error, relative to the largest magnitude, by dtype of the model's output: as
+large as that of sums in another order, some layers deep."""
 CODED_TOLERANCES: Mapping[str | None, float] = {None: 0.0, "int8": 3e-2, "fp8_e4m3": 1e-1}
-"""What is accepted at least where caches hold codes of that `kv_cache_dtype`."""
+"""Least tolerance by `kv_cache_dtype`, where caches hold codes."""
 ACTIVE_SHARE = 0.3
 EXACT = Options(inner_backend="eager", ablation={"importance_queries": None})
-"""All query rows measure importance, which then is the same whatever rows are computed."""
+"""All query rows measure importance, so that it does not depend on which rows are computed."""
 
 
 @dataclass(frozen=True)
 class GraphVerdict:
-    """One graph of the model: what was found, and the largest relative error by oracle."""
+    """One graph of the model: its report, and the largest relative error by oracle."""
 
     report: Report
     errors: Mapping[str, float]
@@ -61,7 +61,7 @@ class GraphVerdict:
 
     @property
     def passed(self) -> bool:
-        """A graph that runs dense is the model itself, and nothing is held against it."""
+        """Whether no error exceeds the tolerance; a graph that runs dense always passes."""
         return all(error <= self.tolerance for error in self.errors.values())
 
     def __str__(self) -> str:
@@ -115,14 +115,22 @@ def verify(
     options: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Verification:
-    """Run `model` once on these inputs, and oracles 1 to 3 on every graph of it.
+    """Run `model` once on these inputs, and oracles 1 to 3 on each of its graphs.
 
-    Oracles 2 and 3 need the inputs of a later step: the latent moved by a third of its standard
-    deviation. `tolerance` is relative to the largest magnitude of a value; by default it follows
-    the dtype of the output (`TOLERANCES`). `options` are those of `torch.compile(options=...)`, as
-    keywords are the model's inputs; with `kv_cache_dtype` the error of oracle 1 is what the
-    codes cost. Needs memory for two sets of caches. Raises
-    OptionError for an unknown option or a value out of range.
+    Oracles 2 and 3 also run on the inputs of a later step: the latent moved by a third of its
+    standard deviation. Needs memory for two sets of caches.
+
+    Args:
+        model: the model, compiled or not.
+        args: its inputs, and `kwargs` those by name.
+        tolerance: largest accepted error relative to the largest magnitude of a value; None: by
+            the dtype of the output (`TOLERANCES`).
+        options: as of `torch.compile(options=...)`; a mapping, as keywords are the model's inputs.
+            With `kv_cache_dtype` the error of oracle 1 is what the codes cost.
+        kwargs: inputs by name.
+
+    Raises:
+        OptionError: An unknown option or a value out of range.
     """
     known, _ = Options.parse(dict(options or {}), torch_adapter.inductor_keys())
     verdicts: list[GraphVerdict] = []

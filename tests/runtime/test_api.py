@@ -18,6 +18,7 @@ from specdiff.runtime.sampler.remains import Awaited
 from specdiff.runtime.tokens.forecast import FORECASTERS
 from specdiff.runtime.tokens.importance import SCORERS
 from specdiff.settings import METHODS, Settings
+from tests.helpers import PLAN, step_counts
 from tests.runtime.toy import (
     UNCORRECTED,
     Euler,
@@ -29,13 +30,6 @@ from tests.runtime.toy import (
     streams_of,
     toy,
 )
-
-PLAN = {"plan": Plan.every(4, warmup=3), "cache_ratio": 0.75}
-
-
-def counts(model):
-    stats = sd.stats(model)
-    return stats.dense, stats.selective, stats.skipped
 
 
 class NoReadback(torch.utils._python_dispatch.TorchDispatchMode):
@@ -69,7 +63,7 @@ def test_session_with_times_reads_nothing_back(per_model):
             torch.testing.assert_close(time, torch.tensor([landing]))
             jumped = before + (landing - run.sigmas[1]) * velocity
             torch.testing.assert_close(landed, jumped, rtol=1e-3, atol=1e-4)
-    assert counts(model) == (4, 6, 0)
+    assert step_counts(model) == (4, 6, 0)
     assert sd.stats(model).speculative == 1
     assert streams_of(model) == []
 
@@ -109,7 +103,7 @@ def test_concurrent_sessions_on_one_prompt_tensor_never_mix():
     for seed, (run, ratio) in enumerate(zip(runs, ratios, strict=True)):
         alone = Euler(toy(**{**plan, "cache_ratio": ratio}), seed, text=text).run()
         torch.testing.assert_close(run.velocities, alone.velocities)
-    assert counts(model) == (12, 12, 6)
+    assert step_counts(model) == (12, 12, 6)
 
 
 def test_sessions_nest_and_belong_to_their_model():
@@ -119,14 +113,14 @@ def test_sessions_nest_and_belong_to_their_model():
         pass
     with outer, inner:
         Euler(model).run()
-    assert counts(model) == (10, 0, 0)
+    assert step_counts(model) == (10, 0, 0)
     sd.configure(other, cache_ratio=0.5)
     with inner, sd.session(other, cache_ratio=1.0):
         Euler(other).run()
-    assert counts(other) == (4, 0, 6)
+    assert step_counts(other) == (4, 0, 6)
     sd.reset(other)
     Euler(other).run()
-    assert counts(other) == (4, 6, 0)
+    assert step_counts(other) == (4, 6, 0)
     assert sd.stats(other).tokens_computed == 5 * 16 + 6 * 8
 
 
@@ -137,7 +131,7 @@ def test_separate_guidance_calls_are_two_streams_of_a_session():
         for _ in range(10):
             for run in runs:
                 run.step()
-    assert counts(model) == (8, 12, 0)
+    assert step_counts(model) == (8, 12, 0)
 
 
 def test_conditions_made_anew_are_known_by_value_in_a_session():
@@ -148,7 +142,7 @@ def test_conditions_made_anew_are_known_by_value_in_a_session():
             for run in runs:
                 run.prompt = run.prompt.clone()
                 run.step()
-    assert counts(model) == (8, 12, 0)
+    assert step_counts(model) == (8, 12, 0)
 
 
 def test_session_starts_again_when_its_times_are_used_up():
@@ -156,7 +150,7 @@ def test_session_starts_again_when_its_times_are_used_up():
     with sd.session(model, timesteps=sigmas(10)[:-1]):
         first = Euler(model, 0, text=text).run()
         second = Euler(model, 1, text=text).run()
-    assert counts(model) == (8, 12, 0)
+    assert step_counts(model) == (8, 12, 0)
     assert second.errors[0] == second.errors[1] == 0.0
     with sd.session(model, timesteps=sigmas(10)[:-1]):
         alone = Euler(model, 1, text=text).run()
@@ -192,7 +186,7 @@ def test_session_without_a_time_input():
         for index in range(10):
             velocity = model(run.latent, fixed, run.prompt)
             run.latent = run.latent + (run.sigmas[index + 1] - run.sigmas[index]) * velocity
-    assert counts(model) == (4, 6, 0)
+    assert step_counts(model) == (4, 6, 0)
     assert sd.stats(model).speculative == 0
 
 
@@ -216,7 +210,7 @@ def test_settings_change_in_mid_run():
     run.run(1)  # dense: no caches were filled yet
     assert run.errors[-1] < 1e-6
     run.run()
-    assert counts(model) == (4, 4, 2)
+    assert step_counts(model) == (4, 4, 2)
     assert max(run.errors) < 0.5
 
 
@@ -224,7 +218,7 @@ def test_configure_before_the_first_call_and_back_to_defaults():
     model = toy(**PLAN)
     sd.configure(model, cache_ratio=0.0)
     Euler(model).run()
-    assert counts(model) == (10, 0, 0)
+    assert step_counts(model) == (10, 0, 0)
     sd.configure(model, cache_ratio=0.9, method="paper")
     sd.reset(model)
     Euler(model).run()
@@ -234,7 +228,7 @@ def test_configure_before_the_first_call_and_back_to_defaults():
     sd.configure(model, cache_ratio=None)
     sd.reset(model)
     Euler(model).run()
-    assert counts(model) == (4, 0, 6)
+    assert step_counts(model) == (4, 0, 6)
 
 
 def test_reset_forgets_streams_and_counts_but_not_settings():
@@ -412,7 +406,7 @@ def test_switched_off_the_model_is_dense_and_says_so_once(monkeypatch, caplog, h
         run = Euler(model).run()
     assert all(torch.equal(a, b) for a, b in zip(run.velocities, plain.velocities, strict=True))
     stats = sd.stats(model)
-    assert counts(model) == (10, 0, 0) and stats.fallbacks == {}
+    assert step_counts(model) == (10, 0, 0) and stats.fallbacks == {}
     assert stats.tokens_computed == stats.tokens_total == 10 * 16
     assert {(step.kind, step.active_share) for step in recording.steps} == {("dense", 1.0)}
     (said,) = [r for r in caplog.records if "acceleration is off" in r.message]
@@ -420,7 +414,7 @@ def test_switched_off_the_model_is_dense_and_says_so_once(monkeypatch, caplog, h
     monkeypatch.delenv("SPECDIFF", raising=False)
     sd.configure(model, quality=None)  # what it had before counts again
     Euler(model).run()
-    assert counts(model) == (14, 6, 0)
+    assert step_counts(model) == (14, 6, 0)
 
 
 @pytest.mark.parametrize("given", [True, False])

@@ -81,7 +81,18 @@ class Fits(NamedTuple):
 
 @dataclass(frozen=True)
 class Displacement:
-    """One step of a sampler, seen in its inner products: on the device, or fetched from it."""
+    """One step of a sampler, as the Gram matrix of its vectors, on the device or fetched from it.
+
+    With s = x1 - x0 the step, x0 the previous latents and p their prediction, the Gram matrix holds
+    the products of s, x0 and p. These tell how well x1 = a x0 + b p explains the step, without a
+    second look at the latents:
+
+        |x1 - a x0 - b p|² = |s + c x0 - b p|²,  c = 1 - a
+            = s·s + c (2 s·x0 + c x0·x0) + b² p·p - 2 b (s·p + c x0·p)
+
+    For a = 1 the best b is s·p / p·p (`factors`); it leaves 1 - (s·p)² / (s·s p·p) of |s|²
+    (`unexplained`, squared).
+    """
 
     products: Tensor
     """[2 + W, 2 + W], of the latents' step, the previous latents, their predictions in each way."""

@@ -89,7 +89,17 @@ def _bits(time: float) -> int:
 def _total(times: Sequence[float]) -> float:
     """Evaluations until time ends, by sigma = k u / (1 + (k - 1) u) with u falling evenly.
 
-    The first of the times, one in the middle and the last decide k; NaN where they do not.
+    Solved for u: u = 1 / (1 + k odds) with odds = 1 / sigma - 1. As u falls evenly from the first
+    time (0) over a middle one (m) to the last (l), (u_0 - u_m) l = (u_0 - u_l) m. This gives k:
+
+        k = (rise - whole) / (whole odds_m - rise odds_l)
+        rise = (odds_m - odds_0) l,  whole = (odds_l - odds_0) m
+
+    u loses u_0 - u_l in l steps, so u_l lasts for l u_l / (u_0 - u_l) more. Example: sigmas 1, 0.9,
+    0.75 have odds 0, 1/9, 1/3; so k = 3, u = 1, 3/4, 1/2, and 2 + 2 (1/2) / (1/2) = 4 evaluations.
+
+    Returns:
+        Their number, as `Plan.due` takes it: need not be whole. NaN where the times tell no k.
     """
     last, middle = len(times) - 1, (len(times) - 1) // 2
     if middle < 1:

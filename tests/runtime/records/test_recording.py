@@ -10,11 +10,11 @@ import torch
 import specdiff
 from specdiff.plan import Plan
 from specdiff.runtime.records.recording import COMPUTED, FORECAST, REUSED
+from tests.helpers import PLAN
 from tests.runtime.test_api import NoReadback
 from tests.runtime.toy import Euler, N, ToyPrograms, noise, prompt, toy
 
-PLAN = {"plan": Plan((0, 0, 0, 1, 0.75, 1, 0, 1, 0.75, 1))}
-RULE = {"plan": Plan.every(4, warmup=3), "cache_ratio": 0.75}
+LISTED = {"plan": Plan((0, 0, 0, 1, 0.75, 1, 0, 1, 0.75, 1))}
 PAPER = {"method": "paper", "cache_ratio": 0.75}
 
 
@@ -26,7 +26,7 @@ def recorded(**options):
 
 
 def test_every_step_with_its_kind_share_and_reason():
-    model, recording = recorded(**PLAN)
+    model, recording = recorded(**LISTED)
     kinds = [(step.kind, step.active_share) for step in recording.steps]
     dense, selective, skipped = ("dense", 1.0), ("selective", 0.25), ("skipped", 0.0)
     between = [skipped, selective, skipped]
@@ -50,7 +50,7 @@ def test_every_step_with_its_kind_share_and_reason():
     ],
 )
 def test_every_step_of_a_rule_with_its_reason(ratio, kind, why):
-    _, recording = recorded(**{**RULE, "cache_ratio": ratio})
+    _, recording = recorded(**{**PLAN, "cache_ratio": ratio})
     gap = [(kind, why)] * 3
     every = ("dense", "dense every 4")
     expected = [*[("dense", "warm-up")] * 3, *gap, every, *gap]
@@ -89,14 +89,14 @@ def test_scores_say_how_much_the_chosen_tokens_hold():
 
 
 def test_recording_changes_no_output():
-    plain, watched = toy(**PLAN), toy(**PLAN)
+    plain, watched = toy(**LISTED), toy(**LISTED)
     with specdiff.record(watched):
         seen = Euler(watched).run().velocities
     for one, other in zip(Euler(plain).run().velocities, seen, strict=True):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("options", [PLAN, PAPER], ids=["history", "paper"])
+@pytest.mark.parametrize("options", [LISTED, PAPER], ids=["history", "paper"])
 def test_nothing_is_read_from_the_device_while_recording(options):
     model = toy(**options)
     run = Euler(model)
@@ -116,14 +116,14 @@ def test_fallbacks_have_their_guard_as_reason():
     (step,) = recording.steps
     assert (step.kind, step.reason, step.active_share) == ("fallback", "no time input", 1.0)
     assert step.generation is None and recording.generations() == []
-    model = toy(**PLAN)
+    model = toy(**LISTED)
     with specdiff.record(model) as recording:
         model(noise() * torch.nan, torch.ones(1), prompt())
     assert recording.steps[0].reason == "latent is not finite"
 
 
 def test_generations_are_told_apart():
-    model = toy(**PLAN)
+    model = toy(**LISTED)
     with specdiff.record(model) as recording:
         Euler(model, 0).run()
         Euler(model, 1).run(4)
@@ -131,7 +131,7 @@ def test_generations_are_told_apart():
 
 
 def test_only_what_runs_inside_is_kept():
-    model = toy(**PLAN)
+    model = toy(**LISTED)
     run = Euler(model).run(2)
     with specdiff.record(model) as outer:
         run.run(1)
@@ -144,7 +144,7 @@ def test_only_what_runs_inside_is_kept():
 
 
 def test_a_recording_keeps_no_caches_alive():
-    model = toy(**PLAN)
+    model = toy(**LISTED)
     with specdiff.record(model) as recording:
         Euler(model).run()
     specdiff.reset(model)

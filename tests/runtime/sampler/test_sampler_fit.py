@@ -16,9 +16,9 @@ from torch import Tensor
 import specdiff as sd
 from specdiff.errors import OptionError
 from specdiff.options import Options
-from specdiff.plan import Plan
 from specdiff.runtime.sampler.noise import BETAS, Diffusion, Flow, processes, usual_tables
 from specdiff.runtime.sampler.sampler_fit import Displacement, Prediction, guided
+from tests.helpers import PLAN
 from tests.runtime.test_api import NoReadback
 from tests.runtime.toy import ToyPrograms, noise, prompt, streams_of, toy
 
@@ -29,7 +29,6 @@ SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "euler": (EulerDiscreteScheduler, {"timestep_spacing": "leading"}),
     "ddpm": (DDPMScheduler, {"clip_sample": False}),
 }
-PLAN = {"plan": Plan.every(4, warmup=3), "cache_ratio": 0.75}
 
 
 def scheduler(name: str, kind: str, schedule: int, steps: int = 20) -> Any:

@@ -12,6 +12,7 @@ from specdiff.runtime.step.dispatch import Runtime
 from specdiff.runtime.tokens.forecast import REACH, forecast
 from specdiff.runtime.tokens.history import History
 from specdiff.runtime.tokens.importance import log_scores
+from tests.helpers import PLAN
 from tests.runtime.toy import (
     CHANNELS,
     SIDE,
@@ -26,8 +27,6 @@ from tests.runtime.toy import (
     streams_of,
     toy,
 )
-
-PLAN = {"plan": Plan.every(4, warmup=3), "cache_ratio": 0.75}
 
 
 def test_programs_follow_the_schedule():

@@ -12,6 +12,7 @@ import torch
 import specdiff as sd
 from specdiff.plan import Plan
 from specdiff.runtime.streams.streams import MAX_STREAMS
+from tests.helpers import PLAN
 from tests.runtime.toy import (
     CHANNELS,
     SIDE,
@@ -24,8 +25,6 @@ from tests.runtime.toy import (
     sigmas,
     toy,
 )
-
-PLAN = {"plan": Plan.every(4, warmup=3), "cache_ratio": 0.75}
 
 
 def alone(seed):

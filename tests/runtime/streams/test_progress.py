@@ -7,11 +7,9 @@ import pytest
 import torch
 
 import specdiff as sd
-from specdiff.plan import Plan
 from specdiff.runtime.step.dispatch import Runtime
+from tests.helpers import PLAN
 from tests.runtime.toy import Euler, ToyPrograms, dense_velocity, noise, prompt, sigmas, toy
-
-PLAN = {"plan": Plan.every(4, warmup=3), "cache_ratio": 0.75}
 
 
 def guided(model, seed, until, steps=12):

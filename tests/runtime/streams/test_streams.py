@@ -11,6 +11,7 @@ from specdiff.options import Options
 from specdiff.plan import Plan
 from specdiff.runtime.step.dispatch import DenseOnly, Runtime
 from specdiff.runtime.streams.caches import CachePool
+from tests.helpers import PLAN, step_counts
 from tests.runtime.toy import (
     UNCORRECTED,
     Euler,
@@ -25,14 +26,8 @@ from tests.runtime.toy import (
     toy,
 )
 
-PLAN = {"plan": Plan.every(4, warmup=3), "cache_ratio": 0.75}
 ALONE = (4, 6, 0)
 """Dense, selective and skipped evaluations of ten steps."""
-
-
-def counts(model):
-    stats = sd.stats(model)
-    return stats.dense, stats.selective, stats.skipped
 
 
 def alone(seed, **options):
@@ -46,7 +41,7 @@ def test_two_prompts_interleaved():
     for _ in range(10):
         for run in runs:
             run.step()
-    assert counts(model) == (8, 12, 0)
+    assert step_counts(model) == (8, 12, 0)
     for seed, run in enumerate(runs):
         torch.testing.assert_close(run.velocities, alone(seed), rtol=0, atol=0)
     assert sd.stats(model).cache_bytes == 2 * model.runtime.programs.signature.cache_bytes
@@ -73,7 +68,7 @@ def test_two_seeds_on_one_prompt_tensor_run_dense(lead, caplog):
     assert not any(stream.lease for stream in streams_of(model))
     sd.reset(model)
     Euler(model, 2, text=text).run()
-    assert counts(model) == ALONE
+    assert step_counts(model) == ALONE
 
 
 def test_seeds_one_after_the_other_on_one_prompt_tensor():
@@ -84,7 +79,7 @@ def test_seeds_one_after_the_other_on_one_prompt_tensor():
         torch.testing.assert_close(
             run.velocities, Euler(toy(**PLAN), seed, text=text).run().velocities, rtol=0, atol=0
         )
-    assert counts(model) == (12, 18, 0)
+    assert step_counts(model) == (12, 18, 0)
     assert sd.stats(model).cache_bytes == model.runtime.programs.signature.cache_bytes
 
 
@@ -105,7 +100,7 @@ def test_two_models_take_turns_on_one_prompt_tensor(tied):
         single.text = model.text
         expected = Euler(single, 0, text=text).run()
         torch.testing.assert_close(run.velocities, expected.velocities, rtol=0, atol=0)
-        assert counts(model) == ALONE
+        assert step_counts(model) == ALONE
 
 
 def test_heun_repeats_times():
@@ -119,7 +114,7 @@ def test_heun_repeats_times():
         second = model(ahead, torch.tensor([then]), text)
         assert second.isfinite().all()
         latent = latent + (then - now) * (first + second) / 2
-    assert counts(model) == (5, 6, 0)
+    assert step_counts(model) == (5, 6, 0)
     assert sd.stats(model).fallbacks == {}
     assert sd.stats(model).speculative == 1
 
@@ -131,7 +126,7 @@ def test_colliding_bf16_times():
     run.sigmas = [1.0, 0.9995, 0.999, 0.9985, 0.98, 0.9, 0.7, 0.5, 0.3, 0.1, 0.0]
     assert len({run.time(index).item() for index in range(4)}) == 1
     run.run()
-    assert counts(model) == (6, 4, 0)
+    assert step_counts(model) == (6, 4, 0)
     assert sd.stats(model).fallbacks == {}
     assert all(v.isfinite().all() for v in run.velocities)
     assert max(run.errors) < 0.5
@@ -154,7 +149,7 @@ def test_aborted_generation_leaves_nothing_behind(stop, rising):
     expected = Euler(compiled(), 1, text=text, as_time=as_time).run()
     torch.testing.assert_close(run.velocities, expected.velocities, rtol=0, atol=0)
     aborted = min(stop, 3), max(stop - 3, 0), 0
-    assert counts(model) == tuple(a + b for a, b in zip(ALONE, aborted, strict=True))
+    assert step_counts(model) == tuple(a + b for a, b in zip(ALONE, aborted, strict=True))
 
 
 def test_same_call_again_and_again_is_a_new_start_each_time():
@@ -172,7 +167,7 @@ def test_prompt_tensor_rewritten_in_place_is_another_key():
     text.copy_(prompt(1))
     run.run()
     assert run.errors[5] < 1e-6 < run.errors[7]
-    assert counts(model) == (5, 5, 0)
+    assert step_counts(model) == (5, 5, 0)
     assert sd.stats(model).fallbacks == {"a condition changed": 1}
 
 
@@ -201,7 +196,7 @@ def test_conditions_made_anew_at_every_call_are_one_generation():
     for _ in range(10):
         run.prompt = run.prompt.clone()
         run.step()
-    assert counts(model) == (4, 6, 0)
+    assert step_counts(model) == (4, 6, 0)
     assert len(streams_of(model)) == 1
 
 
@@ -222,7 +217,7 @@ def test_caches_of_finished_keys_serve_the_next():
     kept = [Euler(model, seed).run() for seed in range(12)]
     assert sd.stats(model).cache_bytes == model.runtime.programs.signature.cache_bytes
     assert len(streams_of(model)) == 8
-    assert counts(model) == (48, 72, 0)
+    assert step_counts(model) == (48, 72, 0)
     del kept
 
 
@@ -293,7 +288,7 @@ def test_budget_for_one_of_two_streams():
     torch.testing.assert_close(runs[0].velocities, alone(0), rtol=0, atol=0)
     assert max(runs[1].errors) < 1e-6
     assert sd.stats(model).fallbacks == {"cache budget exceeded": 9}
-    assert counts(model) == (14, 6, 0)
+    assert step_counts(model) == (14, 6, 0)
 
 
 def test_graph_without_parameters():
