@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from specdiff import torch_adapter
 from specdiff.boundary import Leaf, step_signature
+from specdiff.caller import model_of_part
 from specdiff.errors import Unsupported
 from specdiff.inspect.publish import publish
 from specdiff.options import Options
@@ -39,10 +40,14 @@ from specdiff.pipeline import (
     refusal,
     trace,
 )
-from specdiff.runtime.blocks.block import Block, OneGraph
+from specdiff.program import time_names
+from specdiff.runtime.blocks.block import Block, OneGraph, is_attached
+from specdiff.runtime.records.stats import LAST_VARIANT
 from specdiff.runtime.step.dispatch import DenseOnly, Runtime
+from specdiff.runtime.step.part import Part
 from specdiff.runtime.step.shapes import PerShape
 from specdiff.runtime.step.step_programs import StepPrograms
+from specdiff.runtime.streams.registry import find_or_create, state_of
 from specdiff.settings import IMPORTANCE_QUERIES
 
 log = logging.getLogger(__name__)
@@ -50,6 +55,8 @@ log = logging.getLogger(__name__)
 ALL_QUERIES = 1 << 62
 MUST_RUN = (GRADIENTS, torch_adapter.WRITES_TO_INPUTS)
 """Why no call of a graph may be left out."""
+AsPart = Callable[[Callable[..., Any]], Part]
+"""Makes of a compiled graph what answers it as a part of its model."""
 CHANGING = "numbers in the graph, such as an adapter's strength, change too often to compile for"
 
 
@@ -67,19 +74,51 @@ def specdiff_backend(
     known, settings = Options.parse(dict(options or {}), torch_adapter.inductor_keys())
     settings = torch_adapter.inductor_settings(settings, mode)
     states = module_states(module, inputs)
+    part = part_of_model(inputs, states, known)
+    if part is None:
+        note_variant(inputs)
     symbolic, floats = torch_adapter.symbolic_inputs(inputs), floats_of(module)
     reason = refusal(inputs)
     if (symbolic or floats) and reason is None:
-        specialised = partial(at_shape, module, states, known, settings)
+        specialised = partial(at_shape, module, states, known, settings, part)
         changing = DenseOnly(module.forward, CHANGING, parameters_among(states))
         shapes = torch_adapter.symbolic_shapes(module, inputs)
         return PerShape(shapes, floats, specialised, changing)
     traced: Traced | str
     traced = guarded(lambda: trace(module, inputs, known)) if reason is None else reason
     if isinstance(traced, Traced):
-        return answer(module, traced, states, known, settings)
+        return answer(module, traced, states, known, settings, part)
     compiled = torch_adapter.compile_untouched(module, inputs, known.inner_backend, settings)
-    return whole_steps(module, compiled, inputs, states, known, traced)
+    return whole_steps(module, compiled, inputs, states, known, traced, part)
+
+
+def part_of_model(inputs: Sequence[Any], states: Sequence[bool], options: Options) -> AsPart | None:
+    """For a graph of a model that breaks into several; None where it is a whole one.
+
+    Tells the registry whose parameters these are: all graphs of a model are counted together.
+    """
+    parameters = [value for value in inputs if isinstance(value, nn.Parameter)]
+    model = model_of_part(parameters, time_names(options.timestep_arg))
+    if model is None:
+        return None
+    name = type(model).__name__
+    cause = torch_adapter.latest_break()
+    remedy = f"specdiff.attach(model), with the {name} as model, forecasts its whole steps"
+    if cause:
+        remedy += f" (torch.compile broke it because: {cause})"
+    return partial(
+        Part, state=find_or_create(model), parameters=parameters_among(states), remedy=remedy
+    )
+
+
+def note_variant(inputs: Sequence[Any]) -> None:
+    """Say, and keep for `stats`, that this is the last variant that Dynamo compiles of a model."""
+    state = state_of(value for value in inputs if isinstance(value, nn.Parameter))
+    if state is None or is_attached():
+        return
+    state.last_variant = torch_adapter.is_last_variant()
+    if state.last_variant:
+        state.say(log, LAST_VARIANT)
 
 
 def at_shape(
@@ -87,15 +126,16 @@ def at_shape(
     states: Sequence[bool],
     options: Options,
     settings: Mapping[str, Any],
+    part: AsPart | None,
     inputs: Sequence[Any],
 ) -> Callable[..., Any]:
     """What answers a graph with symbolic sizes where its inputs have those of `inputs`."""
     static = specialise(module, inputs, torch_adapter.copy_graph)
     traced = guarded(lambda: trace(static, torch_adapter.static_fakes(inputs), options))
     if isinstance(traced, Traced):
-        return answer(static, traced, states, options, settings)
+        return answer(static, traced, states, options, settings, part)
     dense = when_needed(static, options, settings)
-    return whole_steps(static, dense, inputs, states, options, traced)
+    return whole_steps(static, dense, inputs, states, options, traced, part)
 
 
 def whole_steps(
@@ -105,6 +145,7 @@ def whole_steps(
     states: Sequence[bool],
     options: Options,
     reason: str,
+    part: AsPart | None,
 ) -> Callable[..., Any]:
     """What answers a graph whose tokens cannot be selected: steps computed or forecast whole.
 
@@ -115,7 +156,10 @@ def whole_steps(
         states: which of them are parameters or buffers.
         options: of the backend.
         reason: why no tokens can be selected; also why it runs dense, where it has no boundary.
+        part: answers it where it is a part of a model, and its steps are not that model's.
     """
+    if part is not None:
+        return OneGraph(part(dense), dense)
     parameters = parameters_among(states)
     refused = OneGraph(DenseOnly(dense, reason, parameters), dense)
     if reason in MUST_RUN or writes_to_inputs(module.graph):
@@ -137,6 +181,7 @@ def answer(
     states: Sequence[bool],
     options: Options,
     settings: Mapping[str, Any],
+    part: AsPart | None,
 ) -> Block:
     """What answers a graph with tokens: alone, or as a block of an attached root.
 
@@ -147,11 +192,13 @@ def answer(
     found = concluded(traced, states, options)
     publish(found, traced.dump, options)
     alone: Callable[..., Any]
-    if isinstance(found, Analysis):
+    if part is not None and (isinstance(found, str) or found.signature.time is None):
+        alone = OneGraph(part(dense), dense)
+    elif isinstance(found, Analysis):
         alone = Runtime(programs_of(found, options, settings), options, dense)
     else:
         examples = [node.meta["val"] for node in traced.module.graph.find_nodes(op="placeholder")]
-        alone = whole_steps(module, dense, examples, states, options, found)
+        alone = whole_steps(module, dense, examples, states, options, found, part)
     compiler = program_compiler(traced.dump, options, settings)
 
     def planned(tokens: int) -> BlockPrograms:
