@@ -13,10 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from specdiff import torch_adapter
 from specdiff.boundary import Leaf, step_signature
+from specdiff.caller import model_of_part
 from specdiff.errors import Unsupported
 from specdiff.inspect.publish import publish
 from specdiff.options import Options
@@ -40,17 +41,23 @@ from specdiff.pipeline import (
     refusal,
     trace,
 )
-from specdiff.runtime.blocks.block import Block, OneGraph
+from specdiff.program import time_names
+from specdiff.runtime.blocks.block import Block, OneGraph, is_attached
+from specdiff.runtime.records.stats import LAST_VARIANT
 from specdiff.runtime.step.dispatch import DenseOnly, Runtime
+from specdiff.runtime.step.part import Part
 from specdiff.runtime.step.shapes import PerShape
 from specdiff.runtime.step.step_programs import StepPrograms
+from specdiff.runtime.streams.registry import find_or_create, state_of
 from specdiff.settings import IMPORTANCE_QUERIES
 
 log = logging.getLogger(__name__)
 
 ALL_QUERIES = 1 << 62
 MUST_RUN = (GRADIENTS, torch_adapter.WRITES_TO_INPUTS)
-"""Reasons for which every call of a graph must run: none may be forecast."""
+"""Why no call of a graph may be left out."""
+AsPart = Callable[[Callable[..., Any]], Part]
+"""Makes of a compiled graph what answers it as a part of its model."""
 CHANGING = "numbers in the graph, such as an adapter's strength, change too often to compile for"
 
 
@@ -68,21 +75,55 @@ def specdiff_backend(
     known, given = Options.parse(dict(options or {}), torch_adapter.inductor_keys())
     inductor_settings = torch_adapter.inductor_settings(given, mode)
     is_state = module_states(module, inputs)
+    part = part_of_model(inputs, is_state, known)
+    if part is None:
+        note_variant(inputs)
     symbolic, floats = torch_adapter.symbolic_inputs(inputs), floats_of(module)
     reason = refusal(inputs)
     if (symbolic or floats) and reason is None:
-        specialised = partial(at_shape, module, is_state, known, inductor_settings)
+        specialised = partial(at_shape, module, is_state, known, inductor_settings, part)
         changing = DenseOnly(module.forward, CHANGING, parameters_among(is_state))
         shapes = torch_adapter.symbolic_shapes(module, inputs)
         return PerShape(shapes, floats, specialised, changing)
     traced: Traced | str
     traced = or_reason(lambda: trace(module, inputs, known)) if reason is None else reason
     if isinstance(traced, Traced):
-        return compile_with_tokens(module, traced, is_state, known, inductor_settings)
+        return compile_with_tokens(module, traced, is_state, known, inductor_settings, part)
     compiled = torch_adapter.compile_untouched(
         module, inputs, known.inner_backend, inductor_settings
     )
-    return compile_whole_steps(module, compiled, inputs, is_state, known, traced)
+    return compile_whole_steps(module, compiled, inputs, is_state, known, traced, part)
+
+
+def part_of_model(
+    inputs: Sequence[Any], is_state: Sequence[bool], options: Options
+) -> AsPart | None:
+    """For a graph of a model that breaks into several; None where it is a whole one.
+
+    Tells the registry whose parameters these are: all graphs of a model are counted together.
+    """
+    parameters = [value for value in inputs if isinstance(value, nn.Parameter)]
+    model = model_of_part(parameters, time_names(options.timestep_arg))
+    if model is None:
+        return None
+    name = type(model).__name__
+    cause = torch_adapter.latest_break()
+    remedy = f"specdiff.attach(model), with the {name} as model, forecasts its whole steps"
+    if cause:
+        remedy += f" (torch.compile broke it because: {cause})"
+    return partial(
+        Part, state=find_or_create(model), parameters=parameters_among(is_state), remedy=remedy
+    )
+
+
+def note_variant(inputs: Sequence[Any]) -> None:
+    """Say, and keep for `stats`, that this is the last variant that Dynamo compiles of a model."""
+    state = state_of(value for value in inputs if isinstance(value, nn.Parameter))
+    if state is None or is_attached():
+        return
+    state.last_variant = torch_adapter.is_last_variant()
+    if state.last_variant:
+        state.say(log, LAST_VARIANT)
 
 
 def at_shape(
@@ -90,15 +131,16 @@ def at_shape(
     is_state: Sequence[bool],
     options: Options,
     inductor_settings: Mapping[str, Any],
+    part: AsPart | None,
     inputs: Sequence[Any],
 ) -> Callable[..., Any]:
     """Compile a graph with symbolic sizes for the sizes that `inputs` have."""
     static = specialise(module, inputs, torch_adapter.copy_graph)
     traced = or_reason(lambda: trace(static, torch_adapter.static_fakes(inputs), options))
     if isinstance(traced, Traced):
-        return compile_with_tokens(static, traced, is_state, options, inductor_settings)
+        return compile_with_tokens(static, traced, is_state, options, inductor_settings, part)
     dense = compiled_at_first_call(static, options, inductor_settings)
-    return compile_whole_steps(static, dense, inputs, is_state, options, traced)
+    return compile_whole_steps(static, dense, inputs, is_state, options, traced, part)
 
 
 def compile_whole_steps(
@@ -108,18 +150,21 @@ def compile_whole_steps(
     is_state: Sequence[bool],
     options: Options,
     reason: str,
+    part: AsPart | None,
 ) -> Callable[..., Any]:
     """Prepare a graph whose tokens cannot be selected: its steps are computed or forecast whole.
 
     Args:
-        module: the graph as Dynamo hands it over.
-        dense: the same graph, compiled.
-        inputs: example inputs.
-        is_state: for each input, whether it is a parameter or buffer.
-        options: the backend's options.
-        reason: why no tokens can be selected. Without a boundary (latent, time, prediction) the
-            graph runs dense for the same reason.
+        module: the graph as it came.
+        dense: the same, compiled.
+        inputs: an example of them.
+        is_state: which of them are parameters or buffers.
+        options: of the backend.
+        reason: why no tokens can be selected; also why it runs dense, where it has no boundary.
+        part: answers it where it is a part of a model, and its steps are not that model's.
     """
+    if part is not None:
+        return OneGraph(part(dense), dense)
     parameters = parameters_among(is_state)
     refused = OneGraph(DenseOnly(dense, reason, parameters), dense)
     if reason in MUST_RUN or writes_to_inputs(module.graph):
@@ -141,6 +186,7 @@ def compile_with_tokens(
     is_state: Sequence[bool],
     options: Options,
     inductor_settings: Mapping[str, Any],
+    part: AsPart | None,
 ) -> Block:
     """Prepare a graph with tokens, for use alone or as a block of an attached root.
 
@@ -151,11 +197,13 @@ def compile_with_tokens(
     outcome = analyse_or_reason(traced, is_state, options)
     publish(outcome, traced.dump, options)
     alone: Callable[..., Any]
-    if isinstance(outcome, Analysis):
+    if part is not None and (isinstance(outcome, str) or outcome.signature.time is None):
+        alone = OneGraph(part(dense), dense)
+    elif isinstance(outcome, Analysis):
         alone = Runtime(lowered_programs(outcome, options, inductor_settings), options, dense)
     else:
         examples = [node.meta["val"] for node in traced.module.graph.find_nodes(op="placeholder")]
-        alone = compile_whole_steps(module, dense, examples, is_state, options, outcome)
+        alone = compile_whole_steps(module, dense, examples, is_state, options, outcome, part)
     compiler = program_compiler(traced.dump, options, inductor_settings)
 
     def block_programs(tokens: int) -> BlockPrograms:

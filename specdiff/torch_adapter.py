@@ -6,6 +6,7 @@ Works on torch 2.11 to 2.13; what was tried is in the comments.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import FunctionType
@@ -13,12 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo import config as dynamo_config
 from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.source import LocalSource
 from torch._dynamo.utils import counters
 from torch._functorch.aot_autograd import aot_export_module
-from torch._guards import CompileId, TracingContext, tracing
+from torch._guards import CompileContext, CompileId, TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.utils import fresh_cache
 from torch._logging._internal import trace_log, trace_structured
@@ -88,14 +90,25 @@ def vectorized(module: fx.GraphModule, inputs: Sequence[Tensor], index: int) -> 
 
 
 def require_plain_tensors(inputs: Sequence[Any]) -> None:
-    """Raise Unsupported if an input is a wrapper of tensors, such as a quantized weight.
+    """Raise Unsupported if an input is no plain tensor, such as a quantized weight.
 
-    The export takes none, and a graph of what they wrap would have other inputs than Dynamo's.
+    The export takes no wrappers of tensors, and a graph of what they wrap would have other inputs
+    than Dynamo's; what answers ops itself (GGUF in diffusers) makes constants of fakes.
     """
     for value in inputs:
-        if is_traceable_wrapper_subclass(value):
+        answers = isinstance(value, Tensor) and _torch_function(type(value)) not in _PLAIN
+        if answers or is_traceable_wrapper_subclass(value):
             name = type(value).__name__
             raise Unsupported(f"a weight or input is no plain tensor but a subclass, {name}")
+
+
+def _torch_function(kind: type) -> Any:
+    """How tensors of this type answer functions of torch."""
+    found = kind.__torch_function__  # type: ignore[attr-defined]
+    return getattr(found, "__func__", found)  # bound to each subclass that inherits it
+
+
+_PLAIN = (_torch_function(Tensor), _torch_function(torch.nn.Parameter))
 
 
 def require_one_autocast(graph: fx.Graph) -> None:
@@ -370,6 +383,24 @@ def trace_once(
 def graphs_compiled() -> int:
     """How many graphs Dynamo has handed to a backend since `forget_compiled`."""
     return int(counters["stats"]["unique_graphs"])
+
+
+def latest_break() -> str:
+    """Where and why Dynamo broke a graph for the first time of this kind, the latest one.
+
+    One line; empty if it never did.
+    """
+    text = next(reversed(counters["graph_break"]), "")
+    context = re.search(r"debug context: (.+)", text)
+    parts = [text.partition("\n")[0], context[1] if context else ""]
+    return ": ".join(re.sub(r" at 0x\w+", "", part) for part in parts if part)
+
+
+def is_last_variant() -> bool:
+    """Whether Dynamo will compile no other variant of the function that it is compiling now."""
+    current = CompileContext.current_compile_id()
+    number = None if current is None else current.frame_compile_id
+    return number is not None and number + 1 >= dynamo_config.recompile_limit
 
 
 def forget_compiled() -> None:

@@ -50,6 +50,7 @@ def stats(compiled: torch.nn.Module) -> Stats:
         recompiles=len(state.graphs) - len(set(state.graphs.values())),
         compile_seconds=dict(seconds),
         token_counts=counters.token_counts,
+        last_variant=state.last_variant,
     )
 
 

@@ -131,7 +131,7 @@ class OneGraph:
 
     def __call__(self, *inputs: object) -> Any:
         """The graph's outputs for its flat inputs."""
-        return self._alone(*inputs) if _CALL.get() is None else self._dense(*inputs)
+        return self._dense(*inputs) if is_attached() else self._alone(*inputs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,6 +252,11 @@ def under(call: RootCall) -> Iterator[RootCall]:
         yield call
     finally:
         _CALL.reset(token)
+
+
+def is_attached() -> bool:
+    """Whether a root is under way in this thread or task, which answers for all that it runs."""
+    return _CALL.get() is not None
 
 
 def identities(parameters: Iterable[object]) -> frozenset[int]:

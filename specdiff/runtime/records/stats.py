@@ -7,6 +7,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+LAST_VARIANT = (
+    "Dynamo compiles no more variants of this model, so calls that need another (one more adapter)"
+    " run as plain PyTorch, uncounted: swap adapters in place, use specdiff.attach(model), or raise"
+    " torch._dynamo.config.recompile_limit"
+)
+
 
 @dataclass
 class Counters:
@@ -50,6 +56,9 @@ class Stats:
     """Seconds spent compiling, by program, summed over graphs."""
     token_counts: Tensor | None
     """int32 [B, N]: how often each token of the latest stream was computed in its generation."""
+    last_variant: bool = False
+    """Whether Dynamo compiles no more variants of the model, its limit being reached: calls that
+    need another run as plain PyTorch and are not counted here."""
 
     @property
     def evaluations(self) -> int:
@@ -72,5 +81,6 @@ class Stats:
             f"dense by guard: {', '.join(reasons) or 'never'}",
             f"graphs: {self.graphs}, recompiles: {self.recompiles}",
             f"compile time: {', '.join(seconds) or 'none'}",
+            *([LAST_VARIANT] if self.last_variant else []),
         ]
         return "\n".join(lines)

@@ -81,6 +81,10 @@ class ModelState(StreamOwner):
         self.sessions: weakref.WeakSet[StreamOwner] = weakref.WeakSet()
         self.graphs: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         """Graphs this model has run, with a hash of the parameters each of them takes."""
+        self.parts_run: set[tuple[int, int]] | None = None
+        """Of a model that breaks into graphs: those of its latest evaluation, and their owners."""
+        self.last_variant = False
+        """Whether Dynamo compiles no more of the model, so that calls may run unseen."""
         self._said: set[str] = set()
 
     def count_dense(self, reason: str) -> None:

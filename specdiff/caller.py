@@ -1,0 +1,58 @@
+"""Caller: the model that a graph is a part of, found by who is calling while it is compiled.
+
+A backend sees one graph at a time. Where a model breaks into many, its forward is under way while
+they are compiled, so it lies on the Python stack, with a time among its arguments.
+
+    FluxTransformer2DModel.forward(self, hidden_states, timestep, ...)    <- found: has a time
+      FluxTransformerBlock.forward(self, hidden_states, temb, ...)        <- has none
+        the backend, given a graph of the block
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Iterator
+from types import FrameType
+
+from torch import nn
+
+
+def model_of_part(parameters: Collection[nn.Parameter], times: Collection[str]) -> nn.Module | None:
+    """The outermost model under way that has a time and more than these parameters.
+
+    None where the graph is the whole of a model, or where nobody knows. A graph without parameters
+    is never a model.
+
+    Args:
+        parameters: of the graph.
+        times: what a time may be called.
+    """
+    mine = {id(parameter) for parameter in parameters}
+    found = None
+    for frame in _callers():
+        model = frame.f_locals.get("self")
+        if isinstance(model, nn.Module) and _has_time(frame, times, in_call=not mine):
+            found = model if mine < {id(each) for each in model.parameters()} else found
+    return found
+
+
+def _callers() -> Iterator[FrameType]:
+    """Frames from the innermost to the outermost."""
+    frame = sys._getframe(1) if hasattr(sys, "_getframe") else None
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _has_time(frame: FrameType, times: Collection[str], *, in_call: bool) -> bool:
+    """Whether a time is among a frame's arguments, or its keywords if those count, too.
+
+    The keywords of `Module.__call__` do not tell a model that is compiled whole from one that is
+    under way.
+    """
+    code = frame.f_code
+    names = set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
+    keywords = frame.f_locals.get("kwargs") if in_call else None
+    if isinstance(keywords, dict):
+        names.update(keywords)
+    return not names.isdisjoint(times)
