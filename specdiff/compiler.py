@@ -25,7 +25,7 @@ from specdiff.passes.graph.dump import Dump
 from specdiff.passes.graph.in_place import writes_to_inputs
 from specdiff.passes.normalize.specialise import floats_of, specialise
 from specdiff.passes.plan.block import plan_block, work_of
-from specdiff.passes.plan.input_roles import short_name
+from specdiff.passes.plan.input_roles import is_item, short_name
 from specdiff.passes.plan.quantize import quantized
 from specdiff.passes.share.outline import share_repeats
 from specdiff.pipeline import (
@@ -121,8 +121,12 @@ def whole_steps(
     if reason in MUST_RUN or writes_to_inputs(module.graph):
         return refused
     try:
-        names = [short_name(source) for source in torch_adapter.sources(module)]
-        leaves = [Leaf(*leaf) for leaf in zip(names, inputs, states, strict=True)]
+        leaves = [
+            Leaf(short_name(source), value, is_state, is_item(source))
+            for source, value, is_state in zip(
+                torch_adapter.sources(module), inputs, states, strict=True
+            )
+        ]
         outputs = torch_adapter.example_outputs(module)
         signature = step_signature(leaves, outputs, options.timestep_arg, reason)
     except Unsupported:
