@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from specdiff.errors import Unsupported
-from specdiff.program import CacheSlot, Denoised, InputRole, InputSpec, Signature, time_names
+from specdiff.program import CacheSlot, Denoised, InputRole, InputSpec, Signature, time_rank
 
 LATENT_NAMES = ("hidden_states", "x", "sample", "latents", "latent", "img", "noisy_latents")
 """Where several inputs have the shape of an output, these names come first, in this order."""
@@ -32,6 +32,8 @@ class Leaf:
     value: object
     is_state: bool = False
     """Whether it is a parameter or buffer of the model."""
+    in_list: bool = False
+    """Whether it is an item of a list."""
 
 
 def step_signature(
@@ -54,8 +56,9 @@ def step_signature(
     time = _time(leaves, timestep_arg)
     denoised = _denoised(leaves, outputs)
     velocities = [value for pair in denoised if isinstance(value := outputs[pair.velocity], Tensor)]
-    batches = {len(velocity) if velocity.dim() > 1 else 1 for velocity in velocities}
-    batch = batches.pop() if len(batches) == 1 else 1
+    listed = all(leaves[pair.latent].in_list for pair in denoised)
+    apart = listed and len({velocity.shape for velocity in velocities}) == 1
+    batch = len(velocities) if apart else 1 if listed else _common_batch(velocities)
     size = sum(velocity.numel() for velocity in velocities) // batch
     dtype = velocities[0].dtype
     for velocity in velocities[1:]:
@@ -79,17 +82,27 @@ def step_signature(
         additive=all(
             pair.is_all_of(velocity) for pair, velocity in zip(denoised, velocities, strict=True)
         ),
+        samples_apart=apart and len(velocities) > 1,
         unselectable=unselectable,
     )
 
 
+def _common_batch(velocities: Sequence[Tensor]) -> int:
+    batches = {len(velocity) for velocity in velocities}
+    return batches.pop() if len(batches) == 1 else 1
+
+
 def _time(leaves: Sequence[Leaf], timestep_arg: str | None) -> int:
-    """The first input of such a name that holds numbers."""
-    for name in time_names(timestep_arg):
-        for i, leaf in enumerate(leaves):
-            if leaf.name == name and not leaf.is_state and _is_number(leaf.value):
-                return i
-    raise Unsupported("no time input was found: name it by the option timestep_arg")
+    """The input that holds numbers and whose name is surest."""
+    ranks = [
+        (rank, i)
+        for i, leaf in enumerate(leaves)
+        if not leaf.is_state and _is_number(leaf.value)
+        if (rank := time_rank(leaf.name, timestep_arg)) is not None
+    ]
+    if not ranks:
+        raise Unsupported("no time input was found: name it by the option timestep_arg")
+    return min(ranks)[1]
 
 
 def _denoised(leaves: Sequence[Leaf], outputs: Sequence[object]) -> tuple[Denoised, ...]:
@@ -98,13 +111,12 @@ def _denoised(leaves: Sequence[Leaf], outputs: Sequence[object]) -> tuple[Denois
     for output, value in enumerate(outputs):
         taken = {pair.latent for pair in pairs}
         matches = [
-            (_rank(leaf.name), match.shared is not None, i, match)
+            (match.shared is not None, match.packed, _rank(leaf.name), i, match)
             for i, leaf in enumerate(leaves)
             if i not in taken and (match := _match((i, leaf), (output, value))) is not None
         ]
         if matches:
-            exact_first = min(matches, key=lambda each: (each[1], *each[:3]))
-            pairs.append(exact_first[-1])
+            pairs.append(min(matches, key=lambda each: each[:-1])[-1])
     if not pairs:
         raise Unsupported("no input has the shape of an output, so none is known to be denoised")
     return tuple(pairs)
@@ -112,10 +124,20 @@ def _denoised(leaves: Sequence[Leaf], outputs: Sequence[object]) -> tuple[Denois
 
 def _match(latent: tuple[int, Leaf], velocity: tuple[int, object]) -> Denoised | None:
     (index, leaf), (output, value) = latent, velocity
-    if leaf.is_state or not _is_float(leaf.value) or not _is_float(value):
+    if leaf.is_state or "cache" in leaf.name or not (_is_float(leaf.value) and _is_float(value)):
         return None
     assert isinstance(leaf.value, Tensor) and isinstance(value, Tensor)
-    return Denoised.match(index, leaf.value.shape, output, value.shape)
+    here, there = leaf.value.shape, value.shape
+    found = Denoised.match(index, here, output, there)
+    if found is None and leaf.name in LATENT_NAMES and _has_more_tokens(there, here):
+        return Denoised(index, output, (1, here[1]), packed=True)
+    return found
+
+
+def _has_more_tokens(packed: Sequence[int], latent: Sequence[int]) -> bool:
+    """Whether an output is text and image [B, T + N, C] in one, of which the image is denoised."""
+    sequences = len(packed) == len(latent) == 3
+    return sequences and packed[::2] == latent[::2] and packed[1] > latent[1]
 
 
 def _rank(name: str) -> int:

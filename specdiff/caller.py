@@ -11,13 +11,15 @@ they are compiled, so it lies on the Python stack, with a time among its argumen
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from types import FrameType
 
 from torch import nn
 
 
-def model_of_part(parameters: Collection[nn.Parameter], times: Collection[str]) -> nn.Module | None:
+def model_of_part(
+    parameters: Collection[nn.Parameter], is_time: Callable[[str], bool]
+) -> nn.Module | None:
     """The outermost model under way that has a time and more than these parameters.
 
     None where the graph is the whole of a model, or where nobody knows. A graph without parameters
@@ -25,13 +27,13 @@ def model_of_part(parameters: Collection[nn.Parameter], times: Collection[str]) 
 
     Args:
         parameters: of the graph.
-        times: what a time may be called.
+        is_time: whether an argument of this name is a time.
     """
     mine = {id(parameter) for parameter in parameters}
     found = None
     for frame in _callers():
         model = frame.f_locals.get("self")
-        if isinstance(model, nn.Module) and _has_time(frame, times, in_call=not mine):
+        if isinstance(model, nn.Module) and _has_time(frame, is_time, in_call=not mine):
             found = model if mine < {id(each) for each in model.parameters()} else found
     return found
 
@@ -44,7 +46,7 @@ def _callers() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _has_time(frame: FrameType, times: Collection[str], *, in_call: bool) -> bool:
+def _has_time(frame: FrameType, is_time: Callable[[str], bool], *, in_call: bool) -> bool:
     """Whether a time is among a frame's arguments, or its keywords if those count, too.
 
     The keywords of `Module.__call__` do not tell a model that is compiled whole from one that is
@@ -55,4 +57,4 @@ def _has_time(frame: FrameType, times: Collection[str], *, in_call: bool) -> boo
     keywords = frame.f_locals.get("kwargs") if in_call else None
     if isinstance(keywords, dict):
         names.update(keywords)
-    return not names.isdisjoint(times)
+    return any(map(is_time, names))

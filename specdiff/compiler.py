@@ -27,7 +27,7 @@ from specdiff.passes.graph.dump import Dump
 from specdiff.passes.graph.in_place import writes_to_inputs
 from specdiff.passes.normalize.specialise import floats_of, specialise
 from specdiff.passes.select.block import select_block, work_of
-from specdiff.passes.select.input_roles import short_name
+from specdiff.passes.select.input_roles import is_item, short_name
 from specdiff.passes.select.quantize import quantized
 from specdiff.passes.share.outline import share_repeats
 from specdiff.pipeline import (
@@ -41,7 +41,7 @@ from specdiff.pipeline import (
     refusal,
     trace,
 )
-from specdiff.program import time_names
+from specdiff.program import time_rank
 from specdiff.runtime.blocks.block import Block, OneGraph, is_attached
 from specdiff.runtime.records.stats import LAST_VARIANT
 from specdiff.runtime.step.dispatch import DenseOnly, Runtime
@@ -103,7 +103,9 @@ def part_of_model(
     Tells the registry whose parameters these are: all graphs of a model are counted together.
     """
     parameters = [value for value in inputs if isinstance(value, nn.Parameter)]
-    model = model_of_part(parameters, time_names(options.timestep_arg))
+    model = model_of_part(
+        parameters, lambda name: time_rank(name, options.timestep_arg) is not None
+    )
     if model is None:
         return None
     name = type(model).__name__
@@ -170,8 +172,12 @@ def compile_whole_steps(
     if reason in MUST_RUN or writes_to_inputs(module.graph):
         return refused
     try:
-        names = [short_name(source) for source in torch_adapter.sources(module)]
-        leaves = [Leaf(*leaf) for leaf in zip(names, inputs, is_state, strict=True)]
+        leaves = [
+            Leaf(short_name(source), value, held, is_item(source))
+            for source, value, held in zip(
+                torch_adapter.sources(module), inputs, is_state, strict=True
+            )
+        ]
         outputs = torch_adapter.example_outputs(module)
         signature = step_signature(leaves, outputs, options.timestep_arg, reason)
     except Unsupported:

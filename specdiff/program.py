@@ -23,9 +23,21 @@ TIMES_AT_ONCE = 16
 """Rows of a table by timestep. Filling this many takes hardly longer than filling one."""
 
 
-def time_names(timestep_arg: str | None) -> tuple[str, ...]:
-    """Names that a time input may have: the option's, or else the usual ones."""
-    return ("timestep", "timesteps", "t") if timestep_arg is None else (timestep_arg,)
+TIME_NAMES = ("timestep", "timesteps", "t", "time", "times", "sigma", "sigmas")
+"""What a time input is called, the surest first; and how its name may end: `video_timesteps`."""
+
+
+def time_rank(name: str, timestep_arg: str | None) -> int | None:
+    """How sure it is that an input of this name is the time, 0 the surest; None if it is not.
+
+    The option `timestep_arg` alone decides where it is given.
+    """
+    if timestep_arg is not None:
+        return 0 if name == timestep_arg else None
+    if name in TIME_NAMES:
+        return TIME_NAMES.index(name)
+    last = name.rpartition("_")[2]
+    return len(TIME_NAMES) if len(last) > 1 and last in TIME_NAMES else None
 
 
 @dataclass(frozen=True)
@@ -44,8 +56,11 @@ class Denoised:
     latent: int
     velocity: int
     shared: tuple[int, int] | None = None
-    """(axis, size) where their channels differ; the first `size` channels belong together. A latent
-    with a condition concatenated to it has more, as has a prediction with a learned variance."""
+    """(axis, size) where they differ in channels: a latent with a condition concatenated to it has
+    more, a prediction with a learned variance has more; the first `size` belong together. Or the
+    last, of a sequence with other tokens in front."""
+    packed: bool = False
+    """Whether it is the last."""
 
     @classmethod
     def match(
@@ -70,7 +85,10 @@ class Denoised:
 
     def part(self, tensor: Tensor) -> Tensor:
         """What latent and velocity have in common, as a view of either."""
-        return tensor if self.shared is None else tensor.narrow(self.shared[0], 0, self.shared[1])
+        if self.shared is None:
+            return tensor
+        axis, size = self.shared
+        return tensor.narrow(axis, tensor.shape[axis] - size if self.packed else 0, size)
 
 
 @dataclass(frozen=True)
@@ -154,8 +172,10 @@ class Signature:
     """Whether the tail is additive: adding d to the token-level output adds d, rearranged, to what
     moves the latents, and changes nothing else."""
     tabulated_from: TableSources | None = None
-    """What the tables by time (the last caches) are computed from, beside time and conditions; None
-    if there are no tables."""
+    """What goes with time and conditions into values that selective steps look up in tables, the
+    last of the caches; None if nothing is looked up."""
+    samples_apart: bool = False
+    """Whether each of the denoised is one sample, as where a model takes a list of them."""
     unselectable: str = ""
     """Why no tokens can be selected, so that steps are computed or forecast whole; empty if they
     can."""
@@ -188,9 +208,16 @@ class Signature:
         return time
 
     def moving_parts(self, inputs: Sequence[object]) -> tuple[Tensor, ...]:
-        """For each denoised input, a view of the channels that its prediction moves."""
-        latents = [(pair, inputs[pair.latent]) for pair in self.denoised]
-        return tuple(pair.part(latent) for pair, latent in latents if isinstance(latent, Tensor))
+        """Of every input that is denoised, what its prediction moves, [B, ...]: mostly views."""
+        return self._by_batch([(pair, inputs[pair.latent]) for pair in self.denoised])
+
+    def moved_by(self, outputs: Sequence[object]) -> tuple[Tensor, ...]:
+        """Of the outputs, what moves the `moving_parts`."""
+        return self._by_batch([(pair, outputs[pair.velocity]) for pair in self.denoised])
+
+    def _by_batch(self, found: Sequence[tuple[Denoised, object]]) -> tuple[Tensor, ...]:
+        parts = tuple(pair.part(value) for pair, value in found if isinstance(value, Tensor))
+        return (torch.stack(parts),) if self.samples_apart else parts
 
     def indices(self, role: InputRole) -> tuple[int, ...]:
         """Positions of the inputs with this role."""

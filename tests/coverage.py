@@ -1,8 +1,10 @@
-"""Which transformers of diffusers are rewritten, and are the rewritten ones right?
+"""Which transformers of diffusers are accelerated, and is what they give right?
 
     python -m tests.coverage [--markdown FILE] [NAME ...]
 
-Every small configuration of `tests/models` goes through `specdiff.verify`; one line each.
+One line for every small configuration of `tests/models`. Step plan: attached, not compiled, it is
+driven as Euler drives it (`tests/step_plan.py`). Token selection: compiled, it goes through
+`specdiff.verify`.
 """
 
 from __future__ import annotations
@@ -24,12 +26,13 @@ from torch.utils import _pytree as pytree
 
 import specdiff
 from specdiff.plan import Plan
-from specdiff.program import time_names
 from tests.models import ZOO, Builder, Case
 from tests.oracles import small_tables
+from tests.step_plan import Wrong, step_plan
 
-Verdict = Literal["rewritten", "attached", "partly", "dense", "WRONG"]
-"""Attached: the model breaks into graphs, and selects tokens under `specdiff.attach`."""
+Verdict = Literal["rewritten", "attached", "partly", "no", "WRONG"]
+"""Of token selection. Attached: the model breaks into graphs, and selects tokens under
+`specdiff.attach`. Partly: in some of its graphs."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class Row:
 
     name: str
     model: str
+    steps: str
+    """Whether it has the step plan: "yes", "WRONG: ..." or why not."""
     verdict: Verdict
     graphs: int
     error: float
@@ -48,7 +53,13 @@ class Row:
     def cells(self) -> tuple[str, ...]:
         """The row as text."""
         error = f"{self.error:.0e}" if self.verdict in ("rewritten", "WRONG") else ""
-        return self.model, self.verdict, str(self.graphs), error, self.segments or self.reason
+        said = self.segments or self.reason
+        return self.model, self.steps, self.verdict, str(self.graphs), error, said
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether it gives what it must not give."""
+        return "WRONG" in self.verdict or "WRONG" in self.steps
 
 
 def measure(name: str, builder: Builder) -> Row:
@@ -57,22 +68,29 @@ def measure(name: str, builder: Builder) -> Row:
     case = builder()
     with torch.no_grad():
         case.model(**case.inputs)
-    # what a user would do for a time of another name
-    time = None if case.time in time_names(None) else case.time
     with small_tables():
-        found = specdiff.verify(case.model, options={"timestep_arg": time}, **case.inputs)
+        found = specdiff.verify(case.model, **case.inputs)
     main = next((g for g in found.graphs if _denoises(g.report, case)), None)
     verdict: Verdict = "rewritten" if main else compiled_verdict(case, found.selective)
     segments = main.report.segments if main else ()
     return Row(
         name,
         type(case.model).__name__,
+        steps_verdict(builder()),
         verdict if found.passed else "WRONG",
         len(found.graphs),
         found.max_error,
         ", ".join(f"{s.length}{'' if s.prunable else ' kept'}" for s in segments),
         "; ".join(found.reasons),
     )
+
+
+def steps_verdict(case: Case) -> str:
+    """Whether a model that nobody compiled has the step plan."""
+    try:
+        return step_plan(case) or "yes"
+    except Wrong as error:
+        return f"WRONG: {error}"
 
 
 @torch.no_grad()
@@ -84,7 +102,7 @@ def compiled_verdict(case: Case, partly: bool) -> Verdict:
     options = {"inner_backend": "eager"}
     compiled = torch.compile(case.model, backend="specdiff", dynamic=False, options=options)
     plan = Plan.tapered(lookahead=0)
-    specdiff.attach(compiled, plan=plan, cache_ratio=0.3, timestep_arg=case.time)
+    specdiff.attach(compiled, plan=plan, cache_ratio=0.3)
     call, selected = case.inputs, 0
     for _ in range(5):
         output, exact = first_tensor(compiled(**call)), first_tensor(case.model(**call))
@@ -93,7 +111,7 @@ def compiled_verdict(case: Case, partly: bool) -> Verdict:
         if selected == before and not same:
             return "WRONG"
         call = case.later(0.1, call)
-    return "attached" if selected else "partly" if partly else "dense"
+    return "attached" if selected else "partly" if partly else "no"
 
 
 def first_tensor(output: object) -> Tensor:
@@ -113,22 +131,27 @@ def rows(names: Iterable[str]) -> Iterator[Row]:
             yield measure(name, ZOO[name])
         except Exception as error:  # no fault hides the other rows
             model = type(ZOO[name]().model).__name__
-            yield Row(name, model, "WRONG", 0, inf, "", f"{type(error).__name__}: {error}")
+            reason = f"{type(error).__name__}: {error}"
+            yield Row(name, model, "WRONG", "WRONG", 0, inf, "", reason)
 
 
 def summary(found: list[Row]) -> str:
-    """How many classes have a configuration that is rewritten."""
+    """How many classes have the step plan in every configuration, and selection in one."""
     classes = {row.model for row in found}
+    without = {row.model for row in found if row.steps != "yes"}
     rewritten = {row.model for row in found if row.verdict == "rewritten"}
     attached = {row.model for row in found if row.verdict == "attached"} - rewritten
-    wrong = [row.name for row in found if row.verdict == "WRONG"]
+    wrong = [row.name for row in found if row.is_wrong]
     return (
-        f"{len(rewritten)} of {len(classes)} classes rewritten, {len(attached)} more when attached,"
-        f" {len(wrong)} wrong"
+        f"{len(classes - without)} of {len(classes)} classes have the step plan; token selection:"
+        f" {len(rewritten)} rewritten, {len(attached)} more when attached; {len(wrong)} wrong"
     )
 
 
-HEAD = ("class", "verdict", "graphs", "error", "segments, or why it runs dense")
+HEAD = (
+    "class", "step plan", "token selection", "graphs", "error",
+    "segments, or why no tokens are selected",
+)  # fmt: skip
 
 
 def markdown(found: list[Row]) -> str:
@@ -147,7 +170,7 @@ def main(
     console = Console()
     found = []
     for row in rows(names or ZOO):
-        console.log(row.name, row.verdict)
+        console.log(row.name, row.steps, row.verdict)
         found.append(row)
     table = Table(*HEAD)
     for row in found:
@@ -155,7 +178,7 @@ def main(
     console.print(table, summary(found))
     if file is not None:
         file.write_text(f"{markdown(found)}\n\n{summary(found)}\n")
-    raise typer.Exit(any(row.verdict == "WRONG" for row in found))
+    raise typer.Exit(any(row.is_wrong for row in found))
 
 
 if __name__ == "__main__":

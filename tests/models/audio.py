@@ -227,7 +227,7 @@ def rfd4_proteina_transformer() -> Case:
         "recycle_depth": 3,
         "return_dict": False,
     }
-    return Case(model, inputs, latent="bb_ca", time="bb_ca_time")
+    return Case(model, inputs, latent="bb_ca", time="bb_ca_time", also=("local_latents",))
 
 
 MODELS = builders(

@@ -32,6 +32,8 @@ class Case:
     """The argument that is denoised: a tensor, or a list of tensors."""
     time: str = "timestep"
     """The argument that says where in time."""
+    also: tuple[str, ...] = ()
+    """Further arguments that are denoised, in the order of their predictions."""
 
     def __post_init__(self) -> None:
         """Weights away from zero and one."""

@@ -99,7 +99,7 @@ def kandinsky6_transformer() -> Case:
         "encoder_attention_mask": text_mask(),
         "return_dict": False,
     }
-    return Case(model, inputs)
+    return Case(model, inputs, also=("audio_hidden_states",))
 
 
 def kandinsky6_sr_transformer() -> Case:
@@ -183,7 +183,7 @@ def ltx2_video_transformer() -> Case:
         "audio_coords": model.audio_rope.prepare_audio_coords(2, 10, torch.device("cpu")),
         "return_dict": False,
     }
-    return Case(model, inputs)
+    return Case(model, inputs, also=("audio_hidden_states",))
 
 
 def minimax_h3_transformer() -> Case:
@@ -221,7 +221,7 @@ def minimax_h3_transformer() -> Case:
         "text_indices": torch.arange(text),
         "return_dict": False,
     }
-    return Case(model, inputs)
+    return Case(model, inputs, also=("audio_hidden_states",))
 
 
 def mochi_transformer() -> Case:

@@ -11,7 +11,7 @@ from torch import fx
 from specdiff.errors import Unsupported
 from specdiff.passes.rules.registry import is_tensor, shape_of
 from specdiff.passes.select.selection import Selection
-from specdiff.program import Denoised, time_names
+from specdiff.program import Denoised, time_rank
 
 
 @dataclass(frozen=True)
@@ -98,14 +98,21 @@ def find_time(
     placeholders: Sequence[fx.Node], is_state: Sequence[bool], timestep_arg: str | None
 ) -> int | None:
     """The input with the name that the option gives, or with a usual name of a time."""
-    wanted = time_names(timestep_arg)
-    for i, node in enumerate(placeholders):
-        if not is_state[i] and is_tensor(node) and short_name(str(node.meta["source"])) in wanted:
-            return i
-    return None
+    ranks = [
+        (rank, i)
+        for i, node in enumerate(placeholders)
+        if not is_state[i] and is_tensor(node)
+        if (rank := time_rank(short_name(str(node.meta["source"])), timestep_arg)) is not None
+    ]
+    return min(ranks)[1] if ranks else None
 
 
 def short_name(source: str) -> str:
     """The last identifier of a Dynamo source: `L['kwargs']['timestep']` is `timestep`."""
     words = re.findall(r"[A-Za-z_]\w*", source)
     return words[-1] if words else source
+
+
+def is_item(source: str) -> bool:
+    """Whether a Dynamo source is an item of a list that is an argument."""
+    return re.search(r"\[\d+\]$", source) is not None and short_name(source) != "args"

@@ -32,7 +32,7 @@ from specdiff.program import (
     Programs,
     Segment,
     Signature,
-    time_names,
+    time_rank,
 )
 from specdiff.runtime.blocks.block import Diverged, RootCall, Visit, identities, under
 from specdiff.runtime.blocks.patchify import Patches, possible
@@ -74,6 +74,7 @@ class Attachment:
         self._forms: dict[Hashable, Form | str] = {}
         forward = getattr(root, "_orig_mod", root).forward
         self._argument_names = tuple(inspect.signature(forward).parameters)
+        self._known_places: dict[Hashable, list[tuple[str, bool]]] = {}
         self._lost: defaultdict[Hashable, float] = defaultdict(float)
         """How often of late calls of a shape went through other blocks than before."""
         watch(root, self._answer)
@@ -120,7 +121,7 @@ class Attachment:
 
     def _key(self, leaves: Sequence[Any], arguments: pytree.TreeSpec) -> Hashable:
         """What of a call decides how it runs: of a time only that there is one."""
-        names = self._names(leaves, arguments)
+        names = self._names(arguments)
         time = _time(names, leaves, self._options.timestep_arg)
         kinds = [_kind_of(leaf) for leaf in leaves]
         if time is not None and not isinstance(leaves[time], Tensor):
@@ -163,8 +164,10 @@ class Attachment:
         reason: str,
     ) -> Runtime:
         """What forecasts whole steps of a model of which one call is known."""
-        names = self._names(leaves, arguments)
-        known = [Leaf(name, value) for name, value in zip(names, leaves, strict=True)]
+        known = [
+            Leaf(name, value, in_list=item)
+            for (name, item), value in zip(self._places(arguments), leaves, strict=True)
+        ]
         signature = step_signature(known, outputs, self._options.timestep_arg, reason)
 
         def model(inputs: Sequence[object]) -> Sequence[Any]:
@@ -188,7 +191,7 @@ class Attachment:
         output: Tensor,
         visits: Sequence[Visit],
     ) -> Signature:
-        names = self._names(leaves, arguments)
+        names = self._names(arguments)
         tokens = patches.split(output)
         slots = _slots(visits, patches.tokens)
         if any(slot.shape[0] != len(output) for slot in slots):
@@ -213,12 +216,27 @@ class Attachment:
             additive=denoised.is_all_of(output),
         )
 
-    def _names(self, leaves: Sequence[Any], arguments: pytree.TreeSpec) -> list[str]:
-        """The argument of the root's forward that each leaf belongs to."""
-        args, kwargs = pytree.tree_unflatten(list(leaves), arguments)
-        named = [*zip(self._argument_names, args, strict=False), *kwargs.items()]
-        found = [name for name, value in named for _ in pytree.tree_leaves(value)]
-        return found + [""] * (len(leaves) - len(found))
+    def _names(self, arguments: pytree.TreeSpec) -> list[str]:
+        """What each leaf is called."""
+        return [name for name, _ in self._places(arguments)]
+
+    def _places(self, arguments: pytree.TreeSpec) -> list[tuple[str, bool]]:
+        """What each leaf is called, and whether it is an item of a list."""
+        if arguments not in self._known_places:
+            flat = pytree.tree_unflatten([0] * arguments.num_leaves, arguments)
+            paths, _ = pytree.tree_flatten_with_path(flat)
+            remember(self._known_places, arguments, [self._place(p) for p, _ in paths], MAX_SHAPES)
+        return self._known_places[arguments]
+
+    def _place(self, path: tuple[Any, ...]) -> tuple[str, bool]:
+        """By the last key in dicts, or else by the argument; `path` begins in (args, kwargs)."""
+        keys = [step.key for step in path if isinstance(step, pytree.MappingKey)]
+        names = [key for key in keys if isinstance(key, str)]
+        first, names_known = path[1], self._argument_names
+        if not names and isinstance(first, pytree.SequenceKey) and first.idx < len(names_known):
+            names = [names_known[first.idx]]
+        in_list = len(path) > 2 and isinstance(path[-1], pytree.SequenceKey)
+        return (names[-1] if names else "", in_list)
 
 
 def _patches_of(outputs: Sequence[Any], visits: Sequence[Visit]) -> Patches:
@@ -253,8 +271,12 @@ def _denoised(leaves: Sequence[Any], output: Tensor) -> Denoised:
 
 
 def _time(names: Sequence[str], leaves: Sequence[Any], wanted: str | None) -> int | None:
-    accepted = time_names(wanted)
-    return next((i for i, n in enumerate(names) if n in accepted and leaves[i] is not None), None)
+    ranks = [
+        (rank, i)
+        for i, name in enumerate(names)
+        if leaves[i] is not None and (rank := time_rank(name, wanted)) is not None
+    ]
+    return min(ranks)[1] if ranks else None
 
 
 def _is_scalar(leaf: object, batch: int) -> bool:

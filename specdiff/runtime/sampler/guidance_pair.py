@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from specdiff.runtime.sampler.row_times import paced
 from specdiff.runtime.sampler.sampler_fit import TINY, Displacement, Ways
 
 
@@ -54,8 +55,17 @@ class Joint:
     """Scalar: how far latents are apart that should be the same."""
 
     @classmethod
-    def of(cls, stream: Half, other: Half | None, latents: Sequence[Tensor]) -> Joint | None:
-        """Of a stream, whose latents these are now, and the one that may be its other half."""
+    def of(
+        cls,
+        stream: Half,
+        other: Half | None,
+        latents: Sequence[Tensor],
+        pace: Tensor | None = None,
+    ) -> Joint | None:
+        """Of a stream, whose latents these are now, and the one that may be its other half.
+
+        Rows that move at a pace of their own are seen as if they moved alike.
+        """
         if other is None or len(stream.predictions) != 1 or len(other.predictions) != 1:
             return None
         if len(other.times) > len(stream.times):  # called first, it knows of this step already
@@ -64,7 +74,7 @@ class Joint:
         outputs = stream.outputs[:2]
         newest, older = outputs[0].float(), outputs[-1].float()
         return cls(
-            Displacement.of(latents, stream.latents, (_mixed(latents, stream, other),)),
+            Displacement.of(latents, stream.latents, (_mixed(latents, stream, other, pace),)),
             torch.dist(newest, older) / torch.linalg.vector_norm(newest),
             _distance(stream.latents, other.latents),
         )
@@ -83,9 +93,13 @@ class Joint:
         return Joint(moved, torch.tensor(news, device="cpu"), torch.tensor(apart, device="cpu"))
 
 
-def _mixed(latents: Sequence[Tensor], stream: Half, other: Half) -> tuple[Tensor, ...]:
+def _mixed(
+    latents: Sequence[Tensor], stream: Half, other: Half, pace: Tensor | None
+) -> tuple[Tensor, ...]:
     """The own plus a share of the difference: what fits the step best, length aside."""
-    (own,), (others,) = stream.predictions, other.predictions
+    (own,), (others,) = (
+        [[paced(p, pace) for p in way] for way in half.predictions] for half in (stream, other)
+    )
     pairs = zip(latents, stream.latents, strict=True)
     step = _flat([new.float() - old.float() for new, old in pairs])
     mine, extra = _flat(own), _flat(others) - _flat(own)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from specdiff.runtime.sampler.guidance_pair import Joint
 from specdiff.runtime.sampler.noise import Process
+from specdiff.runtime.sampler.row_times import RowTimes, UnreadTimes
 from specdiff.runtime.sampler.sampler_fit import POOR_FIT, Displacement
 
 
@@ -19,9 +20,7 @@ from specdiff.runtime.sampler.sampler_fit import POOR_FIT, Displacement
 class Reading:
     """The host's view of one evaluation."""
 
-    time: float
-    same_time: bool
-    """Whether all batch rows have this time."""
+    times: RowTimes
     finite: bool
     """Whether the latent has no NaN and no infinity."""
     precision: float = 0.0
@@ -30,6 +29,13 @@ class Reading:
     """How the sampler came here, if there is a previous evaluation; on the host."""
     joint: Joint | None = None
     """The same by both halves of guidance, if another stream has the other one; on the host."""
+    pace: Tensor | None = None
+    """Each row's latest step in time by their mean, [B, 1]; None where they moved alike."""
+
+    @cached_property
+    def time(self) -> float:
+        """Of the evaluation."""
+        return self.times.time
 
     @cached_property
     def change(self) -> float:
@@ -49,19 +55,23 @@ class Reading:
 
 
 def read(
-    time: object, latent: Tensor, moved: Displacement | None, joint: Joint | None = None
+    times: UnreadTimes,
+    latent: Tensor,
+    moved: Displacement | None,
+    joint: Joint | None = None,
+    pace: Tensor | None = None,
 ) -> Reading:
-    """Read time and latent of an evaluation, and how it came about from the previous one."""
-    times = torch.as_tensor(time, device=latent.device).float().flatten()
-    parts = [times.min(), times.max(), torch.linalg.vector_norm(latent.float())]
+    """Read times and latent of an evaluation, and how it came about from the previous one."""
+    parts = [torch.linalg.vector_norm(latent.float()), *times.values()]
+    said = len(parts)
     if moved is not None:
         parts.extend(moved.products.flatten())
     own = len(parts)
     if joint is not None:
         parts.extend(joint.values())
-    values = torch.stack(parts).tolist()
-    low, high, norm, *products = values[:own]
-    fetched = moved.fetched(products) if moved is not None else None
-    both = joint.fetched(values[own:]) if joint is not None else None
+    norm, *values = torch.stack(parts).tolist()
+    read_times = times.fetched(values[: said - 1])
+    fetched = moved.fetched(values[said - 1 : own - 1]) if moved is not None else None
+    both = joint.fetched(values[own - 1 :]) if joint is not None else None
     precision = torch.finfo(latent.dtype).eps
-    return Reading(low, low == high, math.isfinite(norm), precision, fetched, both)
+    return Reading(read_times, math.isfinite(norm), precision, fetched, both, pace)

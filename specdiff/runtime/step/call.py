@@ -12,7 +12,7 @@ from specdiff.program import Programs
 from specdiff.runtime.records.recording import StepRecord
 from specdiff.runtime.sampler.noise import Process
 from specdiff.runtime.sampler.observation import Reading
-from specdiff.runtime.sampler.sampler_fit import POOR_FIT, Displacement
+from specdiff.runtime.sampler.sampler_fit import POOR_FIT, Displacement, Scalar
 from specdiff.runtime.streams.caches import CachePool
 from specdiff.runtime.streams.registry import ModelState
 from specdiff.runtime.streams.streams import Stream, StreamTable
@@ -50,6 +50,18 @@ class Call:
     def shared(self) -> bool:
         """Whether the batch is the two halves of classifier-free guidance."""
         return self.settings.guidance_scale is not None
+
+    @property
+    def clock(self) -> float | Tensor:
+        """Time of this evaluation; of each row, [B, 1], where they are at times of their own."""
+        if self.reading is None or not self.reading.times.differ:
+            return self.time
+        return self.reading.times.on_device
+
+    def at_pace(self, moved: Scalar) -> Scalar:
+        """How far the sampler moves each row, [B, 1], if it moves them by `moved` on average."""
+        pace = self.reading.pace if self.reading is not None else None
+        return moved if pace is None else moved * pace
 
     @property
     def latent(self) -> Tensor:

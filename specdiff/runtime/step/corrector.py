@@ -33,8 +33,8 @@ def settle(call: Call) -> None:
     if call.seen is not None and not _is_first_order(call, call.seen):
         stream.correction, stream.first_order = None, False
     else:
-        step = stream.sampler.step(stream.times[-1], call.time, call.seen)
-        stream.correction.settle(*step)
+        kept, moved = stream.sampler.step(stream.times[-1], call.time, call.seen)
+        stream.correction.settle(kept, call.at_pace(moved))
         if call.reading is not None and (joint := call.reading.joint):
             stream.proven |= joint.news.item() > PROOF * _allowed(call, joint.moved)
 
@@ -66,10 +66,11 @@ def corrected(
         older = before[1] if len(before) > 1 else None
         missing = stream.correction.collect(before[0], older, newest)
         due = next_time([*stream.times, call.time], call.given)
-        more = on_top(missing, *stream.sampler.step(call.time, due))
+        kept, moved = stream.sampler.step(call.time, due)
+        more = on_top(missing, kept, call.at_pace(moved))
         if not _doubted(call):  # else it stays missing, to be put on top later
             tokens = (tokens.float() + more).to(tokens.dtype)
-    stream.correction.hand_out(newest, tokens, call.time)
+    stream.correction.hand_out(newest, tokens, call.clock)
     return tokens
 
 

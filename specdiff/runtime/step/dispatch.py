@@ -21,6 +21,7 @@ from specdiff.runtime.sampler.guidance_pair import Joint
 from specdiff.runtime.sampler.noise import Process, processes
 from specdiff.runtime.sampler.observation import Reading, read
 from specdiff.runtime.sampler.remains import EXPLAINED, remains
+from specdiff.runtime.sampler.row_times import UnreadTimes, paced
 from specdiff.runtime.sampler.sampler_fit import Displacement
 from specdiff.runtime.step import fallbacks
 from specdiff.runtime.step.call import Call
@@ -116,7 +117,9 @@ class Runtime:
         candidates = processes(settings.prediction, settings.alphas_cumprod)
         if progress is None:
             reading = self._read(inputs, table, known)
-            stream = self._continued(reading, table, known, conditions, candidates)
+            stream = self._continued(
+                reading, table, known, conditions, candidates, selects=schedule.selects
+            )
             if table.begun == fallbacks.IDLE_AFTER and schedule.forecasts:
                 state.say(logger, fallbacks.IDLE)
             if isinstance(stream, str):
@@ -153,11 +156,13 @@ class Runtime:
         stream: Stream | None,
         conditions: Sequence[object],
         candidates: Sequence[Process],
+        *,
+        selects: bool,
     ) -> Stream | str:
         """The stream of a call, begun if need be, or why it may belong to no trajectory."""
         if stream is None and table.is_crowded_out(conditions, reading.time):
             return fallbacks.CROWDED
-        refusal, begins = fallbacks.of_call(stream, reading, candidates)
+        refusal, begins = fallbacks.of_call(stream, reading, candidates, selects=selects)
         if refusal is not None:
             _abandon(table, stream, refusal, reading.time)
             return refusal
@@ -209,12 +214,14 @@ class Runtime:
         signature = self.programs.signature
         latent, time = inputs[signature.latent], signature.time
         assert isinstance(latent, Tensor) and time is not None
-        moved = joint = None
+        times = UnreadTimes.of(inputs[time], signature.batch, latent.device)
+        moved = joint = pace = None
         if stream is not None and stream.latents:
-            parts = signature.moving_parts(inputs)
-            moved = Displacement.of(parts, stream.latents, stream.predictions)
-            joint = Joint.of(stream, table.partner(stream), parts)
-        return read(inputs[time], latent, moved, joint)
+            parts, pace = signature.moving_parts(inputs), times.pace(stream.row_times)
+            ways = tuple(tuple(paced(p, pace) for p in way) for way in stream.predictions)
+            moved = Displacement.of(parts, stream.latents, ways)
+            joint = Joint.of(stream, table.partner(stream), parts, pace)
+        return read(times, latent, moved, joint, pace)
 
     def _followed(
         self,

@@ -15,6 +15,7 @@ from specdiff.runtime.tokens.schedule import Schedule
 NO_TIME = "no time input"
 FEW_TOKENS = "too few tokens"
 ROWS_DIFFER = "time differs between batch rows"
+TOKENS_DIFFER = "time differs between tokens of a row"
 NOT_FINITE = "latent is not finite"
 TIME_NOT_FINITE = "time is not finite"
 AMBIGUOUS = "ambiguous stream"
@@ -49,23 +50,29 @@ def of_graph(
 
 
 def of_call(
-    stream: Stream | None, reading: Reading, candidates: Sequence[Process]
+    stream: Stream | None, reading: Reading, candidates: Sequence[Process], *, selects: bool
 ) -> tuple[str | None, bool]:
-    """Why an evaluation may belong to no trajectory, or None; whether it begins a generation."""
+    """Why an evaluation may belong to no trajectory, or None; whether it begins a generation.
+
+    Where tokens are selected, all have one time.
+    """
     if stream is not None and stream.ambiguous and not returns(stream.times, reading.time):
         return AMBIGUOUS, False
     if not reading.finite:
         return NOT_FINITE, False
     if not math.isfinite(reading.time):
         return TIME_NOT_FINITE, False
-    if not reading.same_time:
-        return ROWS_DIFFER, False
+    times = reading.times
+    if times.scattered or (selects and not times.uniform):
+        return ROWS_DIFFER if times.differ else TOKENS_DIFFER, False
     if stream is None:
         return None, True
     relation = stream.relation(reading, candidates)
     if relation == "foreign":
         return AMBIGUOUS, False
     begins = relation == "restarts"
+    if not begins and stream.row_times is not None and not times.follow(stream.row_times):
+        return ROWS_DIFFER if times.differ else TOKENS_DIFFER, False
     if reading.change == 0 and reading.time != stream.times[-1] and not begins:
         return STILL, False  # a part of a broken model, whose conditions were taken for a latent
     return None, begins

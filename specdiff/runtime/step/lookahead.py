@@ -32,7 +32,7 @@ def look_ahead(call: Call, outputs: Sequence[Tensor]) -> None:
     if pending or call.schedule.forecasts or call.reading is not None:
         signature = call.programs.signature
         latents = tuple(p.clone() for p in signature.moving_parts(call.inputs))
-        predicted = (pair.part(outputs[pair.velocity]) for pair in signature.denoised)
+        predicted = signature.moved_by(outputs)
         scale = call.settings.guidance_scale
         predictions = tuple(zip(*(guided(p, scale) for p in predicted), strict=True))
         stream.trail = (Seen(call.time, latents, predictions), *stream.trail)[:DEPTH]

@@ -51,6 +51,7 @@ def answer(call: Call) -> list[Tensor]:
         tokens = _skip(call)
         counters.skipped += 1
     stream.joint = call.reading.joint if call.reading is not None else None
+    stream.row_times = call.reading.times if call.reading is not None else None
     if call.corrects and before:
         tokens = corrected(call, before, tokens, computed=count > 0)
     stream.times.append(call.time)
@@ -119,7 +120,7 @@ def _dense(call: Call) -> Tensor:
     if call.strays or stream.news:
         stream.history.break_off()
         stream.correction = None
-    stream.history.record_dense(call.time, tokens)
+    stream.history.record_dense(call.clock, tokens)
     return tokens
 
 
@@ -140,7 +141,7 @@ def _selective(call: Call, count: int) -> Tensor:
     active = most_important(scores, count, call.shared, call.programs.signature.lengths)
     merged = _with_computed(call, _predicted(call, scores, active), active)
     call.keep(active=active, scores=scores)
-    stream.history.record_selective(call.time, merged, active)
+    stream.history.record_selective(call.clock, merged, active)
     return merged
 
 
@@ -184,13 +185,13 @@ def _with_computed(call: Call, predicted: Tensor, active: Tensor) -> Tensor:
 
 def _skip(call: Call) -> Tensor:
     predicted = _with_invalid_rows(call, _forecast(call))
-    call.stream.history.record_skipped(call.time, predicted)
+    call.stream.history.record_skipped(call.clock, predicted)
     return predicted
 
 
 def _forecast(call: Call) -> Tensor:
     unit = time_unit([*(call.given or call.stream.times), call.time])
-    return forecast(call.settings.forecast, call.stream.history, call.time, unit)
+    return forecast(call.settings.forecast, call.stream.history, call.clock, unit)
 
 
 def _with_invalid_rows(call: Call, tokens: Tensor) -> Tensor:

@@ -53,9 +53,10 @@ class StepPrograms:
         self._latest = list(outputs)
         for pair in self.signature.denoised:
             self._latest[pair.velocity] = None
-        slot = self.signature.tokens
-        parts = [each.reshape(slot.shape[0], 1, -1).to(slot.dtype) for each in predictions]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        slot, apart = self.signature.tokens, self.signature.samples_apart
+        rows = 1 if apart else slot.shape[0]
+        parts = [each.reshape(rows, 1, -1).to(slot.dtype) for each in predictions]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=0 if apart else 2)
 
     def dense(self, inputs: Sequence[object], caches: Sequence[Tensor]) -> Evaluation:
         """The prediction; there are no caches to write."""
@@ -82,8 +83,9 @@ class StepPrograms:
         """The model's flat outputs with the prediction [B, 1, n]."""
         outputs = list(self._latest)
         sizes = [shape.numel() // len(tokens) for shape, _ in self._shapes]
+        parts = tokens.split(1) if self.signature.samples_apart else tokens.split(sizes, dim=2)
         for pair, part, (shape, dtype) in zip(
-            self.signature.denoised, tokens.split(sizes, dim=2), self._shapes, strict=True
+            self.signature.denoised, parts, self._shapes, strict=True
         ):
             outputs[pair.velocity] = part.to(dtype).reshape(shape)
         return outputs

@@ -13,6 +13,7 @@ from specdiff.runtime.sampler.guidance_pair import Joint
 from specdiff.runtime.sampler.noise import Process
 from specdiff.runtime.sampler.observation import Reading
 from specdiff.runtime.sampler.remains import UNEXPLAINED, Awaited, Seen
+from specdiff.runtime.sampler.row_times import RowTimes
 from specdiff.runtime.sampler.sampler_fit import Prediction, Ways
 from specdiff.runtime.streams.caches import Lease
 from specdiff.runtime.streams.keys import StreamKey
@@ -41,6 +42,8 @@ class Stream:
         """Counts the streams of a graph."""
         self.times: list[float] = []
         """Time of every evaluation so far, in the unit of its source."""
+        self.row_times: RowTimes | None = None
+        """Of the previous evaluation, if its time was read."""
         self.given: tuple[float, ...] | None = None
         """Times of all evaluations, those to come included, if the session gave them."""
         self.generation = self.first = 0

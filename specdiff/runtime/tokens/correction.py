@@ -17,7 +17,7 @@ from torch import Tensor
 
 from specdiff.runtime.sampler.sampler_fit import Scalar
 from specdiff.runtime.tokens.forecast import nonzero
-from specdiff.runtime.tokens.history import ComputedOutput
+from specdiff.runtime.tokens.history import Clock, ComputedOutput
 
 
 @dataclass
@@ -48,8 +48,8 @@ class Correction:
         return cls(zeros, times, times, zeros, times)
 
     def settle(self, kept: Scalar, moved: Scalar) -> None:
-        """The sampler has stepped: x' = kept x + moved p."""
-        self.missing = self.missing * kept + self.withheld * moved
+        """The sampler has stepped: x' = kept x + moved p, each row as far as it was, [B, 1]."""
+        self.missing = self.missing * kept + self.withheld * _over_channels(moved)
         self.lag = self.lag * kept + self.behind * moved
         self.lag_squared = self.lag_squared * kept + self.behind.square() * moved
 
@@ -95,7 +95,7 @@ class Correction:
         bend = torch.where(known, bend, 0.0)
         return line + bend / nonzero(span), -bend / nonzero(earlier)
 
-    def hand_out(self, newest: ComputedOutput, handed: Tensor, time: float) -> None:
+    def hand_out(self, newest: ComputedOutput, handed: Tensor, time: Clock) -> None:
         """Remember that `handed` [B, N, C] goes to the sampler at `time`."""
         self.withheld = newest.tokens.float() - handed
         self.behind = time - newest.times
@@ -105,4 +105,10 @@ def on_top(missing: Tensor, kept: Scalar, moved: Scalar) -> Tensor:
     """What to add to a prediction so that x' = kept x + moved p gains kept times `missing`."""
     if not isinstance(moved, Tensor):
         return missing * (kept / moved if moved else 0.0)
-    return missing * torch.where(moved == 0, 0.0, kept / torch.where(moved == 0, 1.0, moved))
+    weight = torch.where(moved == 0, 0.0, kept / torch.where(moved == 0, 1.0, moved))
+    return missing * _over_channels(weight)
+
+
+def _over_channels(moved: Scalar) -> Scalar:
+    """To multiply [B, N, C] by: a number, or one of each row, [B, 1]."""
+    return moved.unsqueeze(-1) if isinstance(moved, Tensor) and moved.dim() else moved

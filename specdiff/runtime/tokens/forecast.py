@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from specdiff.runtime.tokens.history import ComputedOutput, History
+from specdiff.runtime.tokens.history import Clock, ComputedOutput, History
 
-Forecaster = Callable[[History, float, float], Tensor]
+Forecaster = Callable[[History, Clock, float], Tensor]
 """(history, time, time unit) -> [B, N, C]; the unit is the time at which sigma is 1."""
 
 REACH = 0.5
@@ -28,13 +28,13 @@ def _register(name: str) -> Callable[[Forecaster], Forecaster]:
     return add
 
 
-def forecast(name: str, history: History, time: float, unit: Literal[1, 1000]) -> Tensor:
+def forecast(name: str, history: History, time: Clock, unit: Literal[1, 1000]) -> Tensor:
     """Predict every token's output at `time`.
 
     Args:
         name: one of `FORECASTERS`.
         history: at least one evaluation.
-        time: in the model's own unit.
+        time: in the model's own unit, or one of each row.
         unit: the time at which sigma is 1.
 
     Returns:
@@ -44,12 +44,12 @@ def forecast(name: str, history: History, time: float, unit: Literal[1, 1000]) -
 
 
 @_register("reuse")
-def _reuse(history: History, time: float, unit: float) -> Tensor:
+def _reuse(history: History, time: Clock, unit: float) -> Tensor:
     return history.computed[0].tokens
 
 
 @_register("linear")
-def _linear(history: History, time: float, unit: float) -> Tensor:
+def _linear(history: History, time: Clock, unit: float) -> Tensor:
     newest, *older = history.computed
     if not older:
         return newest.tokens
@@ -60,11 +60,10 @@ def _linear(history: History, time: float, unit: float) -> Tensor:
 
 
 @_register("mean")
-def _mean(history: History, time: float, unit: float) -> Tensor:
+def _mean(history: History, time: Clock, unit: float) -> Tensor:
     """Equation 6: W_i = exp(-i (T_{t+i} - T_t)) / sum over the last three steps, T in [0, 1]."""
     weights = [
-        math.exp(-age * abs(step.time - time) / unit)
-        for age, step in enumerate(history.steps, start=1)
+        _decayed(step.time - time, age / unit) for age, step in enumerate(history.steps, start=1)
     ]
     total = sum(weights)
     terms = [
@@ -72,6 +71,13 @@ def _mean(history: History, time: float, unit: float) -> Tensor:
         for weight, step in zip(weights, history.steps, strict=True)
     ]
     return torch.stack(terms).sum(0)
+
+
+def _decayed(span: Clock, rate: float) -> float | Tensor:
+    """exp(-rate |span|), to multiply [B, N, C] by."""
+    if isinstance(span, Tensor):
+        return torch.exp(-rate * span.abs()).unsqueeze(-1)
+    return math.exp(-rate * abs(span))
 
 
 def _along(newer: ComputedOutput, older: ComputedOutput, ahead: Tensor) -> Tensor:

@@ -9,11 +9,14 @@ from torch import Tensor
 
 DEPTH = 3
 
+Clock = float | Tensor
+"""A time, or that of each row, float32 [B, 1]."""
+
 
 class StepOutput(NamedTuple):
     """The merged output of one evaluation."""
 
-    time: float
+    time: Clock
     tokens: Tensor
     """[B, N, C]"""
 
@@ -42,18 +45,18 @@ class History:
         self.age = torch.zeros_like(self.counts)
         """int32 [B, N]: evaluations since each token was last computed."""
 
-    def record_dense(self, time: float, tokens: Tensor) -> None:
+    def record_dense(self, time: Clock, tokens: Tensor) -> None:
         """Every token was computed: `tokens` [B, N, C], owned by the history from now on."""
-        times = torch.full(self.counts.shape, time, dtype=torch.float32, device=tokens.device)
-        self.computed = (ComputedOutput(times, tokens), *self.computed)[:DEPTH]
+        newest = ComputedOutput(self._of_each(time), tokens)
+        self.computed = (newest, *self.computed)[:DEPTH]
         self.counts = self.counts + 1
         self.age = torch.zeros_like(self.age)
         self._record_step(time, tokens)
 
-    def record_selective(self, time: float, merged: Tensor, active: Tensor) -> None:
+    def record_selective(self, time: Clock, merged: Tensor, active: Tensor) -> None:
         """`merged` [B, N, C] holds new outputs at `active` (int64 [B, K]), forecasts elsewhere."""
         fresh = torch.zeros_like(self.counts, dtype=torch.bool).scatter(1, active, True)
-        newest = ComputedOutput(torch.full_like(self.computed[0].times, time), merged)
+        newest = ComputedOutput(self._of_each(time), merged)
         # A token that stays behind keeps its entries; where the record is shorter than DEPTH its
         # oldest entry is repeated, which forecasters see as two equal times.
         kept = (*self.computed, self.computed[-1])[:DEPTH]
@@ -69,7 +72,7 @@ class History:
         self.age = (self.age + 1).masked_fill(fresh, 0)
         self._record_step(time, merged)
 
-    def record_skipped(self, time: float, forecast: Tensor) -> None:
+    def record_skipped(self, time: Clock, forecast: Tensor) -> None:
         """No token was computed: `forecast` [B, N, C] was handed out."""
         self.age = self.age + 1
         self._record_step(time, forecast)
@@ -83,6 +86,12 @@ class History:
         """int32 [B, N]: how often each token was served from cache (the paper's cf)."""
         return self.evaluations - self.counts
 
-    def _record_step(self, time: float, tokens: Tensor) -> None:
+    def _of_each(self, time: Clock) -> Tensor:
+        """float32 [B, N]: a time, of each token."""
+        if isinstance(time, Tensor):
+            return time.expand(self.counts.shape)
+        return torch.full_like(self.counts, time, dtype=torch.float32)
+
+    def _record_step(self, time: Clock, tokens: Tensor) -> None:
         self.steps = (StepOutput(time, tokens), *self.steps)[:DEPTH]
         self.evaluations += 1

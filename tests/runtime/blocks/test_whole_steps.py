@@ -30,7 +30,9 @@ class Denoiser(nn.Module):
 
     def velocity(self, latent: Tensor, sigma: Any, condition: Tensor) -> Tensor:
         self.calls += not torch.compiler.is_compiling()
-        sigma = torch.as_tensor(sigma, dtype=latent.dtype).reshape(-1, *[1] * (latent.dim() - 1))
+        sigma = torch.as_tensor(sigma, dtype=latent.dtype)
+        if sigma.dim() != latent.dim():
+            sigma = sigma.reshape(-1, *[1] * (latent.dim() - 1))
         return torch.sin(self.mix(latent) + condition + 2 * sigma)
 
     def forward(self, hidden_states: Tensor, timestep: Any, condition: Tensor) -> Any:
@@ -66,6 +68,37 @@ class Forms:
     class Lists(Denoiser):
         def forward(self, x, t, condition):
             return [self.velocity(latent, t, condition[0]) for latent in x]
+
+    class ListsByRow(Denoiser):
+        def forward(self, x, t, condition):
+            return [self.velocity(*sample) for sample in zip(x, t, condition, strict=True)]
+
+    class TimeOfEachToken(Denoiser):
+        def forward(self, hidden_states, timestep, condition):
+            return super().forward(hidden_states, timestep.unsqueeze(-1), condition)
+
+    class Packed(Denoiser):
+        def forward(self, hidden_states, timestep, condition):
+            packed = torch.cat([condition, hidden_states], dim=1)
+            return super().forward(packed, timestep, condition)
+
+    class OneDict(Denoiser):
+        def forward(self, inputs):
+            return self.velocity(inputs["x"], inputs["t"], inputs["text"])
+
+    class Cache(Denoiser):
+        """Hands back the keys that it was given."""
+
+        def forward(self, hidden_states, timestep, condition, kv_cache):
+            return super().forward(hidden_states, timestep, condition), [k * 1 for k in kv_cache]
+
+    @staticmethod
+    def named(time: str) -> Denoiser:
+        class Named(Denoiser):
+            def forward(self, hidden_states, condition, **times):
+                return self.velocity(hidden_states, times[time], condition)
+
+        return Named()
 
     class Two(Denoiser):
         """Picture and sound."""
@@ -369,3 +402,41 @@ def test_whole_steps_of_a_transformer_are_those_of_its_graph():
             results.append(latent)
             assert specdiff.stats(each).skipped == STEPS - DENSE
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_text_in_front_of_the_prediction():
+    """One sequence of text and image comes back, of which the image is denoised."""
+    model = Forms.Packed()
+    expected = drawn(model, lambda x, t: model(x, t, CONDITION)[:, -6:])
+    specdiff.attach(model)
+    found = drawn(model, lambda x, t: model(x, t, CONDITION)[:, -6:])
+    stats = specdiff.stats(model)
+    assert stats.skipped == STEPS - DENSE and not stats.fallbacks
+    assert ((found - expected).norm() / expected.norm()).item() < 2e-2
+
+
+def test_latent_and_time_in_a_dict():
+    model = Forms.OneDict()
+    expected = drawn(model, lambda x, t: model({"x": x, "t": t, "text": CONDITION}))
+    specdiff.attach(model)
+    close(model, expected, call=lambda x, t: model({"x": x, "t": t, "text": CONDITION}))
+
+
+def test_caches_that_come_back_are_no_latents():
+    model = Forms.Cache()
+    cache = [torch.randn(2, 4, 8)]
+    expected = drawn(model, lambda x, t: model(x, t, CONDITION, cache)[0])
+    specdiff.attach(model)
+    close(model, expected, call=lambda x, t: model(x, t, CONDITION, cache)[0])
+
+
+@pytest.mark.parametrize("name", ["time", "sigma", "video_timesteps", "decoder_noise_time"])
+def test_usual_names_of_the_time(name):
+    model = Forms.named(name)
+    expected = drawn(model, lambda x, t: model(hidden_states=x, condition=CONDITION, **{name: t}))
+    specdiff.attach(model)
+    close(
+        model,
+        expected,
+        call=lambda x, t: model(hidden_states=x, condition=CONDITION, **{name: t}),
+    )
