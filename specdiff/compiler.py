@@ -44,7 +44,8 @@ from specdiff.pipeline import (
 from specdiff.program import time_rank
 from specdiff.runtime.blocks.block import Block, OneGraph, is_attached
 from specdiff.runtime.records.stats import LAST_VARIANT
-from specdiff.runtime.step.dispatch import DenseOnly, Runtime
+from specdiff.runtime.step.dense_only import DenseOnly
+from specdiff.runtime.step.dispatch import Runtime
 from specdiff.runtime.step.part import Part
 from specdiff.runtime.step.shapes import PerShape
 from specdiff.runtime.step.step_programs import StepPrograms

@@ -172,8 +172,8 @@ class Signature:
     """Whether the tail is additive: adding d to the token-level output adds d, rearranged, to what
     moves the latents, and changes nothing else."""
     tabulated_from: TableSources | None = None
-    """What goes with time and conditions into values that selective steps look up in tables, the
-    last of the caches; None if nothing is looked up."""
+    """What the tables by time (the last caches) are computed from, beside time and conditions; None
+    if there are no tables."""
     samples_apart: bool = False
     """Whether each of the denoised is one sample, as where a model takes a list of them."""
     unselectable: str = ""

@@ -91,6 +91,10 @@ class UnreadTimes:
         """What to fetch from the device, as scalars, for `fetched`."""
         return [value for part in (self.rows, *self.within) for value in part.flatten()]
 
+    def read(self) -> RowTimes:
+        """The same on the host, fetched by itself."""
+        return self.fetched(torch.stack(self.values()).tolist())
+
     def fetched(self, values: Sequence[float]) -> RowTimes:
         """The same on the host."""
         count = len(self.rows)

@@ -1,4 +1,4 @@
-"""The callables that answer a compiled graph: `Runtime`, and `DenseOnly` for refused graphs."""
+"""Dispatch: what answers a compiled graph, by deciding which of its programs runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -245,7 +244,9 @@ class Runtime:
 
         if progress is not None:
             return followed(table, conditions, progress.may_go_on, explains)
-        time = torch.as_tensor(self._time_input(inputs)).float().flatten()[0].item()
+        latent = inputs[signature.latent]
+        assert isinstance(latent, Tensor)
+        time = UnreadTimes.of(self._time_input(inputs), signature.batch, latent.device).read().time
 
         def goes_on(stream: Stream) -> bool:
             return not turns_back(stream.times, time)
@@ -335,38 +336,6 @@ class Runtime:
         state.counters.dense += 1
         state.counters.tokens_computed += tokens
         state.counters.tokens_total += tokens
-
-
-class DenseOnly:
-    """Answers a graph that the compiler refused to rewrite: dense, with the reason in the stats.
-
-    Args:
-        function: takes the graph's flat inputs and returns its outputs.
-        reason: why the graph was refused.
-        parameters: positions of the model's parameters among the inputs.
-    """
-
-    def __init__(
-        self, function: Callable[..., Any], reason: str, parameters: Sequence[int]
-    ) -> None:
-        self._function = function
-        self._reason = reason
-        self._parameters = tuple(parameters)
-        self._nameless = ModelState()
-
-    def __call__(self, *inputs: object) -> Any:
-        """The function's outputs, gradients included."""
-        state = state_of_call(self, inputs, self._parameters, self._nameless)
-        state.count_dense(self._reason)
-        state.say(logger, f"running dense: {self._reason}")
-
-        def answer(record: StepRecord | None) -> Any:
-            if record is not None:
-                record.reason = self._reason
-            return self._function(*inputs)
-
-        device = next((i.device for i in inputs if isinstance(i, Tensor)), torch.device("cpu"))
-        return recorded(state.recordings, device, answer)
 
 
 def _abandon(table: StreamTable, stream: Stream | None, reason: str, time: float) -> None:

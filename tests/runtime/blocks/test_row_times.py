@@ -125,3 +125,18 @@ def test_lists_of_latents_at_times_of_their_own():
     assert stats.skipped >= STEPS - DENSE - 1 and not stats.fallbacks
     expected, found = results
     assert ((found - expected).norm() / expected.norm()).item() < 2e-3
+
+
+@torch.no_grad()
+def test_rows_at_times_of_their_own_with_conditions_made_anew():
+    model, times, results = Denoiser(), times_of([1.0, 0.6]), []
+    for _ in range(2):
+        latent = latents()
+        for now, then in pairwise(times):
+            latent = latent + (then - now).reshape(-1, 1, 1) * model(latent, now, CONDITION.clone())
+        results.append(latent)
+        specdiff.attach(model)
+    stats = specdiff.stats(model)
+    assert stats.skipped >= STEPS - DENSE - 2 and not stats.fallbacks
+    expected, found = results
+    assert ((found - expected).norm() / expected.norm()).item() < 2e-3

@@ -9,7 +9,8 @@ import torch
 import specdiff as sd
 from specdiff.options import Options
 from specdiff.plan import Plan
-from specdiff.runtime.step.dispatch import DenseOnly, Runtime
+from specdiff.runtime.step.dense_only import DenseOnly
+from specdiff.runtime.step.dispatch import Runtime
 from specdiff.runtime.streams.caches import CachePool
 from tests.helpers import PLAN, step_counts
 from tests.runtime.toy import (
