@@ -16,6 +16,9 @@ from types import FrameType
 
 from torch import nn
 
+CALLS = (nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__)
+"""Through which every module is called."""
+
 
 def model_of_part(
     parameters: Collection[nn.Parameter], is_time: Callable[[str], bool]
@@ -30,12 +33,15 @@ def model_of_part(
         is_time: whether an argument of this name is a time.
     """
     mine = {id(parameter) for parameter in parameters}
-    found = None
+    outermost = None
     for frame in _callers():
-        model = frame.f_locals.get("self")
-        if isinstance(model, nn.Module) and _has_time(frame, is_time, in_call=not mine):
-            found = model if mine < {id(each) for each in model.parameters()} else found
-    return found
+        if _may_have_time(frame, is_time, in_call=not mine):
+            model = frame.f_locals.get("self")
+            timed = _has_time(frame, is_time, in_call=not mine)
+            if isinstance(model, nn.Module) and timed:
+                more = mine < {id(each) for each in model.parameters()}
+                outermost = model if more else outermost
+    return outermost
 
 
 def _callers() -> Iterator[FrameType]:
@@ -46,15 +52,28 @@ def _callers() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
+def _may_have_time(frame: FrameType, is_time: Callable[[str], bool], *, in_call: bool) -> bool:
+    """Whether a frame's locals are worth a look.
+
+    Up to Python 3.12 a look at them keeps what they name alive until the function returns.
+    """
+    is_call = in_call and frame.f_code in CALLS
+    return is_call or any(map(is_time, _arguments(frame)))
+
+
 def _has_time(frame: FrameType, is_time: Callable[[str], bool], *, in_call: bool) -> bool:
     """Whether a time is among a frame's arguments, or its keywords if those count, too.
 
     The keywords of `Module.__call__` do not tell a model that is compiled whole from one that is
     under way.
     """
-    code = frame.f_code
-    names = set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
+    names = _arguments(frame)
     keywords = frame.f_locals.get("kwargs") if in_call else None
     if isinstance(keywords, dict):
         names.update(keywords)
     return any(map(is_time, names))
+
+
+def _arguments(frame: FrameType) -> set[str]:
+    code = frame.f_code
+    return set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
