@@ -64,7 +64,7 @@ def step_signature(
     for velocity in velocities[1:]:
         dtype = torch.promote_types(dtype, velocity.dtype)
     roles: dict[int, InputRole] = {
-        i: "scalar" for i, leaf in enumerate(leaves) if _is_scalar(leaf.value, batch)
+        i: "scalar" for i, leaf in enumerate(leaves) if is_scalar(leaf.value, batch)
     }
     roles.update((pair.latent, "latent") for pair in denoised)
     roles[time] = "time"
@@ -154,7 +154,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _is_scalar(value: object, batch: int) -> bool:
+def is_scalar(value: object, batch: int) -> bool:
     """Whether it is a float with at most one number a sample."""
     if isinstance(value, Tensor):
         return value.is_floating_point() and value.numel() <= batch

@@ -16,8 +16,7 @@ from types import FrameType
 
 from torch import nn
 
-CALLS = (nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__)
-"""Through which every module is called."""
+from specdiff.torch_adapter import MODULE_CALLS
 
 
 def model_of_part(
@@ -35,12 +34,10 @@ def model_of_part(
     mine = {id(parameter) for parameter in parameters}
     outermost = None
     for frame in _callers():
-        if _may_have_time(frame, is_time, in_call=not mine):
+        if _has_time(frame, is_time, in_call=not mine):
             model = frame.f_locals.get("self")
-            timed = _has_time(frame, is_time, in_call=not mine)
-            if isinstance(model, nn.Module) and timed:
-                more = mine < {id(each) for each in model.parameters()}
-                outermost = model if more else outermost
+            if isinstance(model, nn.Module) and mine < {id(each) for each in model.parameters()}:
+                outermost = model
     return outermost
 
 
@@ -52,28 +49,15 @@ def _callers() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _may_have_time(frame: FrameType, is_time: Callable[[str], bool], *, in_call: bool) -> bool:
-    """Whether a frame's locals are worth a look.
-
-    Up to Python 3.12 a look at them keeps what they name alive until the function returns.
-    """
-    is_call = in_call and frame.f_code in CALLS
-    return is_call or any(map(is_time, _arguments(frame)))
-
-
 def _has_time(frame: FrameType, is_time: Callable[[str], bool], *, in_call: bool) -> bool:
     """Whether a time is among a frame's arguments, or its keywords if those count, too.
 
     The keywords of `Module.__call__` do not tell a model that is compiled whole from one that is
-    under way.
+    under way. Of other frames the locals are not looked at: up to Python 3.12 that keeps what they
+    name alive until the function returns.
     """
-    names = _arguments(frame)
-    keywords = frame.f_locals.get("kwargs") if in_call else None
-    if isinstance(keywords, dict):
-        names.update(keywords)
-    return any(map(is_time, names))
-
-
-def _arguments(frame: FrameType) -> set[str]:
     code = frame.f_code
-    return set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
+    if any(map(is_time, code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])):
+        return True
+    keywords = frame.f_locals.get("kwargs") if in_call and code in MODULE_CALLS else None
+    return isinstance(keywords, dict) and any(map(is_time, keywords))

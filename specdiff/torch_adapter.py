@@ -37,6 +37,8 @@ from specdiff.errors import OptionError, Unsupported, described
 
 InductorSettings = Mapping[str, Any]
 
+MODULE_CALLS = (torch.nn.Module._call_impl.__code__, torch.nn.Module._wrapped_call_impl.__code__)
+"""Code through which every module is called."""
 WRITES_TO_INPUTS = "the graph writes to one of its inputs"
 
 SHARED_CALL = torch.ops.higher_order.invoke_subgraph

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from specdiff.boundary import Leaf, step_signature
+from specdiff.boundary import Leaf, is_scalar, step_signature
 from specdiff.errors import Unsupported
 from specdiff.options import Options
 from specdiff.program import (
@@ -96,9 +96,7 @@ class Attachment:
     def _answer(self, own: Own, args: Any, kwargs: Any) -> Any:
         """The output of one call."""
         leaves, arguments = pytree.tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        trained = (*tensors, *self._root.parameters())
-        if torch.is_grad_enabled() and any(t.requires_grad for t in trained):
+        if torch.is_grad_enabled() and self._is_trained(leaves):
             return own(*args, **kwargs)
         key = self._key(leaves, arguments)
         for _ in range(2):  # blocks may not be those of the last look
@@ -118,6 +116,10 @@ class Attachment:
         self._state.count_dense(reason if isinstance(reason, str) else OTHER_BLOCKS)
         with under(RootCall("whole")):
             return own(*args, **kwargs)
+
+    def _is_trained(self, leaves: Sequence[Any]) -> bool:
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        return any(t.requires_grad for t in (*tensors, *self._root.parameters()))
 
     def _key(self, leaves: Sequence[Any], arguments: pytree.TreeSpec) -> Hashable:
         """What of a call decides how it runs: of a time only that there is one."""
@@ -199,7 +201,7 @@ class Attachment:
         denoised = _denoised(leaves, output)
         time = _time(names, leaves, self._options.timestep_arg)
         roles: dict[int, InputRole] = {
-            i: "scalar" for i, leaf in enumerate(leaves) if _is_scalar(leaf, len(output))
+            i: "scalar" for i, leaf in enumerate(leaves) if is_scalar(leaf, len(output))
         }
         roles[denoised.latent] = "latent"
         if time is not None:
@@ -277,12 +279,6 @@ def _time(names: Sequence[str], leaves: Sequence[Any], wanted: str | None) -> in
         if leaves[i] is not None and (rank := time_rank(name, wanted)) is not None
     ]
     return min(ranks)[1] if ranks else None
-
-
-def _is_scalar(leaf: object, batch: int) -> bool:
-    if isinstance(leaf, Tensor):
-        return leaf.is_floating_point() and leaf.numel() <= batch
-    return isinstance(leaf, float)
 
 
 def _kind_of(leaf: object) -> Hashable:

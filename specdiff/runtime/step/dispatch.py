@@ -7,7 +7,7 @@ import itertools
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -108,11 +108,12 @@ class Runtime:
         owner: ModelState | Session = state if session is None else session
         table = owner.table(self)
         conditions = [inputs[index] for index in self._conditions]
+        left = cache(partial(self._remains, inputs, owner))
         known, reading = table.find(conditions), None
         if known is None:
-            known = self._followed(inputs, owner, table, conditions, progress)
-        if known is not None and schedule.forecasts:
-            self._check(inputs, owner, known, waits=progress is None)
+            known = self._followed(inputs, table, conditions, progress, left)
+        if known is not None and known.trail and schedule.forecasts:
+            known.check(left(known), 0 if progress is None else CHECK_LAG)
         candidates = processes(settings.prediction, settings.alphas_cumprod)
         if progress is None:
             reading = self._read(inputs, table, known)
@@ -225,12 +226,15 @@ class Runtime:
     def _followed(
         self,
         inputs: Sequence[object],
-        owner: ModelState | Session,
         table: StreamTable,
         conditions: Sequence[object],
         progress: Progress | None,
+        left: Callable[[Stream], Tensor],
     ) -> Stream | None:
-        """The stream that goes on with conditions which are none of a stream's."""
+        """The stream that goes on with conditions which are none of a stream's.
+
+        `left` measures what a stream leaves unexplained of the step to this call.
+        """
         signature = self.programs.signature
         parts = signature.moving_parts(inputs)
 
@@ -238,9 +242,7 @@ class Runtime:
             steps = zip(parts, stream.latents, strict=True)
             if all(torch.equal(now, before) for now, before in steps):
                 return False  # the other half of guidance, perhaps
-            others = owner.seen_beside(stream)
-            left = remains(parts, stream.trail, others, signature.batch)
-            return left.item() < EXPLAINED
+            return left(stream).item() < EXPLAINED
 
         if progress is not None:
             return followed(table, conditions, progress.may_go_on, explains)
@@ -253,20 +255,13 @@ class Runtime:
 
         return followed(table, conditions, goes_on, explains)
 
-    def _check(
-        self,
-        inputs: Sequence[object],
-        owner: ModelState | Session,
-        stream: Stream,
-        *,
-        waits: bool,
-    ) -> None:
-        """Look whether what the stream saw explains the step to the present evaluation."""
-        if stream.trail:
-            signature = self.programs.signature
-            parts, others = signature.moving_parts(inputs), owner.seen_beside(stream)
-            left = remains(parts, stream.trail, others, signature.batch)
-            stream.check(left, 0 if waits else CHECK_LAG)
+    def _remains(
+        self, inputs: Sequence[object], owner: ModelState | Session, stream: Stream
+    ) -> Tensor:
+        """What of the step to the present evaluation nothing explains that the stream saw."""
+        signature = self.programs.signature
+        parts, others = signature.moving_parts(inputs), owner.seen_beside(stream)
+        return remains(parts, stream.trail, others, signature.batch)
 
     def _history(self) -> History:
         tokens = self.programs.signature.tokens
@@ -324,7 +319,7 @@ class Runtime:
             table.drop(stream)
         if self._plain is not None:
             return owned(self._plain(*inputs))
-        return [o.clone() for o in self.programs.tail(inputs, self.programs.probe(inputs))]
+        return owned(self.programs.tail(inputs, self.programs.probe(inputs)))
 
     def _count_dense(self, state: ModelState, reason: str, record: StepRecord | None) -> None:
         """An evaluation of no stream has computed every token."""

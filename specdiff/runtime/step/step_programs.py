@@ -27,15 +27,11 @@ class StepPrograms:
     Args:
         model: what computes a step.
         signature: made by `specdiff.boundary.step_signature` from a call of it.
-        first: the outputs of that call; its step need not be computed again.
     """
 
-    def __init__(
-        self, model: Model, signature: Signature, first: Sequence[Any] | None = None
-    ) -> None:
+    def __init__(self, model: Model, signature: Signature) -> None:
         self.signature = signature
         self._model = model
-        self._first = first
         self._latest: list[Any] = []
         """The flat outputs of the last computed step; None where a prediction was."""
         self._shapes: list[tuple[torch.Size, torch.dtype]] = []
@@ -47,7 +43,7 @@ class StepPrograms:
 
     def probe(self, inputs: Sequence[object]) -> Tensor:
         """The prediction, [B, 1, n]."""
-        outputs, self._first = self._first or self._model(inputs), None
+        outputs = self._model(inputs)
         predictions = [outputs[pair.velocity] for pair in self.signature.denoised]
         self._shapes = [(each.shape, each.dtype) for each in predictions]
         self._latest = list(outputs)

@@ -54,14 +54,6 @@ class StreamKey:
             for mark, condition in zip(self._marks, conditions, strict=True)
         )
 
-    def is_equal(self, conditions: Sequence[object]) -> bool:
-        """Whether the kept values are equal to these; reads the device where they are tensors."""
-        if self._kept is None or not self.is_same(self._kept):
-            return False
-        return all(
-            _equal(kept, condition) for kept, condition in zip(self._kept, conditions, strict=True)
-        )
-
 
 State = tuple[int | None, int | None]
 """Version and address of a tensor: a write in place moves one, `tensor.data = other` the other."""

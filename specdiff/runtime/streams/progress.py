@@ -99,4 +99,4 @@ def _key(time: object) -> StreamKey:
 
 
 def _is_same(key: StreamKey, time: object) -> bool:
-    return key.is_same([time]) or key.is_equal([time])
+    return not key.differing([time], assumed=())

@@ -42,10 +42,13 @@ def followed(
             changed = stream.key.differing(conditions, stream.varying)
             candidates.append((len(changed), stream.last_call, stream, changed))
     candidates.sort(key=lambda each: each[:2])
-    matching = [(stream, changed) for *_, stream, changed in candidates if explains(stream)]
-    equal = [(stream, changed) for *_, stream, changed in candidates if not changed]
-    if not matching and len(equal) != 1:
+    pairs = [(stream, changed) for *_, stream, changed in candidates]
+    match = next((pair for pair in pairs if explains(pair[0])), None)
+    equal = [pair for pair in pairs if not pair[1]]
+    if match is None and len(equal) == 1:
+        match = equal[0]
+    if match is None:
         return None
-    stream, changed = (matching or equal)[0]
+    stream, changed = match
     stream.renew(conditions, changed)
     return stream
