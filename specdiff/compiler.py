@@ -76,7 +76,7 @@ def specdiff_backend(
     known, given = Options.parse(dict(options or {}), torch_adapter.inductor_keys())
     inductor_settings = torch_adapter.inductor_settings(given, mode)
     is_state = module_states(module, inputs)
-    part = part_of_model(inputs, is_state, known)
+    part = part_of_model(module, inputs, is_state, known)
     if part is None:
         note_variant(inputs)
     symbolic, floats = torch_adapter.symbolic_inputs(inputs), floats_of(module)
@@ -97,15 +97,16 @@ def specdiff_backend(
 
 
 def part_of_model(
-    inputs: Sequence[Any], is_state: Sequence[bool], options: Options
+    module: fx.GraphModule, inputs: Sequence[Any], is_state: Sequence[bool], options: Options
 ) -> AsPart | None:
     """For a graph of a model that breaks into several; None where it is a whole one.
 
     Tells the registry whose parameters these are: all graphs of a model are counted together.
     """
     parameters = [value for value in inputs if isinstance(value, nn.Parameter)]
+    is_cut = torch_adapter.is_cut(module)
     model = model_of_part(
-        parameters, lambda name: time_rank(name, options.timestep_arg) is not None
+        parameters, lambda name: time_rank(name, options.timestep_arg) is not None, is_cut=is_cut
     )
     if model is None:
         return None
@@ -204,7 +205,8 @@ def compile_with_tokens(
     outcome = analyse_or_reason(traced, is_state, options)
     publish(outcome, traced.dump, options)
     alone: Callable[..., Any]
-    if part is not None and (isinstance(outcome, str) or outcome.signature.time is None):
+    is_cut = torch_adapter.is_cut(module)
+    if part is not None and (is_cut or isinstance(outcome, str) or outcome.signature.time is None):
         alone = OneGraph(part(dense), dense)
     elif isinstance(outcome, Analysis):
         alone = Runtime(lowered_programs(outcome, options, inductor_settings), options, dense)

@@ -237,6 +237,7 @@ def static_fakes(inputs: Sequence[Any]) -> list[Any]:
 def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
     """A Dynamo graph with nodes of its own; placeholders keep their sources."""
     copied = fx.GraphModule(module, copy.deepcopy(module.graph))
+    copied.compile_subgraph_reason = getattr(module, "compile_subgraph_reason", None)
     old = module.graph.find_nodes(op="placeholder")
     for before, after in zip(old, copied.graph.find_nodes(op="placeholder"), strict=True):
         after._dynamo_source = getattr(before, "_dynamo_source", None)
@@ -385,6 +386,11 @@ def trace_once(
 def graphs_compiled() -> int:
     """How many graphs Dynamo has handed to a backend since `forget_compiled`."""
     return int(counters["stats"]["unique_graphs"])
+
+
+def is_cut(module: fx.GraphModule) -> bool:
+    """Whether a break ends a Dynamo graph, rather than the return of a function."""
+    return bool(getattr(getattr(module, "compile_subgraph_reason", None), "graph_break", False))
 
 
 def latest_break() -> str:

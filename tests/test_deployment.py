@@ -182,7 +182,6 @@ def test_hooks_and_attach_in_both_orders(form, first):
     check_form(HOOKS[form], *steps)
 
 
-@pytest.mark.xfail(strict=False, reason="the hook copies conditions at every call: cpu to cpu:0")
 def test_model_offload_of_a_compiled_model():
     check_form(model_offload, compiled, model_offload)
 
@@ -207,8 +206,7 @@ def test_a_model_that_hooks_break_is_told_what_to_do(form, caplog):
     (said,) = [r.getMessage() for r in caplog.records if r.name.startswith("specdiff")]
     assert "specdiff.attach(model), with the FluxTransformer2DModel as model" in said
     stats = specdiff.stats(pipe.transformer)
-    assert stats.skipped == 0
-    assert stats.dense == STEPS or form == "sequential offload"  # which swaps the parameters
+    assert (stats.dense, stats.skipped) == (STEPS, 0)
 
     specdiff.reset(pipe.transformer)
     caplog.clear()
