@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import pickle
 from itertools import pairwise
 from typing import Any
 
@@ -302,14 +303,18 @@ def test_detached_it_is_the_model_again():
     specdiff.detach(model)  # twice does no harm
 
 
-def test_a_copy_is_not_attached():
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_is_not_attached(copied):
     model = Denoiser()
     specdiff.attach(model)
     drawn(model)
-    other = copy.deepcopy(model)
+    other = copied(model)
     drawn(other)
     assert other.calls - model.calls == STEPS
-    assert isinstance(other, Denoiser) and type(other).__name__ == "Denoiser"
+    assert type(other) is Denoiser
+    specdiff.attach(other)
+    drawn(other)
+    assert specdiff.stats(other).skipped == STEPS - DENSE
 
 
 def test_all_steps_dense_is_the_model_to_the_bit():
