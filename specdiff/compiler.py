@@ -16,7 +16,6 @@ from typing import Any
 from torch import fx, nn
 
 from specdiff import torch_adapter
-from specdiff.boundary import Leaf, step_signature
 from specdiff.caller import model_of_part
 from specdiff.errors import Unsupported
 from specdiff.inspect.publish import publish
@@ -24,14 +23,11 @@ from specdiff.options import Options
 from specdiff.passes.base import PassRecord
 from specdiff.passes.emit.lower import TIMETABLE, BlockPrograms, LoweredPrograms, ProgramCompiler
 from specdiff.passes.graph.dump import Dump
-from specdiff.passes.graph.in_place import writes_to_inputs
 from specdiff.passes.normalize.specialise import floats_of, specialise
 from specdiff.passes.select.block import select_block, work_of
-from specdiff.passes.select.input_roles import is_item, short_name
 from specdiff.passes.select.quantize import quantized
 from specdiff.passes.share.outline import share_repeats
 from specdiff.pipeline import (
-    GRADIENTS,
     Analysis,
     Traced,
     analyse_or_reason,
@@ -40,6 +36,7 @@ from specdiff.pipeline import (
     or_reason,
     refusal,
     trace,
+    whole_steps,
 )
 from specdiff.program import time_rank
 from specdiff.runtime.blocks.block import Block, OneGraph, is_attached
@@ -55,8 +52,6 @@ from specdiff.settings import IMPORTANCE_QUERIES
 log = logging.getLogger(__name__)
 
 ALL_QUERIES = 1 << 62
-MUST_RUN = (GRADIENTS, torch_adapter.WRITES_TO_INPUTS)
-"""Why no call of a graph may be left out."""
 AsPart = Callable[[Callable[..., Any]], Part]
 """Makes of a compiled graph what answers it as a part of its model."""
 CHANGING = "numbers in the graph, such as an adapter's strength, change too often to compile for"
@@ -169,21 +164,11 @@ def compile_whole_steps(
     """
     if part is not None:
         return OneGraph(part(dense), dense)
-    parameters = parameters_among(is_state)
-    refused = OneGraph(DenseOnly(dense, reason, parameters), dense)
-    if reason in MUST_RUN or writes_to_inputs(module.graph):
-        return refused
     try:
-        leaves = [
-            Leaf(short_name(source), value, held, is_item(source))
-            for source, value, held in zip(
-                torch_adapter.sources(module), inputs, is_state, strict=True
-            )
-        ]
-        outputs = torch_adapter.example_outputs(module)
-        signature = step_signature(leaves, outputs, options.timestep_arg, reason)
-    except Unsupported:
-        return refused
+        signature = whole_steps(module, inputs, is_state, options.timestep_arg, reason)
+    except Unsupported as error:
+        refused = DenseOnly(dense, reason, parameters_among(is_state), str(error))
+        return OneGraph(refused, dense)
     programs = StepPrograms(lambda values: dense(*values), signature)
     return OneGraph(Runtime(programs, options, dense), dense)
 

@@ -124,7 +124,10 @@ def test_parts_of_a_compiled_model_are_one_model(attach, caplog):
         model(latent, time - step / 4)
     stats = specdiff.stats(model)
     assert stats.evaluations == 4
+    said = f"step plan: {'yes' if attach else 'no, because the model breaks into graphs'}"
+    assert said in str(stats)
     if not attach:
+        assert "no, because the model breaks into graphs" in str(specdiff.explain(model, *INPUTS))
         (message,) = caplog.messages
         assert "specdiff.attach(model), with the Model as model" in message
         assert "graph_break" in message  # the cause

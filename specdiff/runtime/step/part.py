@@ -26,6 +26,8 @@ class Part:
         remedy: what its user can do, said once a model.
     """
 
+    unplanned = unselectable = BROKEN
+
     def __init__(
         self,
         function: Callable[..., Any],

@@ -232,9 +232,12 @@ def test_a_time_of_another_name():
     drawn(model)
     assert "name it by the option timestep_arg" in attachment.reasons()[0]
     assert specdiff.stats(model).dense == STEPS
+    assert "step plan: no, because no time input was found" in str(specdiff.stats(model))
     specdiff.attach(model, timestep_arg="noise_level")
     specdiff.reset(model)
     close(model, expected)
+    assert specdiff.stats(model).no_step_plan == ""
+    assert specdiff.stats(model).no_selection == "no block of the model is compiled by specdiff"
 
 
 def hook(model: nn.Module) -> None:
