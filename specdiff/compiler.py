@@ -39,6 +39,7 @@ from specdiff.pipeline import (
     whole_steps,
 )
 from specdiff.program import time_rank
+from specdiff.quantized import is_quantized
 from specdiff.runtime.blocks.block import Block, OneGraph, is_attached
 from specdiff.runtime.records.stats import LAST_VARIANT
 from specdiff.runtime.step.dense_only import DenseOnly
@@ -261,7 +262,8 @@ def program_compiler(
         def compiled(program: fx.GraphModule) -> Any:
             return torch_adapter.compile_program(program, values, inner, inductor_settings)
 
-        shared = compile_shared(name, program, compiled) if inner == "inductor" else None
+        shares = inner == "inductor" and not any(map(is_quantized, values))
+        shared = compile_shared(name, program, compiled) if shares else None
         return shared or compiled(program)
 
     return compiler

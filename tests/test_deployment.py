@@ -80,13 +80,14 @@ def check(pipe: FluxPipeline, expected: Tensor, **kwargs: Any) -> None:
     assert 0 < apart(found, expected) < CLOSE
 
 
-def check_form(form: Change, *steps: Change) -> None:
+def check_form(form: Change, *steps: Change) -> FluxPipeline:
     dense, pipe = pipeline(), pipeline()
     form(dense)
     expected = picture(dense)
     for step in steps:
         step(pipe)
     check(pipe, expected)
+    return pipe
 
 
 # Quantised ----------------------------------------------------------------------------------------
@@ -137,7 +138,11 @@ QUANTISED = {
 @pytest.mark.parametrize("way", [compiled, attached])
 @pytest.mark.parametrize("form", QUANTISED)
 def test_quantised(form, way, caplog):
-    check_form(QUANTISED[form], QUANTISED[form], way)
+    pipe = check_form(QUANTISED[form], QUANTISED[form], way)
+    if way is compiled:
+        assert specdiff.stats(pipe.transformer).no_selection == ""
+        verification = specdiff.verify(pipe.transformer, **flux()[1])
+        assert verification.passed and verification.selective
     assert "internal error" not in caplog.text
     assert not any(record.exc_info for record in caplog.records)
 
