@@ -1,6 +1,6 @@
 """The one file that touches private torch API: tracing, sources of inputs, hand-off to Inductor.
 
-Works on torch 2.11 to 2.13; what was tried is in the comments.
+Works on torch 2.11 to 2.15; what was tried is in the comments.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch._guards import CompileContext, CompileId, TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.utils import fresh_cache
 from torch._logging._internal import trace_log, trace_structured
-from torch._ops import OpOverload
+from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -414,6 +415,32 @@ def forget_compiled() -> None:
 def mutates(target: Any) -> bool:
     """Whether an op writes to an operand."""
     return isinstance(target, OpOverload) and target._schema.is_mutable
+
+
+def op_name(target: object) -> str | None:
+    """The name of an op, "namespace::name"; None of what is none. Takes a `custom_op`, too."""
+    target = getattr(target, "_opoverload", target)
+    if isinstance(target, OpOverload):
+        return str(target._schema.name)
+    return str(target._qualified_op_name) if isinstance(target, OpOverloadPacket) else None
+
+
+@dataclass(frozen=True)
+class OpArgument:
+    """One argument of an op."""
+
+    name: str
+    is_tensor: bool
+    """Whether it is one tensor, and never None."""
+    default: Any
+
+
+def op_arguments(target: Any) -> list[OpArgument]:
+    """The arguments of an op in the order of its schema."""
+    return [
+        OpArgument(a.name, str(a.type) == "Tensor", a.default_value)
+        for a in target._schema.arguments
+    ]
 
 
 def storage_of(value: Tensor) -> int:
