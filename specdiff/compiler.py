@@ -77,6 +77,11 @@ def specdiff_backend(
     inductor_settings = torch_adapter.inductor_settings(given, mode)
     is_state = module_states(module, inputs)
     part = part_of_model(inputs, is_state, known)
+    if part is None and is_for_all() and not is_attached() and not has_time(module, known):
+        log.debug("compiled as it is: no time input was found")
+        return torch_adapter.compile_untouched(
+            module, inputs, known.inner_backend, inductor_settings
+        )
     if part is None:
         note_variant(inputs)
     symbolic, floats = torch_adapter.symbolic_inputs(inputs), floats_of(module)
@@ -94,6 +99,18 @@ def specdiff_backend(
         module, inputs, known.inner_backend, inductor_settings
     )
     return compile_whole_steps(module, compiled, inputs, is_state, known, traced, part)
+
+
+def is_for_all() -> bool:
+    """Whether this backend compiles whatever the process compiles, chosen for it or not."""
+    default = torch_adapter.default_backend()
+    return default == "specdiff" or getattr(default, "func", default) is specdiff_backend
+
+
+def has_time(module: fx.GraphModule, options: Options) -> bool:
+    """Whether an input of a graph has the name of a time."""
+    names = map(short_name, torch_adapter.sources(module))
+    return any(time_rank(name, options.timestep_arg) is not None for name in names)
 
 
 def part_of_model(
@@ -181,7 +198,10 @@ def compile_whole_steps(
         ]
         outputs = torch_adapter.example_outputs(module)
         signature = step_signature(leaves, outputs, options.timestep_arg, reason)
-    except Unsupported:
+    except Unsupported as error:
+        if is_for_all():
+            log.debug("compiled as it is: %s", error)
+            return OneGraph(dense, dense)
         return refused
     programs = StepPrograms(lambda values: dense(*values), signature)
     return OneGraph(Runtime(programs, options, dense), dense)

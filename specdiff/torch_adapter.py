@@ -417,6 +417,23 @@ def mutates(target: Any) -> bool:
     return isinstance(target, OpOverload) and target._schema.is_mutable
 
 
+def default_backend() -> str | Callable[..., Any] | None:
+    """What `torch.compile` uses where it is given no backend; None: this torch cannot change it.
+
+    torch 2.13 was the first that can. A debug switch, the environment variable
+    TORCH_COMPILE_OVERRIDE_BACKENDS=">=0:specdiff", counts, too.
+    """
+    if "specdiff" in getattr(dynamo_config, "debug_backend_override", ""):
+        return "specdiff"
+    found = getattr(torch.compiler, "get_default_backend", None)
+    return None if found is None else found()  # type: ignore[no-any-return]
+
+
+def set_default_backend(backend: Callable[..., Any]) -> None:
+    """Make `torch.compile` use `backend` where it is given none; only where `default_backend`."""
+    torch.compiler.set_default_backend(backend)
+
+
 def op_name(target: object) -> str | None:
     """The name of an op, "namespace::name"; None of what is none. Takes a `custom_op`, too."""
     target = getattr(target, "_opoverload", target)
