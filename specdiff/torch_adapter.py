@@ -426,7 +426,7 @@ def default_backend() -> str | Callable[..., Any] | None:
     if "specdiff" in getattr(dynamo_config, "debug_backend_override", ""):
         return "specdiff"
     found = getattr(torch.compiler, "get_default_backend", None)
-    return None if found is None else found()  # type: ignore[no-any-return]
+    return None if found is None else found()
 
 
 def set_default_backend(backend: Callable[..., Any]) -> None:
