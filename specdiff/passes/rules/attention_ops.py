@@ -36,8 +36,8 @@ AXES: dict[str, Axes] = {
     "flash_attn::_flash_attn_forward": "BNHD",
     "flash_attn::_flash_attn_varlen_forward": "BNHD",
     "flash_attn_3::_flash_attn_forward": "BNHD",
-    "flash_attn_4::_flash_attn_forward": "BNHD",
     "_diffusers_flash_attn_3::_flash_attn_forward": "BNHD",
+    "fastvideo::_flash_attn_default_forward": "BNHD",
     "sglang::flash_attn_varlen_func_op": "BNHD",
     "sglang::flash_attn_varlen_func_op_lse": "BNHD",
     "vllm_omni::sageattn3_blackwell": "BHND",
@@ -45,8 +45,6 @@ AXES: dict[str, Axes] = {
     "xfuser::flydsl_attn_fp8": "BNHD",
     "xfuser::aiter_fp8_dense_attention": "BNHD",
     "xfuser::aiter_fp8_varlen_attention": "BNHD",
-    "sageattention::sageattn": "BHND",
-    "flashinfer::single_prefill_with_kv_cache": "BNHD",
 }
 """The order of axes by the name of the op. `register_attention` adds to it."""
 
