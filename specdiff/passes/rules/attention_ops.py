@@ -107,11 +107,13 @@ class AttentionCall:
 
     @classmethod
     def of(cls, node: fx.Node) -> AttentionCall | None:
-        """The call, if its op is in the table."""
+        """The call, if its op is in the table and takes three tensors."""
         name = torch_adapter.op_name(node.target)
         if name not in AXES:
             return None
         schema = torch_adapter.op_arguments(node.target)
+        if sum(argument.is_tensor for argument in schema) < 3:
+            return None
         given = dict(zip((a.name for a in schema), node.args, strict=False)) | node.kwargs
         arguments = {a.name: given.get(a.name, a.default) for a in schema}
         return cls(node, name, AXES[name], arguments, len(node.args), frozenset(node.kwargs))
