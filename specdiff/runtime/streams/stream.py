@@ -103,8 +103,8 @@ class Stream:
         self.ambiguous = False
         """Whether its calls cannot be told from those of others, and run dense."""
         self.doubtful = False
-        """Whether it may be one of several trajectories, for all that is seen: it began where
-        another had been, and has not yet gone where its prediction leads."""
+        """Whether it may be one of several trajectories, for all that is seen: it is one of several
+        lanes, or began where another had been and has not yet gone where its prediction leads."""
         self.last_call = 0
         """Of its table."""
 
