@@ -25,6 +25,7 @@ from specdiff.passes.emit.lower import TIMETABLE, BlockPrograms, LoweredPrograms
 from specdiff.passes.graph.dump import Dump
 from specdiff.passes.normalize.specialise import floats_of, specialise
 from specdiff.passes.select.block import select_block, work_of
+from specdiff.passes.select.input_roles import short_name
 from specdiff.passes.select.quantize import quantized
 from specdiff.passes.share.outline import share_repeats
 from specdiff.pipeline import (
@@ -73,6 +74,11 @@ def specdiff_backend(
     inductor_settings = torch_adapter.inductor_settings(given, mode)
     is_state = module_states(module, inputs)
     part = part_of_model(module, inputs, is_state, known)
+    if part is None and is_for_all() and not is_attached() and not has_time(module, known):
+        log.debug("compiled as it is: no time input was found")
+        return torch_adapter.compile_untouched(
+            module, inputs, known.inner_backend, inductor_settings
+        )
     if part is None:
         note_variant(inputs)
     symbolic, floats = torch_adapter.symbolic_inputs(inputs), floats_of(module)
@@ -90,6 +96,18 @@ def specdiff_backend(
         module, inputs, known.inner_backend, inductor_settings
     )
     return compile_whole_steps(module, compiled, inputs, is_state, known, traced, part)
+
+
+def is_for_all() -> bool:
+    """Whether this backend compiles whatever the process compiles, chosen for it or not."""
+    default = torch_adapter.default_backend()
+    return default == "specdiff" or getattr(default, "func", default) is specdiff_backend
+
+
+def has_time(module: fx.GraphModule, options: Options) -> bool:
+    """Whether an input of a graph has the name of a time."""
+    names = map(short_name, torch_adapter.sources(module))
+    return any(time_rank(name, options.timestep_arg) is not None for name in names)
 
 
 def part_of_model(
@@ -168,6 +186,9 @@ def compile_whole_steps(
     try:
         signature = whole_steps(module, inputs, is_state, options.timestep_arg, reason)
     except Unsupported as error:
+        if is_for_all():
+            log.debug("compiled as it is: %s", error)
+            return OneGraph(dense, dense)
         refused = DenseOnly(dense, reason, parameters_among(is_state), str(error))
         return OneGraph(refused, dense)
     programs = StepPrograms(lambda values: dense(*values), signature)

@@ -1,6 +1,6 @@
 """The one file that touches private torch API: tracing, sources of inputs, hand-off to Inductor.
 
-Works on torch 2.11 to 2.13; what was tried is in the comments.
+Works on torch 2.11 to 2.15; what was tried is in the comments.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch._guards import CompileContext, CompileId, TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.utils import fresh_cache
 from torch._logging._internal import trace_log, trace_structured
-from torch._ops import OpOverload
+from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -272,8 +273,7 @@ def static_fakes(inputs: Sequence[Any]) -> list[Any]:
 def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
     """A Dynamo graph with nodes of its own; placeholders keep their sources."""
     copied = fx.GraphModule(module, copy.deepcopy(module.graph))
-    reason = getattr(module, "compile_subgraph_reason", None)
-    copied.compile_subgraph_reason = reason  # type: ignore[assignment]
+    copied.__dict__["compile_subgraph_reason"] = getattr(module, "compile_subgraph_reason", None)
     old = module.graph.find_nodes(op="placeholder")
     for before, after in zip(old, copied.graph.find_nodes(op="placeholder"), strict=True):
         after._dynamo_source = getattr(before, "_dynamo_source", None)
@@ -459,6 +459,49 @@ def forget_compiled() -> None:
 def mutates(target: Any) -> bool:
     """Whether an op writes to an operand."""
     return isinstance(target, OpOverload) and target._schema.is_mutable
+
+
+def default_backend() -> str | Callable[..., Any] | None:
+    """What `torch.compile` uses where it is given no backend; None: this torch cannot change it.
+
+    torch 2.13 was the first that can. A debug switch, the environment variable
+    TORCH_COMPILE_OVERRIDE_BACKENDS=">=0:specdiff", counts, too.
+    """
+    if "specdiff" in getattr(dynamo_config, "debug_backend_override", ""):
+        return "specdiff"
+    found = getattr(torch.compiler, "get_default_backend", None)
+    return None if found is None else found()
+
+
+def set_default_backend(backend: Callable[..., Any]) -> None:
+    """Make `torch.compile` use `backend` where it is given none; only where `default_backend`."""
+    torch.compiler.set_default_backend(backend)
+
+
+def op_name(target: object) -> str | None:
+    """The name of an op, "namespace::name"; None of what is none. Takes a `custom_op`, too."""
+    target = getattr(target, "_opoverload", target)
+    if isinstance(target, OpOverload):
+        return str(target._schema.name)
+    return str(target._qualified_op_name) if isinstance(target, OpOverloadPacket) else None
+
+
+@dataclass(frozen=True)
+class OpArgument:
+    """One argument of an op."""
+
+    name: str
+    is_tensor: bool
+    """Whether it is one tensor, and never None."""
+    default: Any
+
+
+def op_arguments(target: Any) -> list[OpArgument]:
+    """The arguments of an op in the order of its schema."""
+    return [
+        OpArgument(a.name, str(a.type) == "Tensor", a.default_value)
+        for a in target._schema.arguments
+    ]
 
 
 def storage_of(value: Tensor) -> int:
