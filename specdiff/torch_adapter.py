@@ -273,7 +273,7 @@ def static_fakes(inputs: Sequence[Any]) -> list[Any]:
 def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
     """A Dynamo graph with nodes of its own; placeholders keep their sources."""
     copied = fx.GraphModule(module, copy.deepcopy(module.graph))
-    copied.compile_subgraph_reason = getattr(module, "compile_subgraph_reason", None)
+    copied.__dict__["compile_subgraph_reason"] = getattr(module, "compile_subgraph_reason", None)
     old = module.graph.find_nodes(op="placeholder")
     for before, after in zip(old, copied.graph.find_nodes(op="placeholder"), strict=True):
         after._dynamo_source = getattr(before, "_dynamo_source", None)

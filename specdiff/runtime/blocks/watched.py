@@ -51,7 +51,8 @@ def _watching(base: type[nn.Module]) -> type[nn.Module]:
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         """A copy, as a pickle makes too, is of the module's own class, and nobody's."""
-        made, given, *rest = super(watching, self).__reduce_ex__(protocol)
+        reduced: Any = super(watching, self).__reduce_ex__(protocol)
+        made, given, *rest = reduced
         if rest and isinstance(rest[0], dict):
             rest[0] = {name: value for name, value in rest[0].items() if name != ANSWER}
         given = tuple(base if each is watching else each for each in given)
