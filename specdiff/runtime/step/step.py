@@ -13,6 +13,7 @@ from specdiff.errors import Fault
 from specdiff.runtime.sampler.timeline import time_unit
 from specdiff.runtime.step.call import Call
 from specdiff.runtime.step.corrector import corrected, settle
+from specdiff.runtime.step.integrator import integrated
 from specdiff.runtime.step.lookahead import look_ahead
 from specdiff.runtime.tokens.forecast import forecast
 from specdiff.runtime.tokens.importance import (
@@ -52,8 +53,11 @@ def answer(call: Call) -> list[Tensor]:
         counters.skipped += 1
     stream.joint = call.reading.joint if call.reading is not None else None
     stream.row_times = call.reading.times if call.reading is not None else None
+    plain = tokens
     if call.corrects and before:
         tokens = corrected(call, before, tokens, computed=count > 0)
+    if call.integrates:
+        tokens = integrated(call, plain, tokens, computed=count > 0)
     stream.times.append(call.time)
     call.table.touch(stream)
     counters.tokens_computed += batch * count
@@ -119,7 +123,7 @@ def _dense(call: Call) -> Tensor:
     tokens = tokens.clone()  # the program's next run may overwrite them
     if call.strays or stream.news:
         stream.history.break_off()
-        stream.correction = None
+        stream.correction = stream.course = None
     stream.history.record_dense(call.clock, tokens)
     return tokens
 

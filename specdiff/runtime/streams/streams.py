@@ -9,6 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from specdiff.runtime.sampler.course import Course
 from specdiff.runtime.sampler.guidance_pair import Joint
 from specdiff.runtime.sampler.noise import Process
 from specdiff.runtime.sampler.observation import Reading
@@ -71,6 +72,8 @@ class Stream:
         self.sampler: Prediction | None = None
         """How the sampler moves the latent, once two evaluations have shown it."""
         self.correction: Correction | None = None
+        self.course: Course | None = None
+        """On its way to the solution, if that is the target."""
         self.first_order = True
         """Whether each step seen so far followed from its own prediction alone."""
         self.joint: Joint | None = None
@@ -120,6 +123,12 @@ class Stream:
         return self.first + len(self.times)
 
     @property
+    def on_course(self) -> bool:
+        """Whether its sampler is led to the solution, which leaves nothing to correct."""
+        course = self.course
+        return course is not None and course.process is not None and not course.refusal
+
+    @property
     def outputs(self) -> tuple[Tensor, ...]:
         """Merged outputs [B, N, C] of the last evaluations, newest first."""
         return tuple(step.tokens for step in self.history.steps)
@@ -150,7 +159,7 @@ class Stream:
     def become_ambiguous(self) -> None:
         """Give the caches back: calls of this key cannot be told apart and run dense."""
         self.ambiguous = True
-        self.lease = self.importance = self.correction = self.joint = None
+        self.lease = self.importance = self.correction = self.course = self.joint = None
         self.trail = ()
         self.speculative.clear()
 

@@ -1,5 +1,6 @@
 """Against a closed form: data of one Gaussian, or of two, moved by its exact velocity."""
 
+import itertools
 import math
 
 import pytest
@@ -64,7 +65,7 @@ def error(data, steps, computed, integrates=True, sharing=None):
     times = (3 * evenly / (1 + 2 * evenly)).tolist()
     x = start = torch.randn(2, 200, generator=torch.Generator().manual_seed(0))
     known = Solution()
-    for step, (here, there) in enumerate(zip(times, times[1:], strict=False)):
+    for step, (here, there) in enumerate(itertools.pairwise(times)):
         value = mixture.velocity(x, here) if computed(step) else None
         handed = value
         if integrates:
@@ -101,7 +102,7 @@ def test_two_thirds_of_the_evaluations_are_closer_than_all_by_euler(data):
 
 def test_a_wrong_guess_of_the_next_time_is_made_good():
     x, known, times = torch.ones(1, 1), Solution(), [1.0, 0.9, 0.75, 0.6, 0.4, 0.2, 0.0]
-    for step, (here, there) in enumerate(zip(times, times[1:], strict=False)):
+    for step, (here, there) in enumerate(itertools.pairwise(times)):
         known.arrive(here, torch.full((1, 1), here))  # dx = c dc ends at x - 1/2
         handed = known.answer(here, there if step == 5 else there + 0.05)
         known.hand(here, handed)
