@@ -128,10 +128,10 @@ def _match(latent: tuple[int, Leaf], velocity: tuple[int, object]) -> Denoised |
         return None
     assert isinstance(leaf.value, Tensor) and isinstance(value, Tensor)
     here, there = leaf.value.shape, value.shape
-    found = Denoised.match(index, here, output, there)
-    if found is None and leaf.name in LATENT_NAMES and _has_more_tokens(there, here):
+    match = Denoised.match(index, here, output, there)
+    if match is None and leaf.name in LATENT_NAMES and _has_more_tokens(there, here):
         return Denoised(index, output, (1, here[1]), packed=True)
-    return found
+    return match
 
 
 def _has_more_tokens(packed: Sequence[int], latent: Sequence[int]) -> bool:

@@ -214,23 +214,23 @@ def _word(ratio: float) -> str | float:
     return {0.0: DENSE, 1.0: SKIP}.get(ratio, ratio)
 
 
-def _parsed(found: object, source: str) -> Plan:
-    if not isinstance(found, Mapping):
+def _parsed(parsed: object, source: str) -> Plan:
+    if not isinstance(parsed, Mapping):
         raise OptionError(f"{source}: must be an object with {', '.join(FIELDS)}")
-    if unknown := [name for name in found if name not in FIELDS]:
+    if unknown := [name for name in parsed if name not in FIELDS]:
         raise OptionError(f"{source}: {unknown[0]}: no such field; fields: {', '.join(FIELDS)}")
-    if found.get(KEY) != FORMAT:
-        raise OptionError(f"{source}: {KEY}={found.get(KEY)!r}: must be {FORMAT}")
-    if ("evaluations" in found) == ("rule" in found):
+    if parsed.get(KEY) != FORMAT:
+        raise OptionError(f"{source}: {KEY}={parsed.get(KEY)!r}: must be {FORMAT}")
+    if ("evaluations" in parsed) == ("rule" in parsed):
         raise OptionError(f"{source}: must have evaluations or a rule, one of them")
     for name in ("settings", "notes"):
-        _check_object(found.get(name, {}), f"{source}: {name}")
-    lookahead = found.get("lookahead", LOOKAHEAD)
+        _check_object(parsed.get(name, {}), f"{source}: {name}")
+    lookahead = parsed.get("lookahead", LOOKAHEAD)
     _check_count(lookahead, f"{source}: lookahead")
-    rest = dict(found.get("settings", {})), dict(found.get("notes", {}))
-    if "rule" in found:
-        return Plan((), *rest, Rule.from_json(found["rule"], f"{source}: rule"), lookahead)
-    return Plan(_ratios(found["evaluations"], f"{source}: evaluations"), *rest, None, lookahead)
+    rest = dict(parsed.get("settings", {})), dict(parsed.get("notes", {}))
+    if "rule" in parsed:
+        return Plan((), *rest, Rule.from_json(parsed["rule"], f"{source}: rule"), lookahead)
+    return Plan(_ratios(parsed["evaluations"], f"{source}: evaluations"), *rest, None, lookahead)
 
 
 def _check_count(value: object, where: str) -> None:

@@ -215,8 +215,8 @@ class Signature:
         """Of the outputs, what moves the `moving_parts`."""
         return self._by_batch([(pair, outputs[pair.velocity]) for pair in self.denoised])
 
-    def _by_batch(self, found: Sequence[tuple[Denoised, object]]) -> tuple[Tensor, ...]:
-        parts = tuple(pair.part(value) for pair, value in found if isinstance(value, Tensor))
+    def _by_batch(self, pairs: Sequence[tuple[Denoised, object]]) -> tuple[Tensor, ...]:
+        parts = tuple(pair.part(value) for pair, value in pairs if isinstance(value, Tensor))
         return (torch.stack(parts),) if self.samples_apart else parts
 
     def indices(self, role: InputRole) -> tuple[int, ...]:

@@ -61,16 +61,16 @@ class Rule:
         return kind if kind and self.warmup == 1 else {**kind, "warmup": self.warmup}
 
     @classmethod
-    def from_json(cls, found: object, where: str) -> Rule:
+    def from_json(cls, written: object, where: str) -> Rule:
         """A rule from what `to_json` makes of one.
 
         Raises:
             OptionError: It is something else; names `where`.
         """
-        values = found if isinstance(found, Mapping) else {}
+        values = written if isinstance(written, Mapping) else {}
         if not values or set(values) - set(WORDS) or {"tapered", "every"} <= set(values):
             raise OptionError(
-                f'{where}={found!r}: must be {{"tapered": 4}} or {{"every": 4}}, with or without'
+                f'{where}={written!r}: must be {{"tapered": 4}} or {{"every": 4}}, with or without'
                 ' "warmup", or {"warmup": 3}'
             )
         for name, value in values.items():

@@ -106,8 +106,8 @@ def require_plain_tensors(inputs: Sequence[Any]) -> None:
 
 def _torch_function(kind: type) -> Any:
     """How tensors of this type answer functions of torch."""
-    found = kind.__torch_function__  # type: ignore[attr-defined]
-    return getattr(found, "__func__", found)  # bound to each subclass that inherits it
+    function = kind.__torch_function__  # type: ignore[attr-defined]
+    return getattr(function, "__func__", function)  # bound to each subclass that inherits it
 
 
 _PLAIN = (_torch_function(Tensor), _torch_function(torch.nn.Parameter))

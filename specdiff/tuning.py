@@ -100,8 +100,8 @@ class Search:
         while moved and score < target:
             moved = False
             for neighbour in self._neighbours(places):
-                if (found := self._score(neighbour)) > score + least:
-                    places, score, moved = neighbour, found, True
+                if (rival := self._score(neighbour)) > score + least:
+                    places, score, moved = neighbour, rival, True
                     break
         return score
 
@@ -110,9 +110,9 @@ class Search:
         for index in range(len(places) - 1, 0, -1):
             for step in (-1, 1):
                 moved = places[index] + step
-                found = tuple(sorted({*places[:index], moved, *places[index + 1 :]}))
-                if 0 < moved < self.evaluations and len(found) == len(places):
-                    yield found
+                shifted = tuple(sorted({*places[:index], moved, *places[index + 1 :]}))
+                if 0 < moved < self.evaluations and len(shifted) == len(places):
+                    yield shifted
 
     def _score(self, places: Places) -> float:
         if places not in self._known:
@@ -127,11 +127,11 @@ def spaced(evaluations: int, count: int) -> Places:
     """So many places, further and further apart, the first and (from two on) the last included."""
     last = evaluations - 1
     ideal = [last * (i / max(count - 1, 1)) ** TAPER for i in range(count)]
-    found: list[int] = []
+    placed: list[int] = []
     for index, place in enumerate(ideal):
-        low, high = found[-1] + 1 if found else 0, last - (count - 1 - index)
-        found.append(min(max(round(place), low), high))
-    return tuple(found)
+        low, high = placed[-1] + 1 if placed else 0, last - (count - 1 - index)
+        placed.append(min(max(round(place), low), high))
+    return tuple(placed)
 
 
 def _with_one_removed(places: Places) -> list[Places]:
@@ -213,17 +213,17 @@ class _Trials:
     def _measure(self, recording: Recording, prompt: int) -> None:
         """Find, or check, how many evaluations a picture takes."""
         indices = [step.index for step in recording.steps if step.index is not None]
-        found = max(indices, default=-1) + 1
-        if found < 2:
+        count = max(indices, default=-1) + 1
+        if count < 2:
             reasons = {step.reason for step in recording.steps} or {"the model did not run"}
-            said = "a picture takes one evaluation" if found else ", ".join(sorted(reasons))
+            said = "a picture takes one evaluation" if count else ", ".join(sorted(reasons))
             raise SpecdiffError(f"nothing to tune: {said}")
-        if self.evaluations and found != self.evaluations:
+        if self.evaluations and count != self.evaluations:
             raise SpecdiffError(
-                f"picture {prompt + 1} takes {found} evaluations, those before {self.evaluations}:"
+                f"picture {prompt + 1} takes {count} evaluations, those before {self.evaluations}:"
                 " one plan is tuned on pictures of one length"
             )
-        self.evaluations, self.runs = found, max(self.runs, indices.count(0))
+        self.evaluations, self.runs = count, max(self.runs, indices.count(0))
 
     def _count(self, recording: Recording) -> None:
         """Evaluations that a picture has computed."""
@@ -252,12 +252,12 @@ class _Trials:
         if self.spent + len(prompts) * cost > self.budget:
             raise Spent
         plan = self.plan(places)
-        found = statistics.fmean(
+        score = statistics.fmean(
             self.likeness(self.planned(plan, prompt), reference)
             for prompt, reference in zip(prompts, references, strict=True)
         )
-        self.tell(self.spent, f"{len(places)} dense: {found:.4g}")
-        return found
+        self.tell(self.spent, f"{len(places)} dense: {score:.4g}")
+        return score
 
     def require_skips(self) -> None:
         """Raise SpecdiffError if guards made every evaluation dense."""
@@ -324,9 +324,9 @@ def tune(
     held = trials.beside(others)
 
     def score(places: Places) -> float:
-        found = trials.score(places, numbers, references)
+        score = trials.score(places, numbers, references)
         trials.require_skips()
-        return found
+        return score
 
     search = Search(trials.evaluations, score, target)
     search.run()

@@ -23,7 +23,7 @@ from torch import Tensor
 import specdiff
 from specdiff import torch_adapter
 from specdiff.measure.methods import (
-    Setting,
+    DemoRun,
     compiled_pipeline,
     demo_requests,
     picture_maker,
@@ -35,7 +35,7 @@ from specdiff.runtime.records.recording import Recording
 STEPS = 28
 
 
-def by_blocks(setting: Setting, options: Mapping[str, Any]) -> Any:
+def by_blocks(setting: DemoRun, options: Mapping[str, Any]) -> Any:
     """The demo pipeline, its blocks compiled one by one."""
     pipeline = setting.subject.load()
     pipeline.transformer.compile_repeated_blocks(backend="specdiff", fullgraph=True)
@@ -80,7 +80,7 @@ def main(
     """Measure both and print them."""
     quiet_libraries()
     requests = demo_requests((), seed=0)[:2]
-    setting = Setting(emoji(torch.device(device)), STEPS, {})
+    setting = DemoRun(emoji(torch.device(device)), STEPS, {})
     setting.subject.embed(requests)
     options = {"cache_ratio": cache_ratio}
     pipelines = {

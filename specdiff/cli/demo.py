@@ -67,7 +67,7 @@ def demo(
     require_compiler()
     make_folders([file for file in (out, json_file, report) if file is not None])
     from specdiff.measure.machine import usable_device
-    from specdiff.measure.methods import Setting, demo_methods, demo_requests
+    from specdiff.measure.methods import DemoRun, demo_methods, demo_requests
     from specdiff.measure.summary import load_per_core, record, warnings
     from specdiff.models.subject import emoji, quiet_libraries
 
@@ -76,7 +76,7 @@ def demo(
     subject, requests = emoji(place), demo_requests(prompts or [], seed)
     subject.embed(requests)
     load = load_per_core()
-    methods = demo_methods(Setting(subject, steps, options), fewer_steps or [])
+    methods = demo_methods(DemoRun(subject, steps, options), fewer_steps or [])
     comparison = _measure(methods, requests, repeats)
     hints = warnings(comparison, load)
     _show(comparison, hints, out)

@@ -30,7 +30,7 @@ from specdiff.measure.timing import in_turns, timed
 from specdiff.models.subject import STEPS, Request, Subject
 
 Values = dict[str, Any]
-Tell = Callable[[str], None]
+TellLine = Callable[[str], None]
 FEATURE_BATCH = 16
 """Pictures that pass through the feature network at once."""
 LETTERS_OF_A_REASON = 300
@@ -59,7 +59,7 @@ class Setup:
     pairs: int
     probe: Probe | None = None
     clock: Callable[[], float] = time.perf_counter
-    tell: Tell = lambda line: None
+    tell: TellLine = lambda line: None
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ BUILT_IN = 4
 
 
 @dataclass(frozen=True)
-class Setting:
+class DemoRun:
     """What all methods of one run of the demo share.
 
     Attributes:
@@ -42,20 +42,20 @@ def demo_requests(prompts: Sequence[str], seed: int) -> list[Request]:
     return [Request(prompt, seed + index) for index, prompt in enumerate(chosen)]
 
 
-def picture_maker(pipeline: Any, setting: Setting, steps: int) -> Callable[[Request], Tensor]:
+def picture_maker(pipeline: Any, setting: DemoRun, steps: int) -> Callable[[Request], Tensor]:
     """Bind a pipeline to a number of steps; pictures end on the CPU, so nothing is left untimed."""
     subject = setting.subject
     return lambda request: subject.picture(subject.draw(pipeline, request, steps))
 
 
-def compiled_pipeline(setting: Setting, **compile_arguments: Any) -> Any:
+def compiled_pipeline(setting: DemoRun, **compile_arguments: Any) -> Any:
     """The demo pipeline with its transformer compiled, one graph or an error."""
     pipeline = setting.subject.load()
     pipeline.transformer = torch.compile(pipeline.transformer, fullgraph=True, **compile_arguments)
     return pipeline
 
 
-def dense_methods(setting: Setting, fewer_steps: Sequence[int]) -> tuple[Method, list[Method]]:
+def dense_methods(setting: DemoRun, fewer_steps: Sequence[int]) -> tuple[Method, list[Method]]:
     """The reference, and the same compiled model run for fewer steps."""
     _, given = Options.parse(setting.options, torch_adapter.inductor_keys())
     settings = torch_adapter.inductor_settings(given)
@@ -70,7 +70,7 @@ def dense_methods(setting: Setting, fewer_steps: Sequence[int]) -> tuple[Method,
     return reference, shorter
 
 
-def _selective(setting: Setting, name: str, options: Mapping[str, object]) -> Method:
+def _selective(setting: DemoRun, name: str, options: Mapping[str, object]) -> Method:
     pipeline = compiled_pipeline(setting, backend="specdiff", options=dict(options))
     compiled = pipeline.transformer
     generate = picture_maker(pipeline, setting, setting.steps)
@@ -84,7 +84,7 @@ def _selective(setting: Setting, name: str, options: Mapping[str, object]) -> Me
     )
 
 
-def demo_methods(setting: Setting, fewer_steps: Sequence[int] = ()) -> list[Method]:
+def demo_methods(setting: DemoRun, fewer_steps: Sequence[int] = ()) -> list[Method]:
     """Dense first, then specdiff with the options, with `method="paper"`, then fewer steps.
 
     Nothing is compiled yet: that happens with the first picture of each.

@@ -83,7 +83,7 @@ def test_session_speculation_on_a_trajectory_that_is_no_flow():
         for index in range(4):
             model(noise(index), torch.tensor([sigmas(10)[index]]), text)
         (stream,) = session.table(model.runtime)._streams
-    assert torch.equal(stream.speculative[0][1], torch.ones(1, 16))
+    assert torch.equal(stream.selected.speculative[0][1], torch.ones(1, 16))
 
 
 def test_concurrent_sessions_on_one_prompt_tensor_never_mix():

@@ -245,13 +245,13 @@ def _patches_of(outputs: Sequence[Any], visits: Sequence[Visit]) -> Patches:
     if len(outputs) != 1 or not isinstance(outputs[0], Tensor):
         raise Unsupported(f"the model returns {len(outputs)} values, not one tensor")
     lengths = frozenset(length for visit in visits for length in visit.block.lengths)
-    found = list(possible(outputs[0].shape, lengths))
-    if len(found) != 1:
+    ways = list(possible(outputs[0].shape, lengths))
+    if len(ways) != 1:
         raise Unsupported(
-            f"an output of shape {list(outputs[0].shape)} can be seen in {len(found)} ways as"
+            f"an output of shape {list(outputs[0].shape)} can be seen in {len(ways)} ways as"
             f" tokens of its blocks, which have {sorted(lengths)}"
         )
-    return found[0]
+    return ways[0]
 
 
 def _slots(visits: Sequence[Visit], tokens: int) -> tuple[CacheSlot, ...]:
@@ -265,8 +265,8 @@ def _denoised(leaves: Sequence[Any], output: Tensor) -> Denoised:
         for i, leaf in enumerate(leaves)
         if isinstance(leaf, Tensor) and leaf.is_floating_point()
     ]
-    found = [Denoised.match(i, leaf.shape, 0, output.shape) for i, leaf in floats]
-    matches = [match for match in found if match is not None]
+    fitting = [Denoised.match(i, leaf.shape, 0, output.shape) for i, leaf in floats]
+    matches = [match for match in fitting if match is not None]
     if not matches:
         raise Unsupported("no input has the shape of the output, so none is known to be denoised")
     return min(matches, key=lambda match: match.shared is not None)

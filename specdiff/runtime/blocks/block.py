@@ -30,8 +30,8 @@ class Diverged(Exception):
     """The root called other blocks than in its first call; the message says which."""
 
 
-class Programs(Protocol):
-    """What one block runs for a given number of prunable tokens (`BlockPrograms`)."""
+class ProgramsOfBlock(Protocol):
+    """What one block runs for a given number of prunable tokens."""
 
     @property
     def slots(self) -> tuple[CacheSlot, ...]:
@@ -83,7 +83,7 @@ class Block:
         dense: Callable[..., Any],
         eager: Callable[..., Any],
         lengths: Sequence[int],
-        plan: Callable[[int], Programs],
+        plan: Callable[[int], ProgramsOfBlock],
         parameters: Sequence[int],
         work: Hashable = None,
     ) -> None:
@@ -94,7 +94,7 @@ class Block:
         self.work = work
         self._plan = plan
         self._parameters = tuple(parameters)
-        self._planned: dict[int, Programs] = {}
+        self._planned: dict[int, ProgramsOfBlock] = {}
 
     def __call__(self, *inputs: object) -> Any:
         """The graph's outputs for its flat inputs."""
@@ -110,7 +110,7 @@ class Block:
         values = (inputs[index] for index in self._parameters)
         return hash(identities(v for v in values if isinstance(v, torch.nn.Parameter)))
 
-    def planned(self, tokens: int) -> Programs:
+    def planned(self, tokens: int) -> ProgramsOfBlock:
         """The programs that prune the segment of this many tokens. Raises Unsupported."""
         if tokens not in self._planned:
             self._planned[tokens] = self._plan(tokens)
@@ -148,16 +148,16 @@ class Visit:
 
 def numbered(visits: Sequence[Visit], tokens: int) -> list[Visit]:
     """The visits of a forward, each told how many attentions read its `tokens` before."""
-    found, count = [], 0
+    counted, count = [], 0
     for visit in visits:
         if tokens not in visit.block.lengths:
-            found.append(visit)
+            counted.append(visit)
             continue
         programs = visit.block.planned(tokens)
         before = torch.tensor([count], device=programs.slots[0].device)
-        found.append(replace(visit, before=before))
+        counted.append(replace(visit, before=before))
         count += programs.attentions
-    return found
+    return counted
 
 
 @dataclass
@@ -232,7 +232,9 @@ class RootCall:
             return False
         return mine == theirs
 
-    def _run(self, programs: Programs, inputs: Sequence[object], visit: Visit) -> list[Tensor]:
+    def _run(
+        self, programs: ProgramsOfBlock, inputs: Sequence[object], visit: Visit
+    ) -> list[Tensor]:
         """Outputs, and importance if it is measured."""
         assert visit.before is not None
         count = len(programs.slots)

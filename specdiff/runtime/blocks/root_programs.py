@@ -84,9 +84,9 @@ class RootPrograms:
         Text always is: a block hands it on to the next.
         """
         call = self._call("selective", inputs, caches, active, importance)
-        found = self._evaluation(inputs, call)
-        rows = active.unsqueeze(-1).expand(-1, -1, found.tokens.shape[2])
-        return Evaluation(found.tokens.gather(1, rows), found.importance)
+        evaluation = self._evaluation(inputs, call)
+        rows = active.unsqueeze(-1).expand(-1, -1, evaluation.tokens.shape[2])
+        return Evaluation(evaluation.tokens.gather(1, rows), evaluation.importance)
 
     def tail(self, inputs: Sequence[object], tokens: Tensor) -> list[Tensor]:
         """The model's output of its tokens."""

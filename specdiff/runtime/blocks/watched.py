@@ -36,8 +36,8 @@ def unwatch(module: nn.Module) -> None:
 
 def answer_of(module: nn.Module) -> Answer | None:
     """Who answers the module's calls; None of a module that is not watched, or of a copy."""
-    found = module.__dict__.get(ANSWER)
-    return found[1] if found is not None and found[0]() is module else None
+    answer = module.__dict__.get(ANSWER)
+    return answer[1] if answer is not None and answer[0]() is module else None
 
 
 def _watching(base: type[nn.Module]) -> type[nn.Module]:

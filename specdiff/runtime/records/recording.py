@@ -102,10 +102,10 @@ class StepRecord:
     def classes(self) -> Tensor:
         """int8 [B, N] on the CPU: 1 where a token was computed, 2 reused, 3 forecast."""
         everywhere = FORECAST if self.kind in ("selective", "skipped") else COMPUTED
-        found = torch.full((self.batch, self.tokens), everywhere, dtype=torch.int8)
+        picks = torch.full((self.batch, self.tokens), everywhere, dtype=torch.int8)
         if self.reused is not None:
-            found[self.reused.cpu()] = REUSED
-        return found if self.active is None else found.scatter(1, self.active.cpu(), COMPUTED)
+            picks[self.reused.cpu()] = REUSED
+        return picks if self.active is None else picks.scatter(1, self.active.cpu(), COMPUTED)
 
     def held_by_active(self) -> float | None:
         """Share of the total score that the computed tokens hold; None if none were chosen."""
@@ -153,11 +153,11 @@ class Recording:
 
     def generations(self) -> list[list[StepRecord]]:
         """The steps of each trajectory; fallbacks that belong to none are left out."""
-        found: dict[int, list[StepRecord]] = {}
+        runs: dict[int, list[StepRecord]] = {}
         for step in self.steps:
             if step.generation is not None:
-                found.setdefault(step.generation, []).append(step)
-        return list(found.values())
+                runs.setdefault(step.generation, []).append(step)
+        return list(runs.values())
 
     def to_json(self) -> list[dict[str, Any]]:
         """Plain values, one item a step; reads the device."""

@@ -113,8 +113,8 @@ def _mixed(
 
 
 def _distance(latents: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
-    found: Tensor = torch.linalg.vector_norm(_flat(latents) - _flat(others))
-    return found
+    distance: Tensor = torch.linalg.vector_norm(_flat(latents) - _flat(others))
+    return distance
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:

@@ -116,12 +116,12 @@ class Displacement:
         ]
         vectors = [[t.flatten() for t in tensors] for tensors in (steps, *moved)]
         size = len(vectors)
-        found = {
+        by_cell = {
             (i, j): _dot(vectors[i], vectors[j])
             for i, j in itertools.combinations_with_replacement(range(size), 2)
         }
         cells = itertools.product(range(size), repeat=2)
-        products = torch.stack([found[min(cell), max(cell)] for cell in cells])
+        products = torch.stack([by_cell[min(cell), max(cell)] for cell in cells])
         return cls(products.reshape(size, size), sum(latent.numel() for latent in latents))
 
     def fetched(self, products: Sequence[float]) -> Displacement:
@@ -188,8 +188,8 @@ class Displacement:
 
     @cached_property
     def _cells(self) -> list[list[float]]:
-        found: list[list[float]] = self.products.tolist()
-        return found
+        rows: list[list[float]] = self.products.tolist()
+        return rows
 
     def _square(self, latent: Tensor, moved: Tensor) -> Tensor:
         """[C, W]: |step + latent x0 - moved p|², for coefficients [C, 1] and [C, W]."""

@@ -15,7 +15,8 @@ from specdiff.runtime.sampler.observation import Reading
 from specdiff.runtime.sampler.sampler_fit import POOR_FIT, Displacement, Scalar
 from specdiff.runtime.streams.caches import CachePool
 from specdiff.runtime.streams.registry import ModelState
-from specdiff.runtime.streams.streams import Stream, StreamTable
+from specdiff.runtime.streams.stream import Stream
+from specdiff.runtime.streams.table import StreamTable
 from specdiff.runtime.streams.time_tables import KnownTimes
 from specdiff.runtime.tokens.schedule import Schedule
 from specdiff.settings import Settings
@@ -37,14 +38,17 @@ class Call:
     """Time of this evaluation: the model's input, or the session's list if it gave one."""
     reading: Reading | None
     """What was read from the device; None if the session gave the times."""
-    given: tuple[float, ...] | None
-    """All times of the run, if the session gave them."""
     candidates: tuple[Process, ...]
     """What the sampler may be doing."""
     known: KnownTimes
     """Time inputs of earlier generations."""
     record: StepRecord | None = None
     """What is to be kept of this evaluation, if anything records."""
+
+    @property
+    def given(self) -> tuple[float, ...] | None:
+        """All times of the run, if the session gave them."""
+        return self.stream.given
 
     @property
     def shared(self) -> bool:
@@ -75,8 +79,8 @@ class Call:
         """Whether what forecasts cost the latent can be made good."""
         return (
             self.settings.correction
-            and not self.stream.on_course
-            and self.stream.first_order
+            and not (self.integrates and self.stream.fit.on_course)
+            and self.stream.fit.first_order
             and self.schedule.forecasts
             and self.programs.signature.additive
         )
@@ -99,9 +103,9 @@ class Call:
 
         Noise of the size that the sampler has been found to add explains it.
         """
-        sampler, seen = self.stream.sampler, self.seen
-        if not self.stream.strays or seen is None or sampler is None or not sampler.chosen:
-            return self.stream.strays
+        strays, sampler, seen = self.stream.trail.strays, self.stream.fit.sampler, self.seen
+        if not strays or seen is None or sampler is None or not sampler.chosen:
+            return strays
         process, way = sampler.chosen
         start = self.stream.times[-1]
         adds_noise = process.step(start, self.time)[2] > 0
@@ -112,13 +116,13 @@ class Call:
         """Whether this generation has yet to look ahead."""
         return (
             self.settings.plan.lookahead > 1
-            and not self.stream.looked_ahead
+            and not self.stream.selected.looked_ahead
             and self.schedule.selects
             and self.programs.signature.time is not None
         )
 
-    def keep(self, **found: object) -> None:
+    def keep(self, **fields: object) -> None:
         """Fill in fields of the record, if there is one."""
         if self.record is not None:
-            for name, value in found.items():
+            for name, value in fields.items():
                 setattr(self.record, name, value)

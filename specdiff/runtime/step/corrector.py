@@ -27,27 +27,27 @@ def settle(call: Call) -> None:
     """Note what the sampler's step since the previous evaluation has made of its forecasts."""
     stream = call.stream
     if not call.corrects:
-        stream.correction = None  # what it knows grows old while nothing keeps it up
-    if stream.correction is None or stream.sampler is None:
+        stream.fit.correction = None  # what it knows grows old while nothing keeps it up
+    if stream.fit.correction is None or stream.fit.sampler is None:
         return
     if call.seen is not None and not is_of_first_order(call, call.seen):
-        stream.correction, stream.first_order = None, False
+        stream.fit.correction, stream.fit.first_order = None, False
     else:
-        kept, moved = stream.sampler.step(stream.times[-1], call.time, call.seen)
-        stream.correction.settle(kept, call.at_pace(moved))
+        kept, moved = stream.fit.sampler.step(stream.times[-1], call.time, call.seen)
+        stream.fit.correction.settle(kept, call.at_pace(moved))
         note_proof(call)
 
 
 def note_proof(call: Call) -> None:
     """Note whether the step, which was of first order, could have shown another."""
     if call.reading is not None and (joint := call.reading.joint):
-        call.stream.proven |= joint.news.item() > PROOF * _allowed(call, joint.moved)
+        call.stream.fit.proven |= joint.news.item() > PROOF * _allowed(call, joint.moved)
 
 
 def is_of_first_order(call: Call, seen: Displacement) -> bool:
     """Whether the last step follows from the last prediction alone, as far as rounding shows."""
     allowed, start = _allowed(call, seen), call.stream.times[-1]
-    chosen = call.stream.sampler.chosen if call.stream.sampler is not None else None
+    chosen = call.stream.fit.sampler.chosen if call.stream.fit.sampler is not None else None
     # The usual case, in a few numbers of the host.
     if chosen and seen.misfit(*chosen, start, call.time) <= allowed:
         return True
@@ -65,17 +65,17 @@ def corrected(
 ) -> Tensor:
     """`tokens`, and on top of those just computed what their forecasts had cost the latent."""
     stream, newest = call.stream, call.stream.history.computed[0]
-    if stream.correction is None:
-        stream.correction = Correction.none(newest)
-    elif stream.sampler is not None and computed:
+    if stream.fit.correction is None:
+        stream.fit.correction = Correction.none(newest)
+    elif stream.fit.sampler is not None and computed:
         older = before[1] if len(before) > 1 else None
-        missing = stream.correction.collect(before[0], older, newest)
+        missing = stream.fit.correction.collect(before[0], older, newest)
         due = next_time([*stream.times, call.time], call.given)
-        kept, moved = stream.sampler.step(call.time, due)
+        kept, moved = stream.fit.sampler.step(call.time, due)
         more = on_top(missing, kept, call.at_pace(moved))
         if not doubted(call):  # else it stays missing, to be put on top later
             tokens = (tokens.float() + more).to(tokens.dtype)
-    stream.correction.hand_out(newest, tokens, call.clock)
+    stream.fit.correction.hand_out(newest, tokens, call.clock)
     return tokens
 
 
@@ -86,4 +86,4 @@ def doubted(call: Call) -> bool:
     the wait: nothing is put on top until a step could have shown another order.
     """
     paired = call.reading is not None and call.reading.joint is not None
-    return paired and not call.stream.proven
+    return paired and not call.stream.fit.proven

@@ -7,7 +7,7 @@ import itertools
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,26 +16,22 @@ from specdiff.errors import Fault
 from specdiff.options import Options
 from specdiff.program import Programs
 from specdiff.runtime.records.recording import StepRecord, recorded
-from specdiff.runtime.sampler.guidance_pair import Joint
-from specdiff.runtime.sampler.noise import Process, processes
-from specdiff.runtime.sampler.observation import Reading, read
-from specdiff.runtime.sampler.remains import EXPLAINED, remains
-from specdiff.runtime.sampler.row_times import UnreadTimes, paced
-from specdiff.runtime.sampler.sampler_fit import Displacement
+from specdiff.runtime.sampler.noise import processes
 from specdiff.runtime.step import fallbacks
 from specdiff.runtime.step.call import Call
+from specdiff.runtime.step.ownership import Inquiry
 from specdiff.runtime.step.step import answer, owned
 from specdiff.runtime.streams.caches import CachePool
-from specdiff.runtime.streams.progress import Progress
-from specdiff.runtime.streams.recognition import followed
 from specdiff.runtime.streams.registry import (
     ModelState,
     Session,
+    StreamOwner,
     active_session,
     effective,
     state_of_call,
 )
-from specdiff.runtime.streams.streams import CHECK_LAG, Stream, StreamTable, turns_back
+from specdiff.runtime.streams.stream import Stream
+from specdiff.runtime.streams.table import StreamTable
 from specdiff.runtime.streams.time_tables import KnownTimes
 from specdiff.runtime.tokens.history import History
 from specdiff.runtime.tokens.schedule import Schedule
@@ -93,6 +89,7 @@ class Runtime:
     def _answer(
         self, inputs: Sequence[object], state: ModelState, record: StepRecord | None
     ) -> list[Tensor]:
+        """Off: the graph as it came. Refused, or of no trajectory: dense. Else by its stream."""
         session = active_session(state)
         progress = session.progress if session is not None else None
         settings = self._settings(state, session)
@@ -105,35 +102,35 @@ class Runtime:
         )
         if refusal:
             return self._fall_back(inputs, state, refusal, record)
-        owner: ModelState | Session = state if session is None else session
+        owner: StreamOwner = state if session is None else session
         table = owner.table(self)
-        conditions = [inputs[index] for index in self._conditions]
-        left = cache(partial(self._remains, inputs, owner))
-        known, reading = table.find(conditions), None
-        if known is None:
-            known = self._followed(inputs, table, conditions, progress, left)
-        if known is not None and known.trail and schedule.forecasts:
-            known.check(left(known), 0 if progress is None else CHECK_LAG)
         candidates = processes(settings.prediction, settings.alphas_cumprod)
-        if progress is None:
-            reading = self._read(inputs, table, known)
-            stream = self._continued(
-                reading, table, known, conditions, candidates, selects=schedule.selects
-            )
-            if table.begun == fallbacks.IDLE_AFTER and schedule.forecasts:
-                state.say(logger, fallbacks.IDLE)
-            if isinstance(stream, str):
-                return self._fall_back(inputs, state, stream, record, schedule.selects)
-        else:
-            stream = self._timed(inputs, table, known, conditions, progress)
-        time = reading.time if reading is not None else (stream.given or ())[len(stream.times)]
+        whose = Inquiry(
+            signature, inputs, owner, table, progress, schedule, candidates,
+            begin=partial(self._begin, table),
+        ).owner()  # fmt: skip
+        if table.begun == fallbacks.IDLE_AFTER and schedule.forecasts:
+            state.say(logger, fallbacks.IDLE)
+        if isinstance(whose, str):
+            return self._fall_back(inputs, state, whose, record, schedule.selects)
         call = Call(
-            self.programs, self.pool, table, stream, state, settings, schedule, inputs, time,
-            reading, stream.given, candidates, self.known_times, record,
-        )  # fmt: skip
+            programs=self.programs,
+            pool=self.pool,
+            table=table,
+            stream=whose.stream,
+            state=state,
+            settings=settings,
+            schedule=schedule,
+            inputs=inputs,
+            time=whose.time,
+            reading=whose.reading,
+            candidates=candidates,
+            known=self.known_times,
+            record=record,
+        )
         outputs = self._run(call)
         if progress is not None:
-            progress.advance(stream, self._time_input(inputs))
+            progress.advance(call.stream, self._time_input(inputs))
         return outputs
 
     def _run(self, call: Call) -> list[Tensor]:
@@ -149,54 +146,12 @@ class Runtime:
             call.table.drop(call.stream)
             raise
 
-    def _continued(
-        self,
-        reading: Reading,
-        table: StreamTable,
-        stream: Stream | None,
-        conditions: Sequence[object],
-        candidates: Sequence[Process],
-        *,
-        selects: bool,
-    ) -> Stream | str:
-        """The stream of a call, begun if need be, or why it may belong to no trajectory."""
-        if stream is None and table.is_crowded_out(conditions, reading.time):
-            return fallbacks.CROWDED
-        refusal, begins = fallbacks.of_call(stream, reading, candidates, selects=selects)
-        if refusal is not None:
-            _abandon(table, stream, refusal, reading.time)
-            return refusal
-        if stream is not None and not begins:
-            table.begun = 0
-            stream.doubtful &= reading.time == stream.times[-1]
-            return stream
-        new = self._begin(table, stream, conditions)
-        table.begun += 1
-        new.doubtful = stream is not None and (stream.ambiguous or not stream.direction)
-        return new
-
-    def _timed(
-        self,
-        inputs: Sequence[object],
-        table: StreamTable,
-        stream: Stream | None,
-        conditions: Sequence[object],
-        progress: Progress,
-    ) -> Stream:
-        """The stream of a call in a session with times, begun if need be."""
-        index = progress.start(stream, self._time_input(inputs))
-        if index is not None:
-            stream = self._begin(table, stream, conditions)
-            progress.begin(stream, index)
-        assert stream is not None  # where there is none, one begins
-        return stream
-
     def _begin(
         self, table: StreamTable, before: Stream | None, conditions: Sequence[object]
     ) -> Stream:
-        stream = table.start(conditions, self._history(), replacing=before)
-        stream.number = next(self._generations)
-        return stream
+        tokens = self.programs.signature.tokens
+        history = History(tokens.shape[0], tokens.shape[1], tokens.device)
+        return table.start(conditions, history, next(self._generations), replacing=before)
 
     def _time_input(self, inputs: Sequence[object]) -> object:
         time = self.programs.signature.time
@@ -209,63 +164,6 @@ class Runtime:
             state.say(logger, f"guidance_scale ignored: a batch of {batch} has no two halves")
             settings = dataclasses.replace(settings, guidance_scale=None)
         return settings
-
-    def _read(self, inputs: Sequence[object], table: StreamTable, stream: Stream | None) -> Reading:
-        signature = self.programs.signature
-        latent, time = inputs[signature.latent], signature.time
-        assert isinstance(latent, Tensor) and time is not None
-        times = UnreadTimes.of(inputs[time], signature.batch, latent.device)
-        moved = joint = pace = None
-        if stream is not None and stream.latents:
-            parts, pace = signature.moving_parts(inputs), times.pace(stream.row_times)
-            ways = tuple(tuple(paced(p, pace) for p in way) for way in stream.predictions)
-            moved = Displacement.of(parts, stream.latents, ways)
-            joint = Joint.of(stream, table.partner(stream), parts, pace)
-        return read(times, latent, moved, joint, pace)
-
-    def _followed(
-        self,
-        inputs: Sequence[object],
-        table: StreamTable,
-        conditions: Sequence[object],
-        progress: Progress | None,
-        left: Callable[[Stream], Tensor],
-    ) -> Stream | None:
-        """The stream that goes on with conditions which are none of a stream's.
-
-        `left` measures what a stream leaves unexplained of the step to this call.
-        """
-        signature = self.programs.signature
-        parts = signature.moving_parts(inputs)
-
-        def explains(stream: Stream) -> bool:
-            steps = zip(parts, stream.latents, strict=True)
-            if all(torch.equal(now, before) for now, before in steps):
-                return False  # the other half of guidance, perhaps
-            return left(stream).item() < EXPLAINED
-
-        if progress is not None:
-            return followed(table, conditions, progress.may_go_on, explains)
-        latent = inputs[signature.latent]
-        assert isinstance(latent, Tensor)
-        time = UnreadTimes.of(self._time_input(inputs), signature.batch, latent.device).read().time
-
-        def goes_on(stream: Stream) -> bool:
-            return not turns_back(stream.times, time)
-
-        return followed(table, conditions, goes_on, explains)
-
-    def _remains(
-        self, inputs: Sequence[object], owner: ModelState | Session, stream: Stream
-    ) -> Tensor:
-        """What of the step to the present evaluation nothing explains that the stream saw."""
-        signature = self.programs.signature
-        parts, others = signature.moving_parts(inputs), owner.seen_beside(stream)
-        return remains(parts, stream.trail, others, signature.batch)
-
-    def _history(self) -> History:
-        tokens = self.programs.signature.tokens
-        return History(tokens.shape[0], tokens.shape[1], tokens.device)
 
     def _fall_back(
         self,
@@ -288,10 +186,10 @@ class Runtime:
         if self._fault and self._plain is not None:
             return owned(self._plain(*inputs))
         if selects:
-            found = programs.dense(inputs, self.pool.scratch()).tokens
+            tokens = programs.dense(inputs, self.pool.scratch()).tokens
         else:
-            found = programs.probe(inputs)
-        return owned(programs.tail(inputs, found))
+            tokens = programs.probe(inputs)
+        return owned(programs.tail(inputs, tokens))
 
     def _untouched(
         self,
@@ -309,7 +207,7 @@ class Runtime:
         self._count_dense(state, off, record)
         if record is not None:
             record.kind = "dense"
-        owner: ModelState | Session = state if session is None else session
+        owner: StreamOwner = state if session is None else session
         table, conditions = owner.table(self), [inputs[index] for index in self._conditions]
         stream = table.find(conditions)
         if session is not None and session.progress is not None:
@@ -331,12 +229,3 @@ class Runtime:
         state.counters.dense += 1
         state.counters.tokens_computed += tokens
         state.counters.tokens_total += tokens
-
-
-def _abandon(table: StreamTable, stream: Stream | None, reason: str, time: float) -> None:
-    """Leave no state of a suspicious trajectory but that its key is ambiguous, and since when."""
-    if stream is not None and reason == fallbacks.AMBIGUOUS:
-        stream.become_ambiguous()
-        stream.times.append(time)
-    elif stream is not None:
-        table.drop(stream)

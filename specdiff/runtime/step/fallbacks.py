@@ -9,7 +9,8 @@ from specdiff.program import Signature
 from specdiff.runtime.sampler.noise import Process
 from specdiff.runtime.sampler.observation import Reading
 from specdiff.runtime.step.step import BUDGET
-from specdiff.runtime.streams.streams import MAX_STREAMS, Stream, returns
+from specdiff.runtime.streams.stream import Stream
+from specdiff.runtime.streams.table import MAX_STREAMS
 from specdiff.runtime.tokens.schedule import Schedule
 
 NO_TIME = "no time input"
@@ -56,7 +57,7 @@ def of_call(
 
     Where tokens are selected, all have one time.
     """
-    if stream is not None and stream.ambiguous and not returns(stream.times, reading.time):
+    if stream is not None and stream.ambiguous and not stream.trail.returns(reading.time):
         return AMBIGUOUS, False
     if not reading.finite:
         return NOT_FINITE, False
@@ -71,7 +72,8 @@ def of_call(
     if relation == "foreign":
         return AMBIGUOUS, False
     begins = relation == "restarts"
-    if not begins and stream.row_times is not None and not times.follow(stream.row_times):
+    before = stream.trail.row_times
+    if not begins and before is not None and not times.follow(before):
         return ROWS_DIFFER if times.differ else TOKENS_DIFFER, False
     if reading.change == 0 and reading.time != stream.times[-1] and not begins:
         return STILL, False  # a part of a broken model, whose conditions were taken for a latent

@@ -17,7 +17,7 @@ from specdiff.runtime.sampler.sampler_fit import Displacement
 from specdiff.runtime.sampler.timeline import next_time
 from specdiff.runtime.step.call import Call
 from specdiff.runtime.step.corrector import FIRST_ORDER_FIT, doubted, is_of_first_order, note_proof
-from specdiff.runtime.streams.streams import CHECK_LAG
+from specdiff.runtime.streams.trail import CHECK_LAG
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def integrated(call: Call, plain: Tensor, as_dense: Tensor, *, computed: bool) -
         computed: whether `plain` was computed, in full.
     """
     stream = call.stream
-    course = stream.course = stream.course or Course()
+    course = stream.fit.course = stream.fit.course or Course()
     course.refusal = course.refusal or _refusal(call, course)
     if not course.refusal and course.process is None:
         _learn_process(call, course)
@@ -60,7 +60,7 @@ def integrated(call: Call, plain: Tensor, as_dense: Tensor, *, computed: bool) -
         return as_dense
     value, handed = plain if computed else None, as_dense
     if course.process is not None:
-        stream.correction = None  # what forecasts cost is part of what the latent lacks
+        stream.fit.correction = None  # what forecasts cost is part of what the latent lacks
         due = next_time([*stream.times, call.time], call.given)
         found = course.answer(call.time, due, value).to(plain.dtype)
         handed = torch.where(plain.isnan(), plain, found)
@@ -80,8 +80,8 @@ def _refusal(call: Call, course: Course) -> str:
     if call.given is None and _rounding(call) > COARSEST:
         return ROUNDED.format(dtype=str(signature.time_input(call.inputs).dtype)[6:])
     if stream.times and not _follows(call, course):
-        stream.first_order, stream.correction = False, None
-    return "" if stream.first_order else OTHER_ORDER
+        stream.fit.first_order, stream.fit.correction = False, None
+    return "" if stream.fit.first_order else OTHER_ORDER
 
 
 def _rounding(call: Call) -> float:
@@ -99,7 +99,7 @@ def _follows(call: Call, course: Course) -> bool:
         if follows:
             note_proof(call)
         return follows
-    if not stream.trail:
+    if not stream.latents:
         return True
     course.orders.append(Awaited(_left_of_first_order(call)))
     return len(course.orders) <= CHECK_LAG or course.orders.popleft().read() <= FIRST_ORDER_FIT
@@ -116,7 +116,7 @@ def _left_of_first_order(call: Call) -> Tensor:
 
 def _learn_process(call: Call, course: Course) -> None:
     """Note how the sampler moves the latent, or that it is none that can be integrated."""
-    sampler = call.stream.sampler
+    sampler = call.stream.fit.sampler
     if sampler is None or doubted(call):
         return
     if sampler.on_host:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from specdiff.runtime.sampler.remains import DEPTH, Seen
+from specdiff.runtime.sampler.remains import Seen
 from specdiff.runtime.sampler.sampler_fit import Displacement, Prediction, Ways, guided
 from specdiff.runtime.sampler.timeline import time_unit
 from specdiff.runtime.step.call import Call
@@ -28,16 +28,16 @@ def look_ahead(call: Call, outputs: Sequence[Tensor]) -> None:
     """Keep what the next evaluation's fit needs, and speculate once time has moved."""
     stream, times = call.stream, call.stream.times
     watched = call.corrects or call.integrates
-    pending = call.wants_future or (watched and stream.sampler is None)
-    before = stream.latents, stream.predictions, stream.model_time
+    pending = call.wants_future or (watched and stream.fit.sampler is None)
+    before = stream.latents, stream.predictions, stream.trail.model_time
     if pending or call.schedule.forecasts or call.integrates or call.reading is not None:
         signature = call.programs.signature
         latents = tuple(p.clone() for p in signature.moving_parts(call.inputs))
         predicted = signature.moved_by(outputs)
         scale = call.settings.guidance_scale
         predictions = tuple(zip(*(guided(p, scale) for p in predicted), strict=True))
-        stream.trail = (Seen(call.time, latents, predictions), *stream.trail)[:DEPTH]
-        stream.model_time = _model_time(call) if pending else None
+        seen, time = Seen(call.time, latents, predictions), _model_time(call) if pending else None
+        stream.trail.keep(seen, time)
     if pending and len(times) > 1 and times[-1] != times[-2]:
         _infer(call, *before)
 
@@ -52,16 +52,16 @@ def _model_time(call: Call) -> Tensor:
 def _infer(call: Call, latents: tuple[Tensor, ...], predictions: Ways, time: Tensor | None) -> None:
     """Infer the sampler from the previous evaluation, given by its parts; look ahead."""
     stream = call.stream
-    if not latents or time is None or stream.model_time is None:
+    if not latents or time is None or stream.trail.model_time is None:
         return
     if len(predictions) != len(stream.predictions):
         return  # guidance was set or unset in between
-    stream.sampler = _inferred(call, latents, predictions)
-    if call.reading is not None and not stream.sampler.trusted:
+    stream.fit.sampler = _inferred(call, latents, predictions)
+    if call.reading is not None and not stream.fit.sampler.trusted:
         call.state.say(logger, NO_FIT)
     elif call.wants_future:
-        stream.looked_ahead = True
-        _speculate(call, stream.sampler, time)
+        stream.selected.looked_ahead = True
+        _speculate(call, stream.fit.sampler, time)
 
 
 def _speculate(call: Call, prediction: Prediction, time: Tensor) -> None:
@@ -70,7 +70,9 @@ def _speculate(call: Call, prediction: Prediction, time: Tensor) -> None:
     landed = landings(times, call.settings.plan.lookahead, call.given)
     places = [(landing, _input_at(call, landing, time)) for landing in landed]
     scratch = call.pool.scratch()
-    speculate(call.programs, scratch, call.inputs, stream, prediction, places, call.shared)
+    stream.selected.speculative = speculate(
+        call.programs, scratch, call.inputs, stream, prediction, places, call.shared
+    )
     call.state.counters.speculative += len(places)
     call.keep(speculative=len(places))
     tokens = call.programs.signature.batch * call.schedule.tokens
@@ -90,6 +92,6 @@ def _inferred(call: Call, latents: tuple[Tensor, ...], predictions: Ways) -> Pre
 def _input_at(call: Call, landing: float, previous: Tensor) -> float | Tensor:
     """The time input at a landing; `previous` was that of the previous evaluation."""
     start, end = call.stream.times[-2:]
-    if call.reading is not None or call.stream.model_time is None:
+    if call.reading is not None or call.stream.trail.model_time is None:
         return landing
-    return model_time(landing, (start, end), (previous, call.stream.model_time))
+    return model_time(landing, (start, end), (previous, call.stream.trail.model_time))

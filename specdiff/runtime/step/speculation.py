@@ -10,7 +10,7 @@ from torch import Tensor
 from specdiff.program import Programs, Signature
 from specdiff.runtime.sampler.sampler_fit import Prediction
 from specdiff.runtime.sampler.timeline import end_of
-from specdiff.runtime.streams.streams import Stream
+from specdiff.runtime.streams.stream import Stream
 from specdiff.runtime.tokens.importance import per_sample
 
 # Model times that pipelines make of scheduler times, as (scale, offset): T, T/1000, 1000 T, 1 - T,
@@ -70,7 +70,7 @@ def speculate(
     prediction: Prediction,
     places: Sequence[tuple[float, float | Tensor]],
     shared: bool,
-) -> None:
+) -> list[tuple[float, Tensor]]:
     """Evaluate the model at later times and keep the importance; nothing else changes.
 
     Args:
@@ -83,7 +83,7 @@ def speculate(
         shared: the batch is the two halves of classifier-free guidance.
     """
     signature = programs.signature
-    found = []
+    scored = []
     for landing, value in places:
         latents = [
             prediction.jump(latent, ways, stream.times[-1], landing)
@@ -93,8 +93,8 @@ def speculate(
         assert evaluation.importance is not None  # a dense run measures it
         importance = per_sample(evaluation.importance, shared)
         trusted = prediction.trusted.to(importance.device, non_blocking=True)
-        found.append((landing, torch.where(trusted, importance, 1.0)))
-    stream.speculative = found
+        scored.append((landing, torch.where(trusted, importance, 1.0)))
+    return scored
 
 
 def _moved(

@@ -51,14 +51,14 @@ def answer(call: Call) -> list[Tensor]:
     else:
         tokens = _skip(call)
         counters.skipped += 1
-    stream.joint = call.reading.joint if call.reading is not None else None
-    stream.row_times = call.reading.times if call.reading is not None else None
     plain = tokens
     if call.corrects and before:
         tokens = corrected(call, before, tokens, computed=count > 0)
     if call.integrates:
         tokens = integrated(call, plain, tokens, computed=count > 0)
-    stream.times.append(call.time)
+    else:
+        stream.fit.course = None
+    stream.trail.arrive(call.time, call.reading)
     call.table.touch(stream)
     counters.tokens_computed += batch * count
     counters.tokens_total += batch * call.schedule.tokens
@@ -82,9 +82,9 @@ def _decide(call: Call) -> int:
     if reason == UNSELECTABLE:
         call.state.counters.fallbacks[UNSELECTABLE] += 1
         call.state.say(logger, f"{UNSELECTABLE}: {call.programs.signature.unselectable}")
-    if 0 < count < tokens and not call.stream.lease:
+    if 0 < count < tokens and not call.stream.selected.lease:
         count, reason = tokens, "no caches yet"
-    if count < tokens and call.stream.news:
+    if count < tokens and call.stream.conditions.news:
         count, reason = tokens, NEWS
         call.state.counters.fallbacks[NEWS] += 1
     if count < tokens and call.strays:
@@ -104,44 +104,44 @@ def _decide(call: Call) -> int:
 
 
 def _dense(call: Call) -> Tensor:
-    stream = call.stream
+    stream, selected = call.stream, call.stream.selected
     # A key seen once costs nothing: caches are for trajectories that go on.
     if call.schedule.selects and stream.history.evaluations > 0:
         _ensure_lease(call)
     if call.schedule.selects:
-        caches = stream.lease.caches if stream.lease else call.pool.scratch()
-        if stream.lease:
-            stream.lease.rows.renew(call.programs.signature, call.inputs)
+        caches = selected.lease.caches if selected.lease else call.pool.scratch()
+        if selected.lease:
+            selected.lease.rows.renew(call.programs.signature, call.inputs)
         evaluation = call.programs.dense(call.inputs, caches)
         tokens = evaluation.tokens
         assert evaluation.importance is not None  # a dense run measures it
-        stream.importance = per_sample(evaluation.importance, call.shared)
-        call.keep(importance=stream.importance)
+        selected.importance = per_sample(evaluation.importance, call.shared)
+        call.keep(importance=selected.importance)
     else:
         tokens = call.programs.probe(call.inputs)
-        stream.lease = None  # what it holds is older than this step
+        selected.lease = None  # what it holds is older than this step
     tokens = tokens.clone()  # the program's next run may overwrite them
-    if call.strays or stream.news:
-        stream.history.break_off()
-        stream.correction = stream.course = None
+    if call.strays or stream.conditions.news:
+        stream.break_off()
     stream.history.record_dense(call.clock, tokens)
     return tokens
 
 
 def _ensure_lease(call: Call) -> None:
-    if call.stream.lease is None:
+    selected = call.stream.selected
+    if selected.lease is None:
         call.table.release_idle(call.stream)
-        call.stream.lease = call.pool.lease(call.settings.max_cache_bytes)
-    if call.stream.lease is None:
+        selected.lease = call.pool.lease(call.settings.max_cache_bytes)
+    if selected.lease is None:
         call.state.counters.fallbacks[BUDGET] += 1
         call.state.say(logger, f"max_cache_bytes={call.settings.max_cache_bytes}: {BUDGET}")
 
 
 def _selective(call: Call, count: int) -> Tensor:
-    stream, settings = call.stream, call.settings
-    assert stream.importance is not None  # measured when the caches were filled
-    future = stream.future(call.time)
-    scores = log_scores(settings, stream.importance, future, stream.history, call.time)
+    stream, importance = call.stream, call.stream.selected.importance
+    assert importance is not None  # measured when the caches were filled
+    future = stream.selected.future(call.time, stream.trail.direction)
+    scores = log_scores(call.settings, importance, future, stream.history, call.time)
     active = most_important(scores, count, call.shared, call.programs.signature.lengths)
     merged = _with_computed(call, _predicted(call, scores, active), active)
     call.keep(active=active, scores=scores)
@@ -162,9 +162,9 @@ def _predicted(call: Call, scores: Tensor, active: Tensor) -> Tensor:
 
 def _with_computed(call: Call, predicted: Tensor, active: Tensor) -> Tensor:
     """`predicted` [B, N, C], and the active tokens computed."""
-    stream, programs, moment = call.stream, call.programs, (call.given, call.time)
-    assert stream.lease is not None  # no name for it here: tracebacks would keep it
-    caches, tables = stream.lease.caches, stream.lease.rows
+    selected, programs, moment = call.stream.selected, call.programs, (call.given, call.time)
+    assert selected.lease is not None  # no name for it here: tracebacks would keep it
+    caches, tables = selected.lease.caches, selected.lease.rows
     row = tables.look_up(programs, call.inputs, caches, moment, call.known)
     evaluation = programs.selective(
         call.inputs,
@@ -182,8 +182,8 @@ def _with_computed(call: Call, predicted: Tensor, active: Tensor) -> Tensor:
     if row is not None and call.reading is None:
         merged = tables.checked(merged, programs.signature, call.inputs, moment)
     if evaluation.importance is not None:
-        stream.importance = per_sample(evaluation.importance, call.shared)
-        call.keep(importance=stream.importance)
+        selected.importance = per_sample(evaluation.importance, call.shared)
+        call.keep(importance=selected.importance)
     return merged
 
 

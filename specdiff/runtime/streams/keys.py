@@ -55,6 +55,34 @@ class StreamKey:
         )
 
 
+class Conditions:
+    """The conditions of a stream's calls: some stand, others vary from call to call.
+
+    Args:
+        first: of its first call.
+    """
+
+    def __init__(self, first: Sequence[object]) -> None:
+        self.key = StreamKey(first, keep_values=True)
+        """Of the latest call."""
+        self.varying: frozenset[int] = frozenset()
+        """Positions of those that the latest call had changed."""
+        self.news = False
+        """Whether a condition changed that had stood still."""
+
+    def stand(self, keep_values: bool) -> None:
+        """The present call has the same objects."""
+        if not keep_values:
+            self.key.forget_values()
+        self.news, self.varying = False, frozenset()
+
+    def change(self, conditions: Sequence[object], changed: frozenset[int]) -> None:
+        """The present call goes on with others, changed at these positions."""
+        self.key = StreamKey(conditions, keep_values=True)
+        self.news = not changed <= self.varying
+        self.varying = changed
+
+
 State = tuple[int | None, int | None]
 """Version and address of a tensor: a write in place moves one, `tensor.data = other` the other."""
 

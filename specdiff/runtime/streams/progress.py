@@ -9,11 +9,12 @@ counted; where one turns up, or falls behind one that it used to lead, its time 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Tensor
 
 from specdiff.runtime.streams.keys import StreamKey
-from specdiff.runtime.streams.streams import Stream
+from specdiff.runtime.streams.stream import Place, Stream
 
 
 class Progress:
@@ -46,13 +47,11 @@ class Progress:
 
     def may_go_on(self, stream: Stream) -> bool:
         """Whether a stream may make an evaluation next, by its place in the generation."""
-        places = (self._done - 1, self._done)
-        return stream.generation == self._generation and stream.index in places
+        return self._index(stream) in (self._done - 1, self._done)
 
     def begin(self, stream: Stream, index: int) -> None:
         """A new stream, from this evaluation on."""
-        stream.generation, stream.first = self._generation, index
-        stream.given = self.times[index:]
+        stream.place = Place(self._generation, index, self.times[index:])
 
     def pass_over(self, before: Stream | None, after: Callable[[], Stream], time: object) -> None:
         """Count an evaluation that no stream made; the stream `after` begins with the next one.
@@ -61,26 +60,34 @@ class Progress:
         """
         index = self.start(before, time)
         if index is None:
-            assert before is not None  # it goes on
-            index = before.index
+            index = self._index(before)
+            assert index is not None  # it goes on
         stream = after()
         self.begin(stream, index + 1)
         self.advance(stream, time)
 
     def advance(self, stream: Stream, time: object) -> None:
         """A stream has made an evaluation."""
-        stream.leads = stream.index > self._done
-        if stream.leads:
-            self._done, self._latest = stream.index, _key(time)
+        index = self._index(stream)
+        assert stream.place is not None and index is not None  # it has begun
+        stream.place = replace(stream.place, leads=index > self._done)
+        if stream.place.leads:
+            self._done, self._latest = index, _key(time)
         if self._done == 1:
             self._first = self._latest
 
     def _goes_on(self, stream: Stream, time: object) -> bool:
-        index = stream.index
-        if stream.generation != self._generation or index >= len(self.times):
+        index = self._index(stream)
+        if index is None or stream.place is None or index >= len(self.times):
             return False
-        follows = index == self._done - 1 and (not stream.leads or self._is_alongside(time))
+        follows = index == self._done - 1 and (not stream.place.leads or self._is_alongside(time))
         return index == self._done or follows
+
+    def _index(self, stream: Stream | None) -> int | None:
+        """Of a stream's next evaluation in the present generation; None if it is of another."""
+        if stream is None or stream.place is None or stream.place.generation != self._generation:
+            return None
+        return stream.place.first + len(stream.times)
 
     def _is_alongside(self, time: object) -> bool:
         """Whether a call that fits no order belongs to the latest evaluation."""

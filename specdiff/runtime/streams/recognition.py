@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from specdiff.runtime.streams.streams import Stream
+from specdiff.runtime.streams.stream import Stream
 
 
 def followed(
@@ -38,8 +38,8 @@ def followed(
     """
     candidates = []
     for stream in streams:
-        if not stream.ambiguous and stream.trail and goes_on(stream):
-            changed = stream.key.differing(conditions, stream.varying)
+        if not stream.ambiguous and stream.latents and goes_on(stream):
+            changed = stream.conditions.key.differing(conditions, stream.conditions.varying)
             candidates.append((len(changed), stream.last_call, stream, changed))
     candidates.sort(key=lambda each: each[:2])
     pairs = [(stream, changed) for *_, stream, changed in candidates]
@@ -50,5 +50,5 @@ def followed(
     if match is None:
         return None
     stream, changed = match
-    stream.renew(conditions, changed)
+    stream.conditions.change(conditions, changed)
     return stream

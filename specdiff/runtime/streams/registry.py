@@ -22,7 +22,8 @@ from specdiff.runtime.records.recording import Recording
 from specdiff.runtime.records.stats import Counters
 from specdiff.runtime.sampler.remains import Seen
 from specdiff.runtime.streams.progress import Progress
-from specdiff.runtime.streams.streams import Stream, StreamTable
+from specdiff.runtime.streams.stream import Stream
+from specdiff.runtime.streams.table import StreamTable
 from specdiff.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -53,14 +54,14 @@ class StreamOwner:
 
     def seen_beside(self, stream: Stream) -> list[Seen]:
         """What other streams saw when this one did: they may guide the same latent."""
-        times = [seen.time for seen in stream.trail]
+        times = [seen.time for seen in stream.trail.seen]
         shapes = [latent.shape for latent in stream.latents]
         seen = [
             seen
             for table in self._tables.values()
             for other in table
             if other is not stream
-            for seen in other.trail
+            for seen in other.trail.seen
             if seen.time in times and [latent.shape for latent in seen.latents] == shapes
         ]
         newest_first = sorted(seen, key=lambda each: times.index(each.time))

@@ -38,15 +38,15 @@ class KnownTimes:
 
     def following(self, moment: Moment, count: int) -> dict[Moment, Tensor]:
         """Up to `count` time inputs that came after that of a moment, in their order."""
-        found: dict[Moment, Tensor] = {}
+        inputs: dict[Moment, Tensor] = {}
         later = self._next.get(moment)
-        while later is not None and later != moment and later not in found and len(found) < count:
+        while later is not None and later != moment and later not in inputs and len(inputs) < count:
             value = self._inputs.get(later)
             if value is None:
                 break
-            found[later] = value
+            inputs[later] = value
             later = self._next.get(later)
-        return found
+        return inputs
 
 
 class TableRows:

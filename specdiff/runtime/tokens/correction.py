@@ -69,14 +69,14 @@ class Correction:
         span = after.times - before.times
         fresh = (span != 0).unsqueeze(-1)
         on_newer, on_older = self._weights(span, before, older)
-        found = torch.addcmul(self.missing, after.tokens - before.tokens, on_newer.unsqueeze(-1))
+        missing = torch.addcmul(self.missing, after.tokens - before.tokens, on_newer.unsqueeze(-1))
         if older is not None:
-            found.addcmul_(before.tokens - older.tokens, on_older.unsqueeze(-1))
-        found = torch.where(fresh, found, 0.0)
-        self.missing = torch.where(fresh, found, self.missing)
+            missing.addcmul_(before.tokens - older.tokens, on_older.unsqueeze(-1))
+        missing = torch.where(fresh, missing, 0.0)
+        self.missing = torch.where(fresh, missing, self.missing)
         self.lag = self.lag.masked_fill(span != 0, 0.0)
         self.lag_squared = self.lag_squared.masked_fill(span != 0, 0.0)
-        return found
+        return missing
 
     def _weights(
         self, span: Tensor, before: ComputedOutput, older: ComputedOutput | None

@@ -122,12 +122,12 @@ def test_whole_step_caching_is_linear_extrapolation():
 
 def state_of_stream(stream):
     history = stream.history
-    lease = stream.lease.caches if stream.lease else ()
-    tensors = [*lease, history.counts, history.age, stream.importance, *stream.latents]
-    tensors += [*sum(stream.predictions, ()), stream.model_time]
+    lease = stream.selected.lease.caches if stream.selected.lease else ()
+    tensors = [*lease, history.counts, history.age, stream.selected.importance, *stream.latents]
+    tensors += [*sum(stream.predictions, ()), stream.trail.model_time]
     tensors += [part for step in history.steps for part in step]
     tensors += [part for output in history.computed for part in output]
-    return copy.deepcopy((tensors, stream.times, history.evaluations, stream.direction))
+    return copy.deepcopy((tensors, stream.times, history.evaluations, stream.trail.direction))
 
 
 @pytest.mark.parametrize("evaluations", [1, 2, 3])
@@ -138,7 +138,7 @@ def test_speculation_changes_nothing_but_scores(evaluations):
         model = toy(**{**PLAN, "plan": Plan.every(4, warmup=3, lookahead=steps)})
         outputs.append(Euler(model).run(evaluations).velocities)
         stream = streams_of(model)[0]
-        assert len(stream.speculative) == (2 if steps and evaluations > 1 else 0)
+        assert len(stream.selected.speculative) == (2 if steps and evaluations > 1 else 0)
         states.append(state_of_stream(stream))
     torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
     torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=0)
@@ -157,7 +157,7 @@ def test_speculation_lands_where_euler_would():
         [*model.parameters(), landed, time, run.prompt, 4.0], None, None
     )
     expected = reference.importance / reference.importance.mean()
-    torch.testing.assert_close(streams_of(model)[0].speculative[0][1], expected.detach())
+    torch.testing.assert_close(streams_of(model)[0].selected.speculative[0][1], expected.detach())
 
 
 def test_future_importance_changes_the_choice():

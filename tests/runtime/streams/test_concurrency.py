@@ -11,7 +11,7 @@ import torch
 
 import specdiff as sd
 from specdiff.plan import Plan
-from specdiff.runtime.streams.streams import MAX_STREAMS
+from specdiff.runtime.streams.table import MAX_STREAMS
 from tests.helpers import PLAN
 from tests.runtime.toy import (
     CHANNELS,

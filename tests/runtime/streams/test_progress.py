@@ -125,7 +125,8 @@ def test_the_half_called_first_is_left_out_at_times(calls):
             unconditional, conditional = unconditional_first(model, seed, calls)
             assert max(unconditional[:2] + conditional[:2]) < 1e-6
             for stream in session.table(model.runtime)._streams:
-                assert stream.times == sigmas(12)[stream.first : stream.first + len(stream.times)]
+                first = stream.place.first
+                assert stream.times == sigmas(12)[first : first + len(stream.times)]
     del half
 
 

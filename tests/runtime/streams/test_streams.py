@@ -66,7 +66,7 @@ def test_two_seeds_on_one_prompt_tensor_run_dense(lead, caplog):
     assert stats.fallbacks == {"ambiguous stream": lead + 12 - (lead + 2)}
     assert stats.dense == lead + 12
     assert caplog.messages.count("running dense: ambiguous stream") == 1
-    assert not any(stream.lease for stream in streams_of(model))
+    assert not any(stream.selected.lease for stream in streams_of(model))
     sd.reset(model)
     Euler(model, 2, text=text).run()
     assert step_counts(model) == ALONE

@@ -146,7 +146,7 @@ def test_no_sync_and_nothing_left_where_all_is_dense():
     model = toy(cache_ratio=0.0)
     Euler(model).run()
     (stream,) = streams_of(model)
-    assert stream.correction is None and stream.sampler is None
+    assert stream.fit.correction is None and stream.fit.sampler is None
 
 
 def test_a_parabola_is_followed_where_the_sampler_keeps_a_share_of_the_latent():
@@ -287,7 +287,7 @@ def test_halves_that_a_solver_uses_again_are_left_alone(solver, scale):
 
 def test_halves_are_known_by_their_latent():
     _, model = guided_apart({}, 7.0)
-    assert all(stream.joint is not None and stream.proven for stream in streams_of(model))
+    assert all(stream.joint is not None and stream.fit.proven for stream in streams_of(model))
     model = toy()
     runs = [Euler(model, seed, steps=28) for seed in (3, 4)]
     for _ in range(28):

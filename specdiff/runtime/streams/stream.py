@@ -1,0 +1,185 @@
+"""A stream: the state of one denoising trajectory, in records.
+
+    conditions   what tells its calls from others'            recognition.py, table.py
+    place        where it is in a session with times          progress.py
+    trail        what its latest evaluations saw and gave     trail.py
+    history      the outputs that forecasts start from        step/step.py
+    selected     caches and scores of selective steps         step/step.py
+    fit          the sampler, and what forecasts cost         step/lookahead.py, step/corrector.py,
+                                                              step/integrator.py
+
+On the right who writes each; the table takes caches back, and looking ahead adds its scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from specdiff.runtime.sampler.course import Course
+from specdiff.runtime.sampler.guidance_pair import Joint
+from specdiff.runtime.sampler.noise import Process
+from specdiff.runtime.sampler.observation import Reading
+from specdiff.runtime.sampler.sampler_fit import Prediction, Ways
+from specdiff.runtime.streams.caches import Lease
+from specdiff.runtime.streams.keys import Conditions
+from specdiff.runtime.streams.trail import Trail
+from specdiff.runtime.tokens.correction import Correction
+from specdiff.runtime.tokens.history import History
+
+LARGE_CHANGE = 0.5
+"""Relative change of the latent in one evaluation that only a very long step explains."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a stream is in a session that was given its times."""
+
+    generation: int
+    """Of the session."""
+    first: int
+    """The stream's first evaluation in it."""
+    given: tuple[float, ...]
+    """Times of all the stream's evaluations, those to come included."""
+    leads: bool = False
+    """Whether it was the first of the session's streams in its latest evaluation."""
+
+
+@dataclass
+class Selected:
+    """What selective steps need: caches, and which tokens matter."""
+
+    lease: Lease | None = None
+    importance: Tensor | None = None
+    """float32 [B, N] of the latest evaluation that measured it (the paper's his)."""
+    speculative: list[tuple[float, Tensor]] = field(default_factory=list)
+    """Times looked ahead to, soonest first, with their importance, float32 [B, N] (fut)."""
+    looked_ahead: bool = False
+
+    def future(self, time: float, direction: float) -> Tensor | None:
+        """Importance at the nearest speculative time not yet passed, else at the last one."""
+        ahead = [
+            importance
+            for landing, importance in self.speculative
+            if (landing - time) * direction >= 0
+        ]
+        if ahead:
+            return ahead[0]
+        return self.speculative[-1][1] if self.speculative else None
+
+
+@dataclass
+class SamplerState:
+    """How the sampler moves the latent, and what forecasts have cost it."""
+
+    sampler: Prediction | None = None
+    """Known once two evaluations have shown it."""
+    correction: Correction | None = None
+    course: Course | None = None
+    """On the way to the solution, if that is the target."""
+    first_order: bool = True
+    """Whether each step seen so far followed from its own prediction alone."""
+    proven: bool = False
+    """Whether a step that followed a new prediction has shown such a sampler's order."""
+
+    @property
+    def on_course(self) -> bool:
+        """Whether the sampler is led to the solution, which leaves nothing to correct."""
+        course = self.course
+        return course is not None and course.process is not None and not course.refusal
+
+
+class Stream:
+    """One trajectory. A new generation is a new stream. All state is per batch row.
+
+    Args:
+        conditions: of its first call.
+        history: empty.
+        number: how many streams its graph has had before.
+    """
+
+    def __init__(self, conditions: Conditions, history: History, number: int) -> None:
+        self.conditions = conditions
+        self.history = history
+        self.number = number
+        self.place: Place | None = None
+        """None outside of sessions with times."""
+        self.trail = Trail()
+        self.selected = Selected()
+        self.fit = SamplerState()
+        self.ambiguous = False
+        """Whether its calls cannot be told from those of others, and run dense."""
+        self.doubtful = False
+        """Whether it may be one of several trajectories, for all that is seen: it began where
+        another had been, and has not yet gone where its prediction leads."""
+        self.last_call = 0
+        """Of its table."""
+
+    @property
+    def times(self) -> list[float]:
+        """Of every evaluation so far."""
+        return self.trail.times
+
+    @property
+    def given(self) -> tuple[float, ...] | None:
+        """Times of all evaluations, those to come included, if the session gave them."""
+        return None if self.place is None else self.place.given
+
+    @property
+    def latents(self) -> tuple[Tensor, ...]:
+        """Of the previous evaluation."""
+        return self.trail.latents
+
+    @property
+    def predictions(self) -> Ways:
+        """Of the previous evaluation."""
+        return self.trail.predictions
+
+    @property
+    def joint(self) -> Joint | None:
+        """How the sampler came to the latest evaluation, by both halves of guidance."""
+        return self.trail.joint
+
+    @property
+    def outputs(self) -> tuple[Tensor, ...]:
+        """Merged outputs [B, N, C] of the last evaluations, newest first."""
+        return tuple(step.tokens for step in self.history.steps)
+
+    def relation(
+        self, reading: Reading, candidates: Sequence[Process]
+    ) -> Literal["continues", "restarts", "foreign"]:
+        """How an evaluation relates to this stream, by its time and its latent.
+
+        A reversal of time begins a new generation; so does a repeat of the starting time, unless
+        the latent has moved a little, and to where its prediction leads (neighbouring times that
+        collide in bf16). Repeated times later on are Heun's. A latent that is far from the previous
+        one, and not where its prediction led by any of the candidates, belongs to somebody else;
+        that of a doubtful stream need not be far.
+        """
+        trail = self.trail
+        if trail.turns_back(reading.time):
+            return "restarts"
+        change, first = reading.change, reading.time == trail.times[-1] and not trail.direction
+        if first and not 0 < change <= LARGE_CHANGE:
+            return "restarts"
+        strange = reading.is_strange(candidates, trail.times[-1])
+        if first and strange:
+            return "restarts"
+        if strange and (change > LARGE_CHANGE or self.doubtful):
+            return "foreign"
+        return "continues"
+
+    def become_ambiguous(self, time: float) -> None:
+        """Keep nothing but the times, this one the last: its calls run dense from here on."""
+        self.ambiguous = True
+        self.trail.forget()
+        self.trail.times.append(time)
+        self.selected, self.fit = Selected(), SamplerState()
+
+    def break_off(self) -> None:
+        """What was computed before the present evaluation is no ground for forecasts."""
+        self.history.break_off()
+        self.fit.correction = self.fit.course = None

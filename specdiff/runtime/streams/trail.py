@@ -1,0 +1,97 @@
+"""The trail: what the latest evaluations of a trajectory saw and gave, which explains the next."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from specdiff.runtime.sampler.guidance_pair import Joint
+from specdiff.runtime.sampler.observation import Reading
+from specdiff.runtime.sampler.remains import DEPTH, UNEXPLAINED, Awaited, Seen
+from specdiff.runtime.sampler.row_times import RowTimes
+from specdiff.runtime.sampler.sampler_fit import Ways
+
+CHECK_LAG = 2
+"""Evaluations from one to the reading of what it showed, where nothing may wait for a device."""
+
+
+class Trail:
+    """Times of all evaluations; latents and predictions of the latest."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        """Of every evaluation so far, in the unit of its source."""
+        self.row_times: RowTimes | None = None
+        """Of the previous evaluation, if its time was read."""
+        self.joint: Joint | None = None
+        """How the sampler came to the latest evaluation, where another stream has the other half of
+        guidance."""
+        self.seen: tuple[Seen, ...] = ()
+        """Latents and (guided) predictions of the latest evaluations, newest first: the parts that
+        they have in common."""
+        self.model_time: Tensor | None = None
+        """float32 scalar: the time input of the previous evaluation, if it will be asked for."""
+        self.strays = False
+        """Whether the latest step that was looked at is unexplained."""
+        self._checks: deque[Awaited] = deque()
+
+    @property
+    def latents(self) -> tuple[Tensor, ...]:
+        """Of the previous evaluation."""
+        return self.seen[0].latents if self.seen else ()
+
+    @property
+    def predictions(self) -> Ways:
+        """Of the previous evaluation."""
+        return self.seen[0].predictions if self.seen else ()
+
+    @property
+    def direction(self) -> float:
+        """-1.0 where time falls, 1.0 where it rises, 0.0 while it has not moved."""
+        return direction_of(self.times)
+
+    def turns_back(self, time: float) -> bool:
+        """Whether an evaluation at this time runs against those so far."""
+        return turns_back(self.times, time)
+
+    def returns(self, time: float) -> bool:
+        """Whether an evaluation at this time is no later than the first of those so far."""
+        return (time - self.times[0]) * self.direction <= 0 and time != self.times[-1]
+
+    def check(self, remains: Tensor, timed: bool) -> None:
+        """Note what nothing explains of the step to the present evaluation.
+
+        It is read at once, or, in a session with times, where nothing waits, two evaluations later.
+        """
+        self._checks.append(Awaited(remains))
+        while len(self._checks) > (CHECK_LAG if timed else 0):
+            self.strays = self._checks.popleft().read() > UNEXPLAINED
+
+    def arrive(self, time: float, reading: Reading | None) -> None:
+        """The present evaluation has its tokens."""
+        self.row_times = None if reading is None else reading.times
+        self.joint = None if reading is None else reading.joint
+        self.times.append(time)
+
+    def keep(self, seen: Seen, model_time: Tensor | None) -> None:
+        """What the present evaluation saw and gave."""
+        self.seen = (seen, *self.seen)[:DEPTH]
+        self.model_time = model_time
+
+    def forget(self) -> None:
+        """All but the times."""
+        self.seen, self.joint = (), None
+
+
+def direction_of(times: Sequence[float]) -> float:
+    """-1.0 where time falls, 1.0 where it rises, 0.0 while it has not moved."""
+    span = times[-1] - times[0]
+    return math.copysign(1.0, span) if span else 0.0
+
+
+def turns_back(times: Sequence[float], time: float) -> bool:
+    """Whether an evaluation at this time runs against those so far."""
+    return (time - times[-1]) * direction_of(times) < 0
