@@ -11,13 +11,17 @@ Goes on where it stopped: solution.json holds what is known, of each picture apa
 from __future__ import annotations
 
 import argparse
+import datetime
 import itertools
 import json
+import math
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import (
     DEISMultistepScheduler,
@@ -27,6 +31,7 @@ from diffusers import (
 from torch import Tensor
 
 import specdiff
+from specdiff.evaluation.measures import worst_tenth
 from specdiff.measure.comparison import psnr
 from specdiff.models import demo, textures
 from specdiff.models.subject import TUNED_ON
@@ -150,8 +155,8 @@ def of_diffusers(kind: Any, order: int) -> Callable[[Tensor, Velocity, int], Ten
         sigmas = grid(evaluations)
         least = LEAST if kind is DEISMultistepScheduler else 0.0  # which takes its logarithm
         scheduler.sigmas = torch.tensor([1 - LEAST, *sigmas[1:-1], least])
-        for time, sigma in zip(scheduler.timesteps, sigmas, strict=False):
-            x = scheduler.step(velocity(x, sigma), time, x, return_dict=False)[0]
+        for at, sigma in zip(scheduler.timesteps, sigmas, strict=False):
+            x = scheduler.step(velocity(x, sigma), at, x, return_dict=False)[0]
         return x
 
     return solve
@@ -211,11 +216,17 @@ Known = dict[str, dict[str, dict[str, float]]]
 """model, then "method, evaluations", then picture: PSNR"""
 
 
-def measure(known: Known, model: str, pictures: int, file: Path, references: Path) -> None:
-    """Fill in what is missing."""
+def measure(
+    known: Known, model: str, pictures: int, file: Path, references: Path, until: float
+) -> None:
+    """Fill in what is missing; begin no picture after `until`."""
     drawer, found = Drawer(model), known.setdefault(model, {})
     references.mkdir(parents=True, exist_ok=True)
     for tier, index in itertools.product(rows(), range(pictures)):
+        if all(str(index) in found.get(_key(*row), {}) for row in tier):
+            continue
+        if time.monotonic() > until:
+            return
         kept = references / f"{model}-{index}.pt"
         if not kept.exists():
             torch.save(drawer.draw(index, "Adams-Bashforth 2", REFERENCE), kept)
@@ -232,9 +243,42 @@ def _key(method: str, evaluations: int) -> str:
     return f"{method}, {evaluations}"
 
 
-def worst_tenth(values: list[float]) -> float:
-    """Mean of the lowest tenth, of one value at least."""
-    return statistics.fmean(sorted(values)[: max(1, round(len(values) / 10))])
+def table(known: Known, model: str) -> str:
+    """A row for each method, a column for each number of evaluations."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for key, values in known[model].items():
+        method, _, count = key.rpartition(", ")
+        found.setdefault(method, {})[int(count)] = [*values.values()]
+    counts = sorted({count for row in found.values() for count in row})
+    lines = ["| | " + " | ".join(map(str, counts)) + " |", "|" + "---|" * (len(counts) + 1)]
+    for method in sorted(found, key=lambda name: (not name.startswith("specdiff"), name)):
+        cells = [_cell(found[method].get(count, [])) for count in counts]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(values: list[float]) -> str:
+    return f"{statistics.fmean(values):.1f}, {worst_tenth(values):.1f}" if values else ""
+
+
+def report(known: Known) -> str:
+    """The page of the tables."""
+    pictures = {
+        model: sorted({len(values) for values in rows.values()}) for model, rows in known.items()
+    }
+    parts = [
+        "# How close to the solution",
+        "`python examples/research/solution.py`, "
+        f"{datetime.date.today():%d %B %Y}, torch {torch.__version__.partition('+')[0]},"
+        f" diffusers {diffusers.__version__}, one CPU core, float32.",
+        "PSNR to the solution of the sampling equation (150 steps of Adams-Bashforth 2), dB: mean"
+        " and mean of the worst tenth, by evaluations of the model. specdiff runs under Euler's 28"
+        " steps; the others take as many steps of their own. None of the pictures was tuned on.",
+    ]
+    for model in known:
+        counted = " to ".join(str(n) for n in {pictures[model][0]: 0, pictures[model][-1]: 0})
+        parts += [f"## {model}, {counted} pictures", table(known, model)]
+    return "\n\n".join(parts) + "\n"
 
 
 def main() -> None:
@@ -244,13 +288,16 @@ def main() -> None:
     parser.add_argument("--model", choices=[*MODELS], nargs="*", default=[*MODELS])
     parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--references", type=Path, default=Path("solution-references"))
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing after")
     parser.add_argument("--name", default="solution")
     wanted = parser.parse_args()
+    until = time.monotonic() + 60 * wanted.minutes
     torch.set_grad_enabled(False)
     file = wanted.out / f"{wanted.name}.json"
     known: Known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     for model in wanted.model:
-        measure(known, model, wanted.pictures, file, wanted.references)
+        measure(known, model, wanted.pictures, file, wanted.references, until)
+        file.with_suffix(".md").write_text(report(known), encoding="utf-8")
 
 
 if __name__ == "__main__":
