@@ -15,6 +15,7 @@ line would have told the newest one. Nothing waits for the device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -37,8 +38,13 @@ class Node(NamedTuple):
 
 @dataclass
 class Solution:
-    """How far the latent of one trajectory is from the solution; rows [B] are apart."""
+    """How far the latent of one trajectory is from the solution; rows [B] are apart.
 
+    But for the trust in the line, where rows guide each other: what moves the latent decides.
+    """
+
+    guidance: Callable[[Tensor], Tensor] = lambda value: value
+    """From values [B, ...] what moves the latents of these rows."""
     nodes: tuple[Node, ...] = ()
     """Newest first, at most `NODES`."""
     short: Tensor | float = 0.0
@@ -97,7 +103,7 @@ class Solution:
         newest, before = self.nodes[:2]
         change = value.float() - newest.value.float()
         line = change - _slope(newest, before) * (clock - newest.clock)
-        errors = tuple(each.flatten(1).square().sum(1) for each in (line, change))
+        errors = tuple(self.guidance(each).flatten(1).square().sum(1) for each in (line, change))
         if self._errors is not None:
             pairs = zip(errors, self._errors, strict=True)
             errors = tuple(torch.add(now, then, alpha=MEMORY) for now, then in pairs)

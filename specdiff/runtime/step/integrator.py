@@ -7,13 +7,14 @@ found not to, steps are as with `target="dense"`; why is said once.
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from specdiff.runtime.sampler.course import Course
 from specdiff.runtime.sampler.remains import Awaited
-from specdiff.runtime.sampler.sampler_fit import Displacement
+from specdiff.runtime.sampler.sampler_fit import Displacement, guided
 from specdiff.runtime.sampler.timeline import next_time
 from specdiff.runtime.step.call import Call
 from specdiff.runtime.step.corrector import FIRST_ORDER_FIT, doubted, is_of_first_order, note_proof
@@ -126,8 +127,14 @@ def _learn_process(call: Call, course: Course) -> None:
         return  # it is read at the next evaluation: nothing queued since then is waited for
     else:
         best = int(course.choice.read())
-    process = sampler.candidates[best // sampler.rates.numel()] if best >= 0 else None
+    candidate, way = divmod(best, sampler.rates.numel())
+    process = sampler.candidates[candidate] if best >= 0 else None
     if process is None or process.clock(call.time) is None:
         course.refusal = NO_CLOCK
     else:
         course.process = process
+        course.solution.guidance = partial(_guided, scale=call.settings.guidance_scale, way=way)
+
+
+def _guided(values: Tensor, scale: float | None, way: int) -> Tensor:
+    return guided(values, scale)[way]

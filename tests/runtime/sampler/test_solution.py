@@ -127,3 +127,10 @@ def test_rows_are_apart():
         torch.testing.assert_close(handed[0][1:], handed[1])
         mixed.hand(clock, handed[0])
         alone.hand(clock, handed[1])
+
+
+def test_rows_that_guide_each_other_are_trusted_alike():
+    known = Solution(guidance=lambda halves: (3 * halves[1:] - 2 * halves[:1]).expand_as(halves))
+    for clock in (1.0, 0.8, 0.7, 0.4):
+        known.arrive(clock, torch.tensor([[clock**2, 1.0], [math.sin(9 * clock), 2.0]]))
+    assert (known.share == known.share[:1]).all()
