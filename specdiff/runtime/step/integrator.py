@@ -78,16 +78,20 @@ def _refusal(call: Call, course: Course) -> str:
         return NOT_ADDITIVE
     if call.reading is not None and call.reading.times.differ:
         return ROWS_DIFFER
-    if call.given is None and _rounding(call) > COARSEST:
-        return ROUNDED.format(dtype=str(signature.time_input(call.inputs).dtype)[6:])
+    if call.given is None and (rounded := _coarse_dtype(call)):
+        return ROUNDED.format(dtype=rounded)
     if stream.times and not _follows(call, course):
         stream.fit.first_order, stream.fit.correction = False, None
     return "" if stream.fit.first_order else OTHER_ORDER
 
 
-def _rounding(call: Call) -> float:
-    time = call.programs.signature.time_input(call.inputs)
-    return torch.finfo(time.dtype).eps if time.is_floating_point() else 0.0
+def _coarse_dtype(call: Call) -> str:
+    """Name of the time input's dtype, if it rounds too much; else empty."""
+    index = call.programs.signature.time
+    time = None if index is None else call.inputs[index]
+    if not isinstance(time, Tensor) or not time.is_floating_point():
+        return ""
+    return str(time.dtype)[6:] if torch.finfo(time.dtype).eps > COARSEST else ""
 
 
 def _follows(call: Call, course: Course) -> bool:
