@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from specdiff.inspect.report import Report
     from specdiff.options import Options
     from specdiff.oracles.verification import Verification, verify
+    from specdiff.passes.rules.attention_ops import register_attention
+    from specdiff.passes.rules.rowwise import register_rowwise
     from specdiff.plan import Plan
     from specdiff.runtime.api import attach, configure, detach, record, reset, session, stats
     from specdiff.runtime.blocks.attach import Attachment
@@ -33,6 +35,8 @@ _HOMES = {
     "detach": "specdiff.runtime.api",
     "explain": "specdiff.inspect.explaining",
     "record": "specdiff.runtime.api",
+    "register_attention": "specdiff.passes.rules.attention_ops",
+    "register_rowwise": "specdiff.passes.rules.rowwise",
     "reset": "specdiff.runtime.api",
     "session": "specdiff.runtime.api",
     "stats": "specdiff.runtime.api",
@@ -60,6 +64,8 @@ __all__ = [
     "detach",
     "explain",
     "record",
+    "register_attention",
+    "register_rowwise",
     "reset",
     "session",
     "stats",

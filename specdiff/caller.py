@@ -10,6 +10,7 @@ they are compiled, so it lies on the Python stack, with a time among its argumen
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Collection, Iterator
 from types import FrameType
@@ -18,27 +19,41 @@ from torch import nn
 
 from specdiff.torch_adapter import MODULE_CALLS
 
+IsTime = Callable[[str], bool]
+
 
 def model_of_part(
-    parameters: Collection[nn.Parameter], is_time: Callable[[str], bool]
+    parameters: Collection[nn.Parameter], is_time: IsTime, *, is_cut: bool
 ) -> nn.Module | None:
     """The outermost model under way that has a time and more than these parameters.
 
     None where the graph is the whole of a model, or where nobody knows. A graph without parameters
-    is never a model.
+    is never a model, and neither is one that a break has cut off.
 
     Args:
         parameters: of the graph.
         is_time: whether an argument of this name is a time.
+        is_cut: whether a break ends the graph: then the model's forward may begin with it, and is
+            not seen to be under way.
     """
     mine = {id(parameter) for parameter in parameters}
     outermost = None
     for frame in _callers():
-        if _has_time(frame, is_time, in_call=not mine):
+        if _has_time(frame, is_time, in_call=is_cut or not mine):
             model = frame.f_locals.get("self")
             if isinstance(model, nn.Module) and mine < {id(each) for each in model.parameters()}:
                 outermost = model
     return outermost
+
+
+def calling_module() -> nn.Module | None:
+    """The innermost module under way."""
+    for frame in _callers():
+        if frame.f_code.co_varnames[:1] == ("self",):
+            module = frame.f_locals.get("self")
+            if isinstance(module, nn.Module):
+                return module
+    return None
 
 
 def _callers() -> Iterator[FrameType]:
@@ -49,15 +64,19 @@ def _callers() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _has_time(frame: FrameType, is_time: Callable[[str], bool], *, in_call: bool) -> bool:
-    """Whether a time is among a frame's arguments, or its keywords if those count, too.
+def _has_time(frame: FrameType, is_time: IsTime, *, in_call: bool) -> bool:
+    """Whether a time is among a frame's arguments, or those of the forward that it calls.
 
-    The keywords of `Module.__call__` do not tell a model that is compiled whole from one that is
-    under way. Of other frames the locals are not looked at: up to Python 3.12 that keeps what they
-    name alive until the function returns.
+    `Module.__call__` does not tell a model that is compiled whole from one that is under way, so it
+    counts only if asked for. Of other frames the locals are not looked at: up to Python 3.12 that
+    keeps what they name alive until the function returns.
     """
     code = frame.f_code
     if any(map(is_time, code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])):
         return True
-    keywords = frame.f_locals.get("kwargs") if in_call and code in MODULE_CALLS else None
-    return isinstance(keywords, dict) and any(map(is_time, keywords))
+    if not in_call or code not in MODULE_CALLS:
+        return False
+    given = frame.f_locals.get("kwargs")
+    # that of the class: hooks put other functions in the place of the instance's
+    taken = inspect.signature(type(frame.f_locals["self"]).forward).parameters
+    return any(map(is_time, (*taken, *(given if isinstance(given, dict) else ()))))

@@ -16,7 +16,6 @@ from typing import Any
 from torch import fx, nn
 
 from specdiff import torch_adapter
-from specdiff.boundary import Leaf, step_signature
 from specdiff.caller import model_of_part
 from specdiff.errors import Unsupported
 from specdiff.inspect.publish import publish
@@ -24,14 +23,12 @@ from specdiff.options import Options
 from specdiff.passes.base import PassRecord
 from specdiff.passes.emit.lower import TIMETABLE, BlockPrograms, LoweredPrograms, ProgramCompiler
 from specdiff.passes.graph.dump import Dump
-from specdiff.passes.graph.in_place import writes_to_inputs
 from specdiff.passes.normalize.specialise import floats_of, specialise
 from specdiff.passes.select.block import select_block, work_of
-from specdiff.passes.select.input_roles import is_item, short_name
+from specdiff.passes.select.input_roles import short_name
 from specdiff.passes.select.quantize import quantized
 from specdiff.passes.share.outline import share_repeats
 from specdiff.pipeline import (
-    GRADIENTS,
     Analysis,
     Traced,
     analyse_or_reason,
@@ -40,8 +37,10 @@ from specdiff.pipeline import (
     or_reason,
     refusal,
     trace,
+    whole_steps,
 )
 from specdiff.program import time_rank
+from specdiff.quantized import is_quantized
 from specdiff.runtime.blocks.block import Block, OneGraph, is_attached
 from specdiff.runtime.records.stats import LAST_VARIANT
 from specdiff.runtime.step.dense_only import DenseOnly
@@ -55,8 +54,6 @@ from specdiff.settings import IMPORTANCE_QUERIES
 log = logging.getLogger(__name__)
 
 ALL_QUERIES = 1 << 62
-MUST_RUN = (GRADIENTS, torch_adapter.WRITES_TO_INPUTS)
-"""Why no call of a graph may be left out."""
 AsPart = Callable[[Callable[..., Any]], Part]
 """Makes of a compiled graph what answers it as a part of its model."""
 CHANGING = "numbers in the graph, such as an adapter's strength, change too often to compile for"
@@ -76,7 +73,12 @@ def specdiff_backend(
     known, given = Options.parse(dict(options or {}), torch_adapter.inductor_keys())
     inductor_settings = torch_adapter.inductor_settings(given, mode)
     is_state = module_states(module, inputs)
-    part = part_of_model(inputs, is_state, known)
+    part = part_of_model(module, inputs, is_state, known)
+    if part is None and is_for_all() and not is_attached() and not has_time(module, known):
+        log.debug("compiled as it is: no time input was found")
+        return torch_adapter.compile_untouched(
+            module, inputs, known.inner_backend, inductor_settings
+        )
     if part is None:
         note_variant(inputs)
     symbolic, floats = torch_adapter.symbolic_inputs(inputs), floats_of(module)
@@ -96,16 +98,29 @@ def specdiff_backend(
     return compile_whole_steps(module, compiled, inputs, is_state, known, traced, part)
 
 
+def is_for_all() -> bool:
+    """Whether this backend compiles whatever the process compiles, chosen for it or not."""
+    default = torch_adapter.default_backend()
+    return default == "specdiff" or getattr(default, "func", default) is specdiff_backend
+
+
+def has_time(module: fx.GraphModule, options: Options) -> bool:
+    """Whether an input of a graph has the name of a time."""
+    names = map(short_name, torch_adapter.sources(module))
+    return any(time_rank(name, options.timestep_arg) is not None for name in names)
+
+
 def part_of_model(
-    inputs: Sequence[Any], is_state: Sequence[bool], options: Options
+    module: fx.GraphModule, inputs: Sequence[Any], is_state: Sequence[bool], options: Options
 ) -> AsPart | None:
     """For a graph of a model that breaks into several; None where it is a whole one.
 
     Tells the registry whose parameters these are: all graphs of a model are counted together.
     """
     parameters = [value for value in inputs if isinstance(value, nn.Parameter)]
+    is_cut = torch_adapter.is_cut(module)
     model = model_of_part(
-        parameters, lambda name: time_rank(name, options.timestep_arg) is not None
+        parameters, lambda name: time_rank(name, options.timestep_arg) is not None, is_cut=is_cut
     )
     if model is None:
         return None
@@ -168,21 +183,14 @@ def compile_whole_steps(
     """
     if part is not None:
         return OneGraph(part(dense), dense)
-    parameters = parameters_among(is_state)
-    refused = OneGraph(DenseOnly(dense, reason, parameters), dense)
-    if reason in MUST_RUN or writes_to_inputs(module.graph):
-        return refused
     try:
-        leaves = [
-            Leaf(short_name(source), value, held, is_item(source))
-            for source, value, held in zip(
-                torch_adapter.sources(module), inputs, is_state, strict=True
-            )
-        ]
-        outputs = torch_adapter.example_outputs(module)
-        signature = step_signature(leaves, outputs, options.timestep_arg, reason)
-    except Unsupported:
-        return refused
+        signature = whole_steps(module, inputs, is_state, options.timestep_arg, reason)
+    except Unsupported as error:
+        if is_for_all():
+            log.debug("compiled as it is: %s", error)
+            return OneGraph(dense, dense)
+        refused = DenseOnly(dense, reason, parameters_among(is_state), str(error))
+        return OneGraph(refused, dense)
     programs = StepPrograms(lambda values: dense(*values), signature)
     return OneGraph(Runtime(programs, options, dense), dense)
 
@@ -204,7 +212,8 @@ def compile_with_tokens(
     outcome = analyse_or_reason(traced, is_state, options)
     publish(outcome, traced.dump, options)
     alone: Callable[..., Any]
-    if part is not None and (isinstance(outcome, str) or outcome.signature.time is None):
+    is_cut = torch_adapter.is_cut(module)
+    if part is not None and (is_cut or isinstance(outcome, str) or outcome.signature.time is None):
         alone = OneGraph(part(dense), dense)
     elif isinstance(outcome, Analysis):
         alone = Runtime(lowered_programs(outcome, options, inductor_settings), options, dense)
@@ -274,7 +283,8 @@ def program_compiler(
         def compiled(program: fx.GraphModule) -> Any:
             return torch_adapter.compile_program(program, values, inner, inductor_settings)
 
-        shared = compile_shared(name, program, compiled) if inner == "inductor" else None
+        shares = inner == "inductor" and not any(map(is_quantized, values))
+        shared = compile_shared(name, program, compiled) if shares else None
         return shared or compiled(program)
 
     return compiler

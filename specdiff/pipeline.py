@@ -20,13 +20,16 @@ import torch
 from torch import fx
 
 from specdiff import torch_adapter
+from specdiff.boundary import Leaf, step_signature
 from specdiff.errors import Unsupported, described
 from specdiff.options import Options
 from specdiff.passes.base import Notes, Observer, PassRecord, PassRunner
 from specdiff.passes.graph.dump import Dump, unfailing
+from specdiff.passes.graph.in_place import writes_to_inputs
 from specdiff.passes.graph.python_file import to_python
 from specdiff.passes.normalize.normalize import DynamoGraph, NormalizePass
 from specdiff.passes.select.axes import AxesPass, AxisFacts
+from specdiff.passes.select.input_roles import is_item, short_name
 from specdiff.passes.select.invariant import InvariantPass
 from specdiff.passes.select.quantize import QuantizePass
 from specdiff.passes.select.regions import Region, RegionsPass
@@ -127,6 +130,37 @@ def trace_pass(record: PassRecord, module: fx.GraphModule, notes: Notes) -> None
     """Hand the code after a pass to tlparse."""
     name = f"specdiff_{record.name}"
     unfailing(lambda: torch_adapter.trace_artifact(name, to_python(module, str(record), notes)))
+
+
+def whole_steps(
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    is_state: Sequence[bool],
+    timestep_arg: str | None,
+    unselectable: str,
+) -> Signature:
+    """What forecasting whole steps of a graph takes.
+
+    Args:
+        module: the graph as Dynamo hands it over.
+        inputs: an example of its inputs.
+        is_state: which of them are parameters or buffers.
+        timestep_arg: name of the time, None for the usual ones.
+        unselectable: why no tokens can be selected.
+
+    Raises:
+        Unsupported: it has no boundary, or none of its calls may be left out.
+    """
+    if unselectable == GRADIENTS:
+        raise Unsupported(GRADIENTS)
+    if unselectable == torch_adapter.WRITES_TO_INPUTS or writes_to_inputs(module.graph):
+        raise Unsupported(torch_adapter.WRITES_TO_INPUTS)
+    leaves = [
+        Leaf(short_name(source), value, held, is_item(source))
+        for source, value, held in zip(torch_adapter.sources(module), inputs, is_state, strict=True)
+    ]
+    outputs = torch_adapter.example_outputs(module)
+    return step_signature(leaves, outputs, timestep_arg, unselectable)
 
 
 def module_states(module: fx.GraphModule, inputs: Sequence[Any]) -> list[bool]:

@@ -1,6 +1,6 @@
 """The one file that touches private torch API: tracing, sources of inputs, hand-off to Inductor.
 
-Works on torch 2.11 to 2.13; what was tried is in the comments.
+Works on torch 2.11 to 2.15; what was tried is in the comments.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch._guards import CompileContext, CompileId, TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.utils import fresh_cache
 from torch._logging._internal import trace_log, trace_structured
-from torch._ops import OpOverload
+from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -34,6 +35,14 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from specdiff.errors import OptionError, Unsupported, described
+from specdiff.quantized import (
+    after_vmap,
+    for_vmap,
+    is_packed,
+    keep_whole,
+    quantized_weights,
+    skip_conversions,
+)
 
 InductorSettings = Mapping[str, Any]
 
@@ -56,6 +65,13 @@ def export_functional(module: fx.GraphModule, inputs: Sequence[Any]) -> fx.Graph
     the graph writes to an input, takes a tensor subclass, changes autocast or holds a vmap: an
     export that fails inside one of the latter two leaves it entered, for whatever runs next.
     """
+    quantized = quantized_weights(module, inputs)
+    packed = tuple(i for i, value in enumerate(inputs) if is_packed(value))
+    if packed:
+        module = copy_graph(module)
+        skip_conversions(module.graph)
+        module.recompile()
+    inputs = _with_stand_ins(inputs, (*quantized, *packed))
     require_plain_tensors(inputs)
     require_one_autocast(module.graph)
     if any("vmap_increment_nesting" in str(node.target) for node in module.graph.nodes):
@@ -70,7 +86,26 @@ def export_functional(module: fx.GraphModule, inputs: Sequence[Any]) -> fx.Graph
     _restore_attributes(module, exported, signature)
     _restore_placeholders(module, exported, inputs)
     _remove_autocast(exported.graph)
+    placeholders = exported.graph.find_nodes(op="placeholder")
+    keep_whole(exported.graph, [placeholders[i] for i in quantized])
     return exported
+
+
+def _with_stand_ins(inputs: Sequence[Any], positions: Sequence[int]) -> list[Any]:
+    """Inputs with plain fakes in the place of those that are tensor subclasses."""
+    found = list(inputs)
+    for position in positions:
+        value, mode = inputs[position], TracingContext.get().fake_mode
+        assert mode is not None
+        with mode:  # fakes of another mode get symbolic sizes
+            found[position] = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    return found
+
+
+def as_bytes(values: Sequence[Any]) -> list[Any]:
+    """Inputs of a graph, those of GGUF as plain tensors."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return [v.as_subclass(Tensor) if is_packed(v) else v for v in values]
 
 
 def vectorized(module: fx.GraphModule, inputs: Sequence[Tensor], index: int) -> fx.GraphModule:
@@ -84,7 +119,8 @@ def vectorized(module: fx.GraphModule, inputs: Sequence[Tensor], index: int) -> 
             fake_mode_of(inputs[index]),
             torch.no_grad(),
         ):  # in which the graph makes tensors of its own, too
-            return make_fx(torch.func.vmap(module, in_dims=over))(*inputs)
+            made = make_fx(torch.func.vmap(for_vmap(module), in_dims=over))(*inputs)
+            return after_vmap(made)
     except Exception as error:
         if is_restart(error):
             raise
@@ -237,6 +273,7 @@ def static_fakes(inputs: Sequence[Any]) -> list[Any]:
 def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
     """A Dynamo graph with nodes of its own; placeholders keep their sources."""
     copied = fx.GraphModule(module, copy.deepcopy(module.graph))
+    copied.__dict__["compile_subgraph_reason"] = getattr(module, "compile_subgraph_reason", None)
     old = module.graph.find_nodes(op="placeholder")
     for before, after in zip(old, copied.graph.find_nodes(op="placeholder"), strict=True):
         after._dynamo_source = getattr(before, "_dynamo_source", None)
@@ -282,6 +319,9 @@ def compile_program(
     Parameters and caches stay static inputs: CUDA graphs would copy them before each run
     otherwise. Outside a Dynamo compilation Inductor learns of them through a tracing context.
     """
+    if any(map(is_packed, inputs)):
+        compiled_for_bytes = compile_program(module, as_bytes(inputs), backend, settings)
+        return lambda values: compiled_for_bytes(as_bytes(values))
     if backend == "eager":
         return lambda values: module(*values)
     _restore_static_metadata(module)
@@ -387,6 +427,11 @@ def graphs_compiled() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
+def is_cut(module: fx.GraphModule) -> bool:
+    """Whether a break ends a Dynamo graph, rather than the return of a function."""
+    return bool(getattr(getattr(module, "compile_subgraph_reason", None), "graph_break", False))
+
+
 def latest_break() -> str:
     """Where and why Dynamo broke a graph for the first time of this kind, the latest one.
 
@@ -414,6 +459,49 @@ def forget_compiled() -> None:
 def mutates(target: Any) -> bool:
     """Whether an op writes to an operand."""
     return isinstance(target, OpOverload) and target._schema.is_mutable
+
+
+def default_backend() -> str | Callable[..., Any] | None:
+    """What `torch.compile` uses where it is given no backend; None: this torch cannot change it.
+
+    torch 2.13 was the first that can. A debug switch, the environment variable
+    TORCH_COMPILE_OVERRIDE_BACKENDS=">=0:specdiff", counts, too.
+    """
+    if "specdiff" in getattr(dynamo_config, "debug_backend_override", ""):
+        return "specdiff"
+    found = getattr(torch.compiler, "get_default_backend", None)
+    return None if found is None else found()
+
+
+def set_default_backend(backend: Callable[..., Any]) -> None:
+    """Make `torch.compile` use `backend` where it is given none; only where `default_backend`."""
+    torch.compiler.set_default_backend(backend)
+
+
+def op_name(target: object) -> str | None:
+    """The name of an op, "namespace::name"; None of what is none. Takes a `custom_op`, too."""
+    target = getattr(target, "_opoverload", target)
+    if isinstance(target, OpOverload):
+        return str(target._schema.name)
+    return str(target._qualified_op_name) if isinstance(target, OpOverloadPacket) else None
+
+
+@dataclass(frozen=True)
+class OpArgument:
+    """One argument of an op."""
+
+    name: str
+    is_tensor: bool
+    """Whether it is one tensor, and never None."""
+    default: Any
+
+
+def op_arguments(target: Any) -> list[OpArgument]:
+    """The arguments of an op in the order of its schema."""
+    return [
+        OpArgument(a.name, str(a.type) == "Tensor", a.default_value)
+        for a in target._schema.arguments
+    ]
 
 
 def storage_of(value: Tensor) -> int:

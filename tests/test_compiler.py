@@ -291,7 +291,9 @@ def test_model_without_attention(caplog):
     report = specdiff.explain(model, **inputs)
     assert not report.selective
     assert "attention" in report.reason
-    assert str(report) == f"dense: {report.reason}"
+    words = f"step plan: yes\ntoken selection: no, because {report.reason}"
+    assert str(report) == words
+    assert words in str(specdiff.stats(dense))
     # its whole steps can be forecast; each of these calls begins a generation, which is dense
     assert specdiff.stats(dense).dense == 3
     assert specdiff.stats(dense).fallbacks == {}
@@ -401,7 +403,7 @@ def test_explain(build, tokens, text):
     names = {segment.prunable: segment.name for segment in report.segments}
     assert names[False] == "encoder_hidden_states"
     page = str(report)
-    assert page.startswith("selective\n")
+    assert page.startswith("step plan: yes\ntoken selection: yes\n")
     assert f"{names[True]}: {tokens} tokens, prunable" in page
     assert f"{names[False]}: {text} tokens, always computed" in page
     assert report.cache_bytes > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,10 +10,14 @@ import torch
 from torch import fx, nn
 
 from specdiff import torch_adapter
+from specdiff.errors import Unsupported
 from specdiff.inspect.publish import publish
 from specdiff.inspect.report import Report, report_of
 from specdiff.options import Options
-from specdiff.pipeline import trace_and_analyse
+from specdiff.pipeline import Analysis, module_states, trace_and_analyse, whole_steps
+
+UNTRACED = "the model was not traced: Dynamo found no tensor operation"
+BROKEN = "the model breaks into graphs (specdiff.attach(model) forecasts its whole steps)"
 
 
 def explain(
@@ -37,11 +42,29 @@ def explain(
     reports: list[Report] = []
 
     def collect(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        reports.append(report_of(trace_and_analyse(module, inputs, known, publish=publish), known))
+        analysis = trace_and_analyse(module, inputs, known, publish=publish)
+        reports.append(report_of(analysis, known, _no_step_plan(module, inputs, known, analysis)))
         return module.forward
 
     with torch.no_grad():
         torch_adapter.trace_once(getattr(model, "_orig_mod", model), collect, args, kwargs)
     if not reports:
-        return Report(False, "the model was not traced: Dynamo found no tensor operation")
-    return next((report for report in reports if report.selective), reports[0])
+        return Report(False, UNTRACED, UNTRACED)
+    best = next((report for report in reports if report.selective), reports[0])
+    if best.selective or len(reports) == 1:
+        return best
+    return dataclasses.replace(best, no_step_plan=BROKEN)
+
+
+def _no_step_plan(
+    module: fx.GraphModule, inputs: Sequence[Any], options: Options, analysis: Analysis | str
+) -> str:
+    """Why no whole steps of a graph can be forecast; empty if they can."""
+    if not isinstance(analysis, str):
+        return ""
+    try:
+        is_state = module_states(module, inputs)
+        whole_steps(module, inputs, is_state, options.timestep_arg, analysis)
+    except Unsupported as error:
+        return str(error)
+    return ""

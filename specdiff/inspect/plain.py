@@ -18,13 +18,19 @@ SCHEMA = 1
 def to_json(report: Report, rates: MachineRates | None = None, steps: int = 28) -> dict[str, Any]:
     """All of a report; with the rates of a machine also times, in seconds."""
     if not report.selective:
-        return {"schema": SCHEMA, "selective": False, "reason": report.reason}
+        return {
+            "schema": SCHEMA,
+            "selective": False,
+            "reason": report.reason,
+            "no_step_plan": report.no_step_plan,
+        }
     settings = dataclasses.asdict(report.settings)
     settings["alphas_cumprod"] = settings["alphas_cumprod"] and list(settings["alphas_cumprod"])
     return {
         "schema": SCHEMA,
         "selective": True,
         "reason": "",
+        "no_step_plan": "",
         "denoises": list(report.latents),
         "segments": [dataclasses.asdict(segment) for segment in report.segments],
         "sizes": {"B": report.sizes.batch, "N": report.sizes.tokens, "T": report.sizes.text},

@@ -20,9 +20,11 @@ from specdiff.passes.select.selection import Selection
 from specdiff.passes.select.signature import module_path
 from specdiff.pipeline import Analysis
 from specdiff.program import Segment
+from specdiff.runtime.records.stats import in_words
 from specdiff.runtime.tokens.schedule import Place, Schedule, active_tokens
 from specdiff.settings import Settings
 
+NO_TIME = "no time input was found: name it by the option timestep_arg"
 RATIOS = (0.5, 0.75, 0.9, 0.95)
 """Shares of tokens left out for which costs are shown."""
 FORECAST_PASSES = 5
@@ -68,7 +70,9 @@ class Report:
 
     selective: bool
     reason: str
-    """Why the model runs dense; empty if it is selective."""
+    """Why no tokens can be selected; empty if they can."""
+    no_step_plan: str | None = None
+    """Why no whole steps can be forecast; empty if they can, None if nobody looked."""
     latents: tuple[str, ...] = ()
     """Inputs that are denoised, by their names in the caller's frame."""
     segments: tuple[Segment, ...] = ()
@@ -158,9 +162,13 @@ class Report:
 
     def __str__(self) -> str:
         """A page for a person."""
+        lines = [
+            f"step plan: {in_words(self.no_step_plan)}",
+            f"token selection: {in_words(self.reason)}",
+        ]
         if not self.selective:
-            return f"dense: {self.reason}"
-        lines = ["selective", f"denoises: {', '.join(self.latents)}", "segments:"]
+            return "\n".join(lines)
+        lines += [f"denoises: {', '.join(self.latents)}", "segments:"]
         for segment in self.segments:
             kind = "prunable" if segment.prunable else "always computed"
             lines.append(f"  {segment.name}: {segment.length} tokens, {kind}")
@@ -179,17 +187,26 @@ class Report:
         return "\n".join(lines)
 
 
-def report_of(analysis: Analysis | str, options: Options | None = None) -> Report:
-    """What `explain` says of one graph, given its analysis or why it has none."""
+def report_of(
+    analysis: Analysis | str, options: Options | None = None, no_step_plan: str | None = None
+) -> Report:
+    """What `explain` says of one graph.
+
+    Args:
+        analysis: of the graph, or why it has none.
+        options: of the backend.
+        no_step_plan: why whole steps cannot be forecast, empty if they can; None if nobody looked.
+    """
     if isinstance(analysis, str):
-        return Report(False, analysis)
+        return Report(False, analysis, no_step_plan)
     if analysis.signature.time is None:
-        return Report(False, "no time input was found: name it by the option timestep_arg")
+        return Report(False, NO_TIME, NO_TIME)
     known = options or Options()
     code = known.kv_cache_code
     return Report(
         selective=True,
         reason="",
+        no_step_plan="",
         latents=tuple(
             analysis.signature.inputs[pair.latent].name for pair in analysis.signature.denoised
         ),

@@ -26,7 +26,7 @@ def render(report: Report, rates: MachineRates | None = None, steps: int = 28) -
 
 def _parts(report: Report, rates: MachineRates | None, steps: int) -> Iterator[RenderableType]:
     if not report.selective:
-        yield Text(f"runs dense: {report.reason}", style="yellow")
+        yield Text(str(report), style="yellow")
         return
     facts = report_facts(report, rates, steps)
     yield Text(f"can be run on some of its tokens; denoises {', '.join(report.latents)}")

@@ -85,6 +85,9 @@ def test_page_says_what_was_found(report):
 def test_page_of_a_model_that_runs_dense_says_why():
     page = report_page(Report(False, "no <attention>"), RATES)
     assert "no &lt;attention&gt;" in page and "What a step costs" not in page
+    assert "as it is" in page
+    page = report_page(Report(False, "no attention", no_step_plan=""), RATES)
+    assert "Whole steps of this model can be forecast" in page and "as it is" not in page
 
 
 def test_record_is_strict_json_and_its_formulas_are_those_of_the_report(report):
@@ -102,8 +105,9 @@ def test_record_is_strict_json_and_its_formulas_are_those_of_the_report(report):
     assert speedup == pytest.approx(half["speedup"])
     kinds = [one["kind"] for one in found["schedule"]]
     assert kinds == ["dense"] * 2 + ["selective"] * 6
-    refused = to_json(Report(False, "no attention"))
-    assert refused == {"schema": 1, "selective": False, "reason": "no attention"}
+    refused = to_json(Report(False, "no attention", "no time"))
+    reasons = {"reason": "no attention", "no_step_plan": "no time"}
+    assert refused == {"schema": 1, "selective": False, **reasons}
 
 
 def test_prediction_is_bound_by_the_slower_of_work_and_traffic(report):
@@ -135,7 +139,7 @@ def test_terminal_shows_the_same(report):
     printed = captured.get()
     for words in ("encoder_hidden_states", "attention+mlp", "FLOPs selective", "██▄▄▄▄▄▄"):
         assert words in printed
-    assert "runs dense: no attention" in printed
+    assert "token selection: no, because no attention" in printed
 
 
 def test_ops_left_whole_come_with_the_reason():

@@ -21,8 +21,9 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
+from specdiff.passes.emit.own_call import own_call
 from specdiff.passes.emit.whole import WholeEmitter, inverse, to_tokens
-from specdiff.passes.rules.attention import ATTENTION, Attention
+from specdiff.passes.rules.attention import ATTENTION, OWN_CALL, Attention
 from specdiff.passes.rules.registry import operand_at, rank_of, shape_of
 from specdiff.passes.rules.shape import VIEWS
 from specdiff.passes.select.axes import ClassId, Layout, Piece
@@ -230,6 +231,8 @@ class RowsEmitter(WholeEmitter):
         key, value = self.whole[attention.key], self.whole[attention.value]
         mask = self._mask_rows(attention)
         self.importance.observe(attention, query, key, mask)
+        if OWN_CALL in node.meta:
+            return own_call(self, node.meta[OWN_CALL], query, key, value)
         # causality becomes a mask, because rows no longer stand at their positions; operands are
         # emitted one by one, because one value may be query, key and value at once
         options = {k: v for k, v in node.kwargs.items() if k in ("scale", "enable_gqa")}

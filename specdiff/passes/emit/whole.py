@@ -25,9 +25,10 @@ import torch
 from torch import fx
 
 from specdiff.passes.emit.importance import ImportanceSum
+from specdiff.passes.emit.own_call import own_call
 from specdiff.passes.graph.dependence import ancestors
 from specdiff.passes.graph.writer import GraphWriter
-from specdiff.passes.rules.attention import ATTENTION, Attention
+from specdiff.passes.rules.attention import ATTENTION, OWN_CALL, Attention
 from specdiff.passes.rules.registry import shape_of
 from specdiff.passes.select.cache_layout import encode, stored_tensors
 from specdiff.passes.select.selection import Selection
@@ -73,12 +74,20 @@ class WholeEmitter(GraphWriter):
 
     def emit_whole(self, node: fx.Node) -> None:
         """Write `node` with whole operands."""
-        self.whole[node] = self.copy(node, self.whole)
-        if node.target is ATTENTION:
-            attention = Attention.of(node)
-            query, key = self.whole[attention.query], self.whole[attention.key]
-            mask = self.whole[attention.mask] if attention.mask is not None else None
-            self.importance.observe(attention, query, key, mask)
+        if node.target is not ATTENTION:
+            self.whole[node] = self.copy(node, self.whole)
+            return
+        attention = Attention.of(node)
+        query, key, value = (
+            self.whole[each] for each in (attention.query, attention.key, attention.value)
+        )
+        mask = self.whole[attention.mask] if attention.mask is not None else None
+        if OWN_CALL in node.meta:
+            self.follow(node)
+            self.whole[node] = own_call(self, node.meta[OWN_CALL], query, key, value)
+        else:
+            self.whole[node] = self.copy(node, self.whole)
+        self.importance.observe(attention, query, key, mask)
 
     def finish(self, tokens: fx.Node) -> fx.GraphModule:
         """The program that returns the token-level output, and importance if measured."""

@@ -4,6 +4,7 @@
     a, b = chunk(x, 2, -1)              a = slice(x, -1, 0, n); b = slice(x, -1, n, 2 * n)
     y = x.view_as(z)                    y = view(x, [shape of z])
     softmax(q @ k.T) @ v                scaled_dot_product_attention(q, k, v)
+    flash_attn_forward(q, k, v)[0]      scaled_dot_product_attention(q, k, v), axes permuted
     buffer[:, 4:8] = x                  buffer = cat([buffer[:, :4], x, buffer[:, 8:]], 1)
     r1 = table[ids]; r2 = table[ids]    r1 = r2 = table[ids]
 
@@ -26,6 +27,7 @@ from specdiff.errors import Unsupported
 from specdiff.passes.base import Pass, PassError, check_values
 from specdiff.passes.graph.python_file import op_counts
 from specdiff.passes.normalize.fuse_attention import drops_nothing, fuse_attention
+from specdiff.passes.normalize.read_attention import read_attention
 from specdiff.passes.normalize.rewrite import call, replace
 from specdiff.passes.rules.attention import ATTENTION
 from specdiff.passes.rules.registry import argument, operand_at, operands_at, start_of
@@ -71,6 +73,7 @@ class NormalizePass(Pass[DynamoGraph, fx.GraphModule]):
         """Export and rewrite. Raises Unsupported unless outputs are functions of input values."""
         module = self._export(value.module, value.inputs)
         require_static_shapes(module.graph)
+        read_attention(module.graph)
         require_functions_of_values(module.graph)
         remove_assertions(module.graph)
         replace_tuples(module.graph)

@@ -1,6 +1,15 @@
 """Transfer rules by op family; importing this package registers all of them."""
 
-from specdiff.passes.rules import attention, elementwise, linear, products, shape, spatial, writes
+from specdiff.passes.rules import (
+    attention,
+    elementwise,
+    linear,
+    products,
+    rowwise,
+    shape,
+    spatial,
+    writes,
+)
 from specdiff.passes.rules.registry import Facts, Link, Part, facts_of
 
 __all__ = [
@@ -12,6 +21,7 @@ __all__ = [
     "facts_of",
     "linear",
     "products",
+    "rowwise",
     "shape",
     "spatial",
     "writes",

@@ -19,6 +19,8 @@ from specdiff.passes.rules.registry import (
 
 aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default
+OWN_CALL = "own_call"
+"""`node.meta` key of an attention that was written as another op: its `AttentionCall`."""
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,16 @@ from specdiff.passes.rules.registry import (
     same_axes,
     transfer,
 )
+from specdiff.quantized import LINEAR
 
 aten = torch.ops.aten
 
 
-@transfer(aten.linear.default)
+LINEARS = (aten.linear.default, LINEAR)
+"""The second with a quantised weight."""
+
+
+@transfer(*LINEARS)
 def linear(node: fx.Node) -> Facts:
     """All axes but the last."""
     return same_axes(node, operand_at(node, 0), skip=(-1,))

@@ -13,6 +13,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import fx
 
+from specdiff import torch_adapter
+from specdiff.errors import OptionError
 from specdiff.passes.base import PassError
 
 Axis = tuple[fx.Node, int]
@@ -46,6 +48,8 @@ class Facts:
 
 TransferRule = Callable[[fx.Node], Facts]
 _RULES: dict[Any, TransferRule] = {}
+BY_NAME: dict[str, TransferRule] = {}
+"""Rules of ops that may not exist yet, by their names, "namespace::name"."""
 
 
 def transfer(*targets: Any) -> Callable[[TransferRule], TransferRule]:
@@ -62,11 +66,19 @@ def transfer(*targets: Any) -> Callable[[TransferRule], TransferRule]:
 
 
 def rule_for(node: fx.Node) -> TransferRule | None:
-    """The rule of a node's op; all ops tagged pointwise share one."""
+    """The rule of a node's op; all ops tagged pointwise share one, and row-wise custom ops."""
     rule = _RULES.get(node.target)
     if rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
         rule = _RULES[torch.Tag.pointwise]
-    return rule
+    return rule or BY_NAME.get(torch_adapter.op_name(node.target) or "")
+
+
+def registered_name(op: object) -> str:
+    """The name of an op, "namespace::name". Raises OptionError if it is none."""
+    name = op if isinstance(op, str) else torch_adapter.op_name(op)
+    if name is None or name.count("::") != 1 or not all(name.split("::")):
+        raise OptionError(f'op={op!r}: must be an op of torch.ops, or its name "namespace::name"')
+    return name
 
 
 def facts_of(node: fx.Node) -> Facts:

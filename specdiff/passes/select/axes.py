@@ -24,6 +24,7 @@ from specdiff.errors import Unsupported
 from specdiff.passes.base import Pass, PassError
 from specdiff.passes.rules import Facts, Part, facts_of
 from specdiff.passes.rules.attention import ATTENTION, Attention
+from specdiff.passes.rules.attention_ops import why_unread
 from specdiff.passes.rules.registry import Axis, is_tensor, rank_of, shape_of
 
 ClassId = int
@@ -202,7 +203,8 @@ class AxesPass(Pass[fx.GraphModule, AxisFacts]):
         classes.close()
         attentions = [Attention.of(n) for n in value.graph.nodes if n.target is ATTENTION]
         if not attentions:
-            raise Unsupported("the graph has no attention, so no tokens were found")
+            why = why_unread(value.graph)
+            raise Unsupported(f"the graph has no attention, so no tokens were found{why}")
         batch = _batch_of(classes, value.graph, attentions)
         segments = {
             piece.segment

@@ -18,6 +18,7 @@ from torch import fx
 from specdiff.passes.graph.dependence import ancestors
 from specdiff.passes.normalize.fuse_attention import PRODUCTS
 from specdiff.passes.rules.attention import ATTENTION, Attention
+from specdiff.passes.rules.linear import LINEARS
 from specdiff.passes.rules.registry import is_tensor, operand_at, rank_of, shape_of
 from specdiff.passes.rules.spatial import CONVOLUTIONS
 from specdiff.passes.select.cache_layout import SCALE
@@ -174,7 +175,7 @@ class CostModel:
         return self._elements(node, rows) * (code.itemsize + scale)
 
     def _flops(self, node: fx.Node, rows: bool) -> sympy.Expr:
-        if node.target is aten.linear.default:
+        if node.target in LINEARS:
             return 2 * self._elements(node, rows) * shape_of(operand_at(node, 1))[1]
         if node.target is ATTENTION:
             attention = Attention.of(node)

@@ -13,6 +13,7 @@ import dataclasses
 from torch import fx
 
 from specdiff.errors import Unsupported
+from specdiff.passes.graph.dependence import descendants
 from specdiff.passes.rules.attention import ATTENTION
 from specdiff.passes.rules.registry import is_tensor
 from specdiff.passes.select.axes import AxisFacts, ClassId, Layout
@@ -37,8 +38,10 @@ def find_output(axes: AxisFacts) -> TokenOutput:
     """
     slots: dict[fx.Node, frozenset[ClassId]] = {}
     tail: set[fx.Node] = set()
-    _walk_back(axes, list(axes.outputs()), slots, tail)
     attended = {n for n in axes.graph.nodes if n.target is ATTENTION}
+    predicted = descendants(axes.graph, attended)
+    # others, such as tables of positions that a model keeps, are made anew from the inputs
+    _walk_back(axes, [node for node in axes.outputs() if node in predicted], slots, tail)
     if tail & attended or not slots:
         raise Unsupported("no token segment reaches the output of the model token by token")
     names = ", ".join(sorted(node.name for node in slots))

@@ -8,11 +8,12 @@ import torch
 from torch import fx
 
 from specdiff.passes.rules.attention import ATTENTION
+from specdiff.passes.rules.linear import LINEARS
 from specdiff.passes.rules.registry import shape_of
 from specdiff.passes.rules.spatial import CONVOLUTIONS
 
 aten = torch.ops.aten
-PROJECTIONS = (aten.linear.default, *CONVOLUTIONS)
+PROJECTIONS = (*LINEARS, *CONVOLUTIONS)
 
 
 def residual_additions(computed: Sequence[fx.Node], tokens: set[fx.Node]) -> set[fx.Node]:
@@ -70,4 +71,4 @@ def _is_gated_linear(node: fx.Node) -> bool:
         if len(streams) != 1:
             return False
         node = streams[0]
-    return node.target is aten.linear.default
+    return node.target in LINEARS

@@ -183,6 +183,7 @@ class Attachment:
 
     def _dense(self, reason: str) -> str:
         logger.warning("attached model runs dense: %s", reason)
+        self._state.refusals.add(reason)
         return reason
 
     def _signature(

@@ -49,8 +49,18 @@ def _watching(base: type[nn.Module]) -> type[nn.Module]:
         answer = None if torch.compiler.is_compiling() else answer_of(self)
         return own(*args, **kwargs) if answer is None else answer(own, args, kwargs)
 
+    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        """A copy, as a pickle makes too, is of the module's own class, and nobody's."""
+        reduced: Any = super(watching, self).__reduce_ex__(protocol)
+        made, given, *rest = reduced
+        if rest and isinstance(rest[0], dict):
+            rest[0] = {name: value for name, value in rest[0].items() if name != ANSWER}
+        given = tuple(base if each is watching else each for each in given)
+        return (_make, (base if made is watching else made, given), *rest)
+
     space = {
         "__call__": call,
+        "__reduce_ex__": reduce,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
@@ -58,3 +68,8 @@ def _watching(base: type[nn.Module]) -> type[nn.Module]:
     }
     watching: type[nn.Module] = type(base.__name__, (base,), space)
     return watching
+
+
+def _make(function: Callable[..., nn.Module], given: tuple[Any, ...]) -> nn.Module:
+    """What pickle calls: it takes a call of a class only from an object of that class."""
+    return function(*given)

@@ -56,6 +56,10 @@ class Stats:
     """Seconds spent compiling, by program, summed over graphs."""
     token_counts: Tensor | None
     """int32 [B, N]: how often each token of the latest stream was computed in its generation."""
+    no_step_plan: str | None = None
+    """Why no whole steps can be forecast; empty if they can, None where nothing has run yet."""
+    no_selection: str | None = None
+    """Why no tokens can be selected; empty if they can, None where nothing has run yet."""
     last_variant: bool = False
     """Whether Dynamo compiles no more variants of the model, its limit being reached: calls that
     need another run as plain PyTorch and are not counted here."""
@@ -77,6 +81,8 @@ class Stats:
         lines = [
             steps,
             tokens,
+            f"step plan: {in_words(self.no_step_plan)}",
+            f"token selection: {in_words(self.no_selection)}",
             f"caches: {self.cache_bytes / 2**20:.1f} MiB",
             f"dense by guard: {', '.join(reasons) or 'never'}",
             f"graphs: {self.graphs}, recompiles: {self.recompiles}",
@@ -84,3 +90,10 @@ class Stats:
             *([LAST_VARIANT] if self.last_variant else []),
         ]
         return "\n".join(lines)
+
+
+def in_words(why_not: str | None) -> str:
+    """Yes, or no and why; "not known yet" for None."""
+    if why_not is None:
+        return "not known yet"
+    return f"no, because {why_not}" if why_not else "yes"

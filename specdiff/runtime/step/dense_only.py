@@ -22,13 +22,19 @@ class DenseOnly:
         function: takes the graph's flat inputs and returns its outputs.
         reason: why the graph was refused.
         parameters: positions of the model's parameters among the inputs.
+        unplanned: why its whole steps cannot be forecast, where that is another reason.
     """
 
     def __init__(
-        self, function: Callable[..., Any], reason: str, parameters: Sequence[int]
+        self,
+        function: Callable[..., Any],
+        reason: str,
+        parameters: Sequence[int],
+        unplanned: str = "",
     ) -> None:
         self._function = function
-        self._reason = reason
+        self._reason = self.unselectable = reason
+        self.unplanned = unplanned or reason
         self._parameters = tuple(parameters)
         self._nameless = ModelState()
 

@@ -74,9 +74,15 @@ class Runtime:
         """Held by the thread whose evaluation it is: streams, caches and programs are shared."""
 
     @property
+    def unplanned(self) -> str:
+        """Why no whole steps can be forecast; empty if they can."""
+        signature = self.programs.signature
+        return self._fault or fallbacks.of_signature(signature, timed=False) or ""
+
+    @property
     def unselectable(self) -> str:
         """Why no tokens can be selected; empty if they can."""
-        return self.programs.signature.unselectable
+        return self.unplanned or self.programs.signature.unselectable
 
     @torch.no_grad()
     def __call__(self, *inputs: object) -> list[Tensor]:

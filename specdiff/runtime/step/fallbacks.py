@@ -41,12 +41,19 @@ def of_graph(
     signature: Signature, schedule: Schedule, max_cache_bytes: int | None, *, timed: bool
 ) -> str | None:
     """Why no call of a graph can be anything but dense under these settings, if so."""
+    if refusal := of_signature(signature, timed=timed):
+        return refusal
+    if schedule.selects and max_cache_bytes is not None:
+        return BUDGET if max_cache_bytes < signature.cache_bytes else None
+    return None
+
+
+def of_signature(signature: Signature, *, timed: bool) -> str | None:
+    """Why no call of a graph can be anything but dense under any settings, if so."""
     if signature.time is None and not timed:
         return NO_TIME
     if signature.prunable_tokens < 2 and not signature.unselectable:
         return FEW_TOKENS
-    if schedule.selects and max_cache_bytes is not None:
-        return BUDGET if max_cache_bytes < signature.cache_bytes else None
     return None
 
 

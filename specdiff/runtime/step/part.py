@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from specdiff.caller import calling_module
 from specdiff.runtime.streams.registry import ModelState, first_parameter
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,8 @@ class Part:
         parameters: positions of the model's parameters among the inputs.
         remedy: what its user can do, said once a model.
     """
+
+    unplanned = unselectable = BROKEN
 
     def __init__(
         self,
@@ -45,11 +48,12 @@ class Part:
             state.parts_run = set()
             state.say(logger, f"running dense: {BROKEN}: {self._remedy}")
         if first is not None:
-            self._count((id(self), id(first)), state.parts_run)
+            # offloading may swap the parameters of a module, but never the module
+            self._count((id(self), id(calling_module())), state.parts_run)
         return self._function(*inputs)
 
     def _count(self, part: tuple[int, int], run: set[tuple[int, int]]) -> None:
-        """Blocks of a class share a graph, so a part is one with its first parameter."""
+        """Blocks of a class share a graph, so a part is one with the module that runs it."""
         if not run or part in run:
             run.clear()
             self._state.count_dense(BROKEN)

@@ -10,7 +10,7 @@ import logging
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -84,9 +84,22 @@ class ModelState(StreamOwner):
         """Graphs this model has run, with a hash of the parameters each of them takes."""
         self.parts_run: set[tuple[int, int]] | None = None
         """Of a model that breaks into graphs: those of its latest evaluation, and their owners."""
+        self.refusals: set[str] = set()
+        """Why calls of an attached module have no graph of these."""
         self.last_variant = False
         """Whether Dynamo compiles no more of the model, so that calls may run unseen."""
         self._said: set[str] = set()
+
+    def why_no(self, ability: Literal["unplanned", "unselectable"]) -> str | None:
+        """Why no graph of the model has an ability; empty if one has it, None where none has run.
+
+        A graph that forecasts whole steps knows better than one that cannot.
+        """
+        graphs = [graph for graph in self.graphs if not graph.unplanned] or list(self.graphs)
+        reasons = [getattr(graph, ability) for graph in graphs] or sorted(self.refusals)
+        if not reasons:
+            return None
+        return "" if "" in reasons else "; ".join(dict.fromkeys(reasons))
 
     def count_dense(self, reason: str) -> None:
         """An evaluation ran dense for this reason."""

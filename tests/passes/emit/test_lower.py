@@ -115,7 +115,7 @@ def test_dense_program_reads_no_cache(wide, monkeypatch):
     kinds = dict(re.findall(r"(\w+) = async_compile\.cpp_pybinding\(\[(.*?)\]", code))
     written = []
     for line in map(str.strip, executed(code).splitlines()):
-        idle = line.startswith(("del ", "assert_size_stride(")) or line.endswith(" = args")
+        idle = line.startswith(("del ", "assert_size_stride")) or line.endswith(" = args")
         if idle or not caches.intersection(re.findall(r"\w+", line)):
             continue
         name, arguments = line.removesuffix(")").split("(", 1)

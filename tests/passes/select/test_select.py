@@ -455,6 +455,26 @@ def test_models_that_are_refused(build, reason):
     assert re.search(reason, _reason(randomize(build()), toy_inputs()))
 
 
+class Positions(Toy):
+    """Returns the table of its positions, too, as a model does that keeps it on itself."""
+
+    def __init__(self):
+        super().__init__(lambda self, x: x * self.positions)
+
+    def forward(self, hidden_states, encoder_hidden_states, timestep):
+        batch = encoder_hidden_states.new_zeros(len(encoder_hidden_states), 1, 1)
+        self.positions = (torch.arange(TOKENS)[None, :, None] / 7 + batch).cos()
+        (y,) = super().forward(hidden_states, encoder_hidden_states, timestep)
+        return y, self.positions
+
+
+def test_an_output_that_no_attention_feeds_is_computed_whole():
+    model, inputs = randomize(Positions()), toy_inputs()
+    found = trace(model, inputs, changed(inputs))
+    check_oracles(model, (inputs, changed(inputs)), found)
+    assert len(found.analysis.selection.slots) == 1
+
+
 ENDS = {
     "several outputs": lambda y: (y, y * 2, None),
     "two heads": lambda y: (y.sin(), y.exp().cos()),

@@ -159,7 +159,7 @@ def executed(code: str) -> str:
 
 def uses(code: str, name: str) -> list[str]:
     """The lines that do something with a value."""
-    idle = ("del ", "assert_size_stride(")
+    idle = ("del ", "assert_size_stride")
     lines = [line.strip() for line in code.splitlines() if re.search(rf"\b{name}\b", line)]
     return [n for n in lines if not n.startswith(idle) and not n.endswith("= args")]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import pickle
 from itertools import pairwise
 from typing import Any
 
@@ -231,9 +232,12 @@ def test_a_time_of_another_name():
     drawn(model)
     assert "name it by the option timestep_arg" in attachment.reasons()[0]
     assert specdiff.stats(model).dense == STEPS
+    assert "step plan: no, because no time input was found" in str(specdiff.stats(model))
     specdiff.attach(model, timestep_arg="noise_level")
     specdiff.reset(model)
     close(model, expected)
+    assert specdiff.stats(model).no_step_plan == ""
+    assert specdiff.stats(model).no_selection == "no block of the model is compiled by specdiff"
 
 
 def hook(model: nn.Module) -> None:
@@ -302,14 +306,18 @@ def test_detached_it_is_the_model_again():
     specdiff.detach(model)  # twice does no harm
 
 
-def test_a_copy_is_not_attached():
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_is_not_attached(copied):
     model = Denoiser()
     specdiff.attach(model)
     drawn(model)
-    other = copy.deepcopy(model)
+    other = copied(model)
     drawn(other)
     assert other.calls - model.calls == STEPS
-    assert isinstance(other, Denoiser) and type(other).__name__ == "Denoiser"
+    assert type(other) is Denoiser
+    specdiff.attach(other)
+    drawn(other)
+    assert specdiff.stats(other).skipped == STEPS - DENSE
 
 
 def test_all_steps_dense_is_the_model_to_the_bit():
