@@ -124,7 +124,7 @@ def handed_over(monkeypatch) -> list[dict[str, Any]]:
         seen.append(dict(config_patches or {}))
         return module
 
-    monkeypatch.setattr(torch_adapter, "compile_fx", compile_fx)
+    monkeypatch.setattr(torch_adapter.inductor, "compile_fx", compile_fx)
     return seen
 
 

@@ -173,7 +173,7 @@ def test_parameters_and_caches_are_static_inputs(wide, name, monkeypatch):
     def patched(module: fx.GraphModule, values: list[Any], **settings: Any) -> Any:
         return compile_fx(module, values, inner_compile=inner, **settings)
 
-    monkeypatch.setattr(torch_adapter, "compile_fx", patched)
+    monkeypatch.setattr(torch_adapter.inductor, "compile_fx", patched)
     with torch._inductor.config.patch(force_disable_caches=True), pytest.raises(Fault):
         run(wide, wide.programs("inductor"), name)
     signature = wide.analysis.signature

@@ -1,0 +1,98 @@
+"""The one place that touches private torch API.
+
+Works on torch 2.11 to 2.15; what was tried is in the comments.
+"""
+
+from specdiff.torch_adapter.dynamo import (
+    MODULE_CALLS,
+    default_backend,
+    forget_compiled,
+    graphs_compiled,
+    is_cut,
+    is_last_variant,
+    is_restart,
+    latest_break,
+    set_default_backend,
+    trace_once,
+)
+from specdiff.torch_adapter.inductor import (
+    InductorSettings,
+    cold_caches,
+    compile_program,
+    compile_untouched,
+    inductor_keys,
+    inductor_settings,
+    mode_settings,
+    trace_artifact,
+    traces_artifacts,
+)
+from specdiff.torch_adapter.ops import (
+    SHARED_CALL,
+    OpArgument,
+    fake_mode_of,
+    mutates,
+    op_arguments,
+    op_name,
+    storage_of,
+)
+from specdiff.torch_adapter.placeholders import (
+    as_bytes,
+    copy_graph,
+    example_outputs,
+    is_module_state,
+    require_plain_tensors,
+    source_name,
+    sources,
+    static_fakes,
+    symbolic_inputs,
+    symbolic_shapes,
+)
+from specdiff.torch_adapter.tracing import (
+    WRITES_TO_INPUTS,
+    export_functional,
+    require_one_autocast,
+    vectorized,
+)
+
+__all__ = [
+    "InductorSettings",
+    "MODULE_CALLS",
+    "OpArgument",
+    "SHARED_CALL",
+    "WRITES_TO_INPUTS",
+    "as_bytes",
+    "cold_caches",
+    "compile_program",
+    "compile_untouched",
+    "copy_graph",
+    "default_backend",
+    "example_outputs",
+    "export_functional",
+    "fake_mode_of",
+    "forget_compiled",
+    "graphs_compiled",
+    "inductor_keys",
+    "inductor_settings",
+    "is_cut",
+    "is_last_variant",
+    "is_module_state",
+    "is_restart",
+    "latest_break",
+    "mode_settings",
+    "mutates",
+    "op_arguments",
+    "op_name",
+    "require_one_autocast",
+    "require_plain_tensors",
+    "set_default_backend",
+    "source_name",
+    "sources",
+    "static_fakes",
+    "storage_of",
+    "symbolic_inputs",
+    "symbolic_shapes",
+    "trace_artifact",
+    "trace_once",
+    "traces_artifacts",
+    "vectorized",
+]
