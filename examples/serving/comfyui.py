@@ -15,6 +15,7 @@ import argparse
 import datetime
 import importlib.machinery
 import logging
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -69,6 +70,7 @@ class ComfyUI:
         import comfy.options
 
         comfy.options.enable_args_parsing()
+        import comfy.model_patcher
         import comfy.sample
         import comfy.samplers
         import comfyui_version
@@ -81,16 +83,13 @@ class ComfyUI:
         self.net = _model()
         self.net.diffusion_model.final_layer.register_forward_hook(self._count)
         self._sample = comfy.sample
+        cpu = torch.device("cpu")
+        self.patcher = comfy.model_patcher.ModelPatcher(
+            self.net, load_device=cpu, offload_device=cpu
+        )
 
     def _count(self, *_: object) -> None:
         self.evaluations += 1
-
-    def patcher(self) -> Any:
-        """A patcher of the one model."""
-        from comfy.model_patcher import ModelPatcher
-
-        cpu = torch.device("cpu")
-        return ModelPatcher(self.net, load_device=cpu, offload_device=cpu)
 
     def draw(
         self, model: Any, prompt: str, steps: int, sampler: str, scheduler: str, cfg: float
@@ -154,7 +153,12 @@ def _picture(latent: Tensor) -> Tensor:
 
 
 def rows(
-    comfy: ComfyUI, said: Said, cases: Sequence[tuple[str, str]], steps: int, cfg: float
+    comfy: ComfyUI,
+    said: Said,
+    cases: Sequence[tuple[str, str]],
+    steps: int,
+    cfg: float,
+    prompts: Sequence[str],
 ) -> Iterator[str]:
     """A line of the table for each sampler and scheduler."""
     for sampler, scheduler in cases:
@@ -162,18 +166,18 @@ def rows(
 
         def draw(count: int, model: Any, how: Any = how) -> tuple[list[Tensor], float]:
             comfy.evaluations = 0
-            drawn = [comfy.draw(model, prompt, count, *how) for prompt in PROMPTS]
-            return drawn, comfy.evaluations / len(PROMPTS)
+            drawn = [comfy.draw(model, prompt, count, *how) for prompt in prompts]
+            return drawn, comfy.evaluations / len(prompts)
 
         try:
-            dense, all_evaluations = draw(steps, comfy.patcher())
-            made, computed = draw(steps, patched(comfy.patcher(), plan=PLANS[steps]))
+            dense, all_evaluations = draw(steps, comfy.patcher)
+            made, computed = draw(steps, patched(comfy.patcher, plan=PLANS[steps]))
             line = said.line
-            fewer, few = next(
-                (drawn, count)
-                for drawn, count in (draw(n, comfy.patcher()) for n in _counts(steps, computed, all_evaluations))
-                if count >= computed - 0.5 or count >= all_evaluations
-            )  # fmt: skip
+            fewer, few = dense, all_evaluations
+            for count in _counts(steps, computed, all_evaluations) if computed < few else ():
+                fewer, few = draw(count, comfy.patcher)
+                if few >= computed:
+                    break
         except Exception as error:
             yield f"| {sampler} | {scheduler} | fails dense, too: {type(error).__name__} {error} |"
             continue
@@ -187,8 +191,7 @@ def rows(
 
 def _counts(steps: int, computed: float, evaluations: float) -> range:
     """Numbers of steps to try, from the least that may take as many evaluations."""
-    first = max(2, int(steps * computed / evaluations) - 1)
-    return range(first, steps + 1)
+    return range(max(2, math.ceil(steps * computed / evaluations)), steps + 1)
 
 
 HEAD = (
@@ -205,6 +208,7 @@ def main() -> None:
     parser.add_argument("--samplers", nargs="+", help="default: all")
     parser.add_argument("--schedulers", nargs="+", default=["simple"], help="or all")
     parser.add_argument("--cfg", type=float, default=1.0)
+    parser.add_argument("--prompts", nargs="+", default=list(PROMPTS))
     parser.add_argument("--markdown", type=Path, help="file that the tables go on top of")
     given = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -217,12 +221,12 @@ def main() -> None:
     for steps in given.steps:
         title = (
             f"\n## {steps} steps, guidance {given.cfg:g}\n\nComfyUI {comfy.version}, torch"
-            f" {torch.__version__}, {datetime.date.today()}; prompts {', '.join(PROMPTS)}.\n"
+            f" {torch.__version__}, {datetime.date.today()}; prompts {', '.join(given.prompts)}.\n"
         )
         cases = [(sampler, scheduler) for sampler in samplers for scheduler in schedulers]
         for line in (title, HEAD, *()):
             _write(line, given.markdown)
-        for line in rows(comfy, said, cases, steps, given.cfg):
+        for line in rows(comfy, said, cases, steps, given.cfg, given.prompts):
             _write(line, given.markdown)
 
 

@@ -6,7 +6,8 @@
     patch.py    what hangs on the cloned model patcher
     run.py      one run of a sampler: which evaluations are computed, and why
     lane.py     forecasts of one list of conditions
-    watch.py    what the sampler does with the predictions
+    steps.py    what the sampler makes of the answers
+    watch.py    whether it went where they lead
 
 ComfyUI itself is imported when it asks for the node, never before.
 """

@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from specdiff.integrations.comfyui.run import Run
+from specdiff.integrations.comfyui.steps import steps_of
 from specdiff.options import Options
 from specdiff.settings import Settings
 
@@ -72,8 +73,9 @@ def _sample(
     """One run of a sampler, and a line in the log of what became of the plan."""
     options = extra_args["model_options"]
     schedule = options.get("transformer_options", {}).get("sample_sigmas", sigmas)
-    name = getattr(getattr(executor.class_obj, "sampler_function", None), "__name__", "")
-    run = Run(settings, schedule.tolist(), name.removeprefix("sample_"), denoise_mask)
+    sampler = executor.class_obj
+    steps = steps_of(sampler, guider, schedule)
+    run = Run(settings, schedule.tolist(), _name_of(sampler), steps)
     args = (guider, sigmas, {**extra_args, "model_options": {**options, KEY: run}}, callback, noise)
     try:
         return executor(*args, latent_image, denoise_mask, *rest, **more)
@@ -98,6 +100,12 @@ def _answer(
     compute = partial(executor, model, conds, x_in, timestep, model_options)
     run = _run_of(model_options)
     return list(compute() if run is None else run.answer(conds, x_in, compute))
+
+
+def _name_of(sampler: Any) -> str:
+    function = getattr(sampler, "sampler_function", sampler)
+    name: str = getattr(function, "__name__", type(function).__name__)
+    return name.removeprefix("sample_")
 
 
 def _run_of(options: Mapping[str, Any]) -> Run | None:

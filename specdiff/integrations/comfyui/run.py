@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdiff.integrations.comfyui.lane import Lane
+from specdiff.integrations.comfyui.lane import Lane, Moment
+from specdiff.integrations.comfyui.steps import NEAR, Steps
 from specdiff.integrations.comfyui.watch import Watch
 from specdiff.runtime.tokens.schedule import Place, Schedule
 from specdiff.settings import Settings, why_off
@@ -30,8 +31,6 @@ NEWS = "its conditions changed"
 STRAYED = "the latent moved where no prediction leads, as samplers that add noise move it"
 WINDOW = "a part of the latent was asked for, as context windows do"
 UNEVEN = "the batch is at several noise levels"
-NEAR = 1e-4
-"""Share of a sigma within which another is the same."""
 
 
 @dataclass
@@ -39,13 +38,9 @@ class _Evaluation:
     """One evaluation under way."""
 
     shape: torch.Size
-    sigma: float
-    clock: float
-    """The time in which forecasts are made."""
-    due: float
-    """By how much sigma moves to the next noise level of the schedule."""
-    kind: tuple[Hashable, ...]
-    """Evaluations of one kind are forecast from each other."""
+    moment: Moment
+    strays: bool
+    """Whether the latent came from nowhere."""
     planned: str
     """Why the plan computes it; empty if it does not."""
     asked: int = 0
@@ -62,18 +57,19 @@ class Run:
     Args:
         settings: the plan and its options.
         sigmas: the schedule, the end included.
-        sampler: its name, for the log and `Watch`.
-        mask: of inpainting, as of `Watch`.
+        sampler: its name, for the log.
+        steps: what it makes of the answers, if known.
     """
 
     def __init__(
-        self, settings: Settings, sigmas: Sequence[float], sampler: str, mask: Tensor | None
+        self, settings: Settings, sigmas: Sequence[float], sampler: str, steps: Steps | None
     ) -> None:
         self._settings = settings
         self._sigmas = list(sigmas)
         self._schedule = Schedule.of(settings, (1,), selectable=False)
-        self._sampler = sampler or "sampler"
-        self._watch = Watch(sampler, mask)
+        self._sampler = sampler
+        self._steps = steps
+        self._watch = Watch()
         self._lanes: dict[Hashable, Lane] = {}
         self._visits: Counter[float] = Counter()
         self._counts: Counter[str] = Counter()
@@ -86,7 +82,6 @@ class Run:
         sigma = float(high)
         if off := why_off(self._settings) or (UNEVEN if low != high else "") or _end(sigma):
             return self._untouched(off, compute)
-        self._watch.arrive(x, sigma)
         self._evaluation = evaluation = self._next(x, sigma)
         try:
             guided = compute()
@@ -108,18 +103,15 @@ class Run:
             now.reasons.append(WINDOW)
             return compute()
         present = [cond is not None for cond in conds]
-        key = (*now.kind, now.asked, tuple(present))
+        key = (now.asked, *present)
         now.asked += 1
         lane = self._lanes.setdefault(key, Lane(x, present))
-        lane.settle(self._watch.moved)
-        active = _active(conds, now.sigma)
-        reason = self._why_computed(lane, active, now)
-        if reason:
+        active = _active(conds, now.moment.sigma)
+        if reason := self._why_computed(lane, active, now):
             now.reasons.append(reason)
-            due = now.due if self._corrects else None
-            answers = lane.record(x, now.sigma, now.clock, compute(), due)
+            answers = lane.record(x, now.moment, compute())
         else:
-            answers = lane.forecast(x, now.sigma, now.clock, self._settings.forecast)
+            answers = lane.forecast(x, now.moment, self._settings.forecast)
         lane.active = active
         now.parts += [answer for answer, is_there in zip(answers, present, strict=True) if is_there]
         return answers
@@ -136,10 +128,6 @@ class Run:
             f" {forecast} forecast{ratio}. Computed: {reasons or 'none'}"
         )
 
-    @property
-    def _corrects(self) -> bool:
-        return self._settings.correction and self._watch.is_euler
-
     def _untouched(self, reason: str, compute: Callable[[], Tensor]) -> Tensor:
         """Acceleration is off for this evaluation."""
         self._counts["computed"] += 1
@@ -155,23 +143,35 @@ class Run:
         on_schedule = abs(steps[index] - sigma) <= NEAR * abs(sigma)
         if not on_schedule and index and (sigma - steps[index]) * (steps[-1] - steps[0]) < 0:
             index -= 1  # between the one before and this one
-        due = self._sigmas[index + 1] - sigma
-        visit = self._visits[sigma]
-        self._visits[sigma] += 1
         place = Place.known(index, len(steps))
         is_dense, _ = self._schedule.decide(place)
         clock = sigma / (1 + sigma) if max(self._sigmas) > 1 else sigma
-        kind = (on_schedule, visit)
-        return _Evaluation(x.shape, sigma, clock, due, kind, PLANNED if is_dense else "")
+        kind = (on_schedule, self._visits[sigma])
+        self._visits[sigma] += 1
+        moment = Moment(self._visits.total() - 1, sigma, clock, kind, self._weights(sigma))
+        strays = self._watch.strays(x)
+        return _Evaluation(x.shape, moment, strays, PLANNED if is_dense else "")
+
+    def _weights(self, sigma: float) -> Sequence[float] | None:
+        """How the directions so far, that of the present evaluation the last, make the next latent.
+
+        A sampler that goes elsewhere than foreseen is not known any longer.
+        """
+        index = self._visits.total() - 1
+        if self._steps is not None and not self._steps.is_at(index, sigma):
+            self._steps = None
+        if self._steps is None or not self._settings.correction:
+            return None
+        return self._steps.weights[index + 1][: index + 1]
 
     def _why_computed(self, lane: Lane, active: Hashable, now: _Evaluation) -> str:
         """Why an answer is computed; empty if it is forecast."""
-        if self._watch.strays or lane.active != active:
-            was_ready = lane.is_ready
+        if now.strays or lane.active != active:
+            was_ready = lane.is_ready(now.moment.kind)
             lane.break_off()
             if was_ready and not now.planned:
-                return STRAYED if self._watch.strays else NEWS
-        return now.planned or ("" if lane.is_ready else NEW)
+                return STRAYED if now.strays else NEWS
+        return now.planned or ("" if lane.is_ready(now.moment.kind) else NEW)
 
 
 def _end(sigma: float) -> str:
