@@ -79,7 +79,7 @@ def steps_of(sampler: Any, guider: Any, sigmas: Tensor) -> Steps | None:
         return None
     size = MOST * len(sigmas)
     axes = _Axes(guider, size)
-    start = torch.zeros(1, 1, 1, size + 1, dtype=torch.float64)  # the last: what nobody put there
+    start = torch.zeros(1, 1, 1, size + 1)  # the last: what nobody put there
     more = {"extra_args": {"model_options": {}, "seed": 0}, "callback": None, "disable": True}
     try:
         with torch.random.fork_rng(devices=[]):
