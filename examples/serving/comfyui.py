@@ -52,6 +52,7 @@ class Said(logging.Handler):
     line = ""
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Keep it."""
         self.line = record.getMessage()
 
 
@@ -195,8 +196,8 @@ def _counts(steps: int, computed: float, evaluations: float) -> range:
 
 
 HEAD = (
-    "| sampler | scheduler | evaluations | computed | fewer, x | PSNR, dB | fewer steps (evaluations)"
-    " | ahead, dB | why computed |\n|---|---|---|---|---|---|---|---|---|"
+    "| sampler | scheduler | evaluations | computed | fewer, x | PSNR, dB"
+    " | fewer steps, dB (evaluations) | ahead, dB | why computed |\n|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -224,7 +225,7 @@ def main() -> None:
             f" {torch.__version__}, {datetime.date.today()}; prompts {', '.join(given.prompts)}.\n"
         )
         cases = [(sampler, scheduler) for sampler in samplers for scheduler in schedulers]
-        for line in (title, HEAD, *()):
+        for line in (title, HEAD):
             _write(line, given.markdown)
         for line in rows(comfy, said, cases, steps, given.cfg, given.prompts):
             _write(line, given.markdown)
