@@ -125,7 +125,7 @@ class Guider:
 
 def sample_euler(
     model: Any, x: Tensor, sigmas: Tensor, extra_args: Any, callback: Any, disable: Any
-) -> Tensor:  # noqa: E501
+) -> Tensor:
     for i, (now, then) in enumerate(pairwise(sigmas)):
         answer = model(x, now * x.new_ones(len(x)), **extra_args)
         if callback is not None:
@@ -136,7 +136,7 @@ def sample_euler(
 
 def sample_heun(
     model: Any, x: Tensor, sigmas: Tensor, extra_args: Any, callback: Any, disable: Any
-) -> Tensor:  # noqa: E501
+) -> Tensor:
     for now, then in pairwise(sigmas):
         d = (x - model(x, now * x.new_ones(len(x)), **extra_args)) / now
         ahead = x + d * (then - now)
@@ -148,7 +148,7 @@ def sample_heun(
 
 def sample_dpmpp_2m(
     model: Any, x: Tensor, sigmas: Tensor, extra_args: Any, callback: Any, disable: Any
-) -> Tensor:  # noqa: E501
+) -> Tensor:
     old = None
     for i, (now, then) in enumerate(pairwise(sigmas)):
         new = answer = model(x, now * x.new_ones(len(x)), **extra_args)
@@ -162,7 +162,7 @@ def sample_dpmpp_2m(
 
 def sample_ancestral(
     model: Any, x: Tensor, sigmas: Tensor, extra_args: Any, callback: Any, disable: Any
-) -> Tensor:  # noqa: E501
+) -> Tensor:
     for now, then in pairwise(sigmas):
         answer = model(x, now * x.new_ones(len(x)), **extra_args)
         x = answer + then * torch.randn_like(x)
