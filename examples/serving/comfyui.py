@@ -197,7 +197,8 @@ def _counts(steps: int, computed: float, evaluations: float) -> range:
 
 HEAD = (
     "| sampler | scheduler | evaluations | computed | fewer, x | PSNR, dB"
-    " | fewer steps, dB (evaluations) | ahead, dB | why computed |\n|---|---|---|---|---|---|---|---|---|"
+    " | fewer steps, dB (evaluations) | ahead, dB | why computed |\n"
+    "|---|---|---|---|---|---|---|---|---|"
 )
 
 
