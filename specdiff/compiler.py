@@ -29,6 +29,7 @@ from specdiff.passes.select.input_roles import short_name
 from specdiff.passes.select.quantize import quantized
 from specdiff.passes.share.outline import share_repeats
 from specdiff.pipeline import (
+    GRADIENTS,
     Analysis,
     Traced,
     analyse_or_reason,
@@ -54,6 +55,8 @@ from specdiff.settings import IMPORTANCE_QUERIES
 log = logging.getLogger(__name__)
 
 ALL_QUERIES = 1 << 62
+MUST_RUN = (GRADIENTS, torch_adapter.WRITES_TO_INPUTS)
+"""Why no call of a denoiser may be left out."""
 AsPart = Callable[[Callable[..., Any]], Part]
 """Makes of a compiled graph what answers it as a part of its model."""
 CHANGING = "numbers in the graph, such as an adapter's strength, change too often to compile for"
@@ -186,7 +189,7 @@ def compile_whole_steps(
     try:
         signature = whole_steps(module, inputs, is_state, options.timestep_arg, reason)
     except Unsupported as error:
-        if is_for_all():
+        if is_for_all() and str(error) not in MUST_RUN:
             log.debug("compiled as it is: %s", error)
             return OneGraph(dense, dense)
         refused = DenseOnly(dense, reason, parameters_among(is_state), str(error))

@@ -19,6 +19,7 @@ from specdiff.plan import Plan
 from specdiff.settings import ABLATIONS, METHODS, OFF, PLAN_OPTIONS, QUALITIES, Settings
 
 FORECASTS = ("reuse", "linear", "mean")
+TARGETS = ("dense", "solution")
 TEXT_STEPS = ("all", "dense")
 PREDICTIONS = ("auto", "flow", "epsilon", "v")
 INNER_BACKENDS = ("inductor", "aot_eager", "eager")
@@ -113,6 +114,10 @@ class Options:
     """Which steps compute the text tokens: "all" (None) that compute any token; or "dense" ones
     alone, between which their cached keys and values serve. "dense" is faster and further from the
     dense picture. No effect where all gaps are skipped, nor on attached models."""
+
+    target: str = _choice("dense", TARGETS)
+    """What pictures are to be close to: "dense" to those of the model without acceleration, or
+    "solution" to where the sampler would get with very many steps."""
 
     guidance_scale: float | None = _option(None, "a number, or None", _number)
     """Set where a call's batch holds both halves of classifier-free guidance, in either order:

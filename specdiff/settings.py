@@ -75,6 +75,9 @@ class Settings:
     selective_importance: bool
     """Whether selective evaluations measure importance anew, from the tokens that they compute;
     otherwise the last that was measured serves. Either has programs of its own."""
+    target: str
+    """What pictures are to be close to: those of "dense" steps, or the "solution" of the equation
+    that the sampler follows."""
     guidance_scale: float | None
     prediction: str
     alphas_cumprod: tuple[float, ...] | None

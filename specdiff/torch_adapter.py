@@ -404,7 +404,7 @@ def trace_artifact(name: str, text: str) -> None:
 
 
 def _forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return self(*args, **kwargs)
+    return self._call_impl(*args, **kwargs)  # whatever it is compiled with in place
 
 
 def trace_once(

@@ -127,7 +127,7 @@ def test_parts_of_a_compiled_model_are_one_model(attach, caplog):
     said = f"step plan: {'yes' if attach else 'no, because the model breaks into graphs'}"
     assert said in str(stats)
     if not attach:
-        assert "no, because the model breaks into graphs" in str(specdiff.explain(Model(), *INPUTS))
+        assert "no, because the model breaks into graphs" in str(specdiff.explain(model, *INPUTS))
         (message,) = caplog.messages
         assert "specdiff.attach(model), with the Model as model" in message
         assert "graph_break" in message  # the cause

@@ -237,6 +237,23 @@ def test_what_denoises_nothing_is_compiled_as_before(build, inputs, dynamic, cap
             specdiff.stats(module)
 
 
+class Writing(Transformer):
+    """A denoiser of which no call may be left out."""
+
+    def forward(self, hidden_states: Tensor, **inputs: Tensor) -> tuple[Tensor]:
+        hidden_states.mul_(1.0)
+        return super().forward(hidden_states, **inputs)
+
+
+@pytest.mark.usefixtures("_default")
+def test_a_denoiser_that_runs_dense_says_so(caplog):
+    torch_adapter.set_default_backend(specdiff.backend(inner_backend="eager"))
+    model = module_compile(randomize(Writing()))
+    with torch.no_grad(), caplog.at_level(logging.INFO):
+        generate(model)
+    assert "running dense: the graph writes to one of its inputs" in caplog.text
+
+
 @pytest.mark.usefixtures("_default")
 def test_the_environment_variable_switches_on(model, monkeypatch):
     groups = ("vllm_omni.general_plugins", "sglang.multimodal_gen.plugins")

@@ -224,14 +224,15 @@ def _process(
     dist.destroy_process_group()
 
 
+SELECTING = ("compiled", "compiled, cache_ratio=0.75")
 FORMS = (
-    Form("plain", ("compiled", "compiled by blocks, attached", "attached")),
+    Form("plain", (*SELECTING, "compiled by blocks, attached", "attached")),
     Form(
-        "torchao int8 weight-only", ("compiled", "attached"), before=torchao("Int8WeightOnlyConfig")
+        "torchao int8 weight-only", (*SELECTING, "attached"), before=torchao("Int8WeightOnlyConfig")
     ),
     Form(
         "torchao int8 dynamic",
-        ("compiled", "attached"),
+        (*SELECTING, "attached"),
         before=torchao("Int8DynamicActivationInt8WeightConfig"),
     ),
     Form("torchao float8 weight-only", ("compiled",), before=torchao("Float8WeightOnlyConfig")),
@@ -241,7 +242,7 @@ FORMS = (
         before=torchao("Float8DynamicActivationFloat8WeightConfig"),
     ),
     Form("torchao int4 weight-only", ("compiled",), before=torchao("Int4WeightOnlyConfig")),
-    Form("GGUF Q8_0", ("compiled", "attached"), before=gguf),
+    Form("GGUF Q8_0", (*SELECTING, "attached"), before=gguf),
     Form("layerwise casting", before=layerwise_casting),
     Form("model offload", ("compiled", "attached"), before=model_offload),
     Form("sequential offload", before=sequential_offload),

@@ -39,7 +39,8 @@ def evaluate_methods(
         list[Path] | None, typer.Option(help="Also specdiff by a plan in a file; repeatable.")
     ] = None,
     measure: Annotated[
-        list[str] | None, typer.Option(help="Only draw, compare, time or flops; repeatable.")
+        list[str] | None,
+        typer.Option(help="Only draw, compare, solution, time, flops; repeatable."),
     ] = None,
     minutes: Annotated[
         float | None, typer.Option(min=0, help="Begin nothing after this; run again for the rest.")

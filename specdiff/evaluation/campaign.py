@@ -14,17 +14,19 @@ import torch
 from torch import Tensor
 
 from specdiff.errors import SpecdiffError
+from specdiff.evaluation.candidates import reference
 from specdiff.evaluation.findings import Finding, Findings
 from specdiff.evaluation.measuring import (
     Setup,
     compare_pictures,
+    compare_solutions,
     draw_pictures,
     measure_flops,
     time_pictures,
 )
 from specdiff.evaluation.method import DENSE, Candidate, Refused
 
-PHASES = ("draw", "compare", "time", "flops")
+PHASES = ("draw", "compare", "solution", "time", "flops")
 """Each may be run later, or on another machine."""
 RESULTS, LATENTS = "results.json", "latents"
 
@@ -70,6 +72,11 @@ class Campaign:
             if phase in phases and not self._settled(candidate, phase)
         ]
 
+    @property
+    def solved(self) -> Candidate:
+        """What counts as the solution."""
+        return reference(self.setup.subject)
+
     def _settled(self, candidate: Candidate, phase: str) -> bool:
         return candidate.name in self.refused or self._finding(candidate).has(phase)
 
@@ -78,8 +85,8 @@ class Campaign:
         return self.findings.methods.get(candidate.name, fresh)
 
     def _measure(self, candidate: Candidate, phase: str) -> None:
-        if phase == "compare":
-            self._measure(DENSE, "draw")
+        if phase in ("compare", "solution"):
+            self._measure(DENSE if phase == "compare" else self.solved, "draw")
             self._measure(candidate, "draw")
         if self._settled(candidate, phase):  # after a refusal no phase of a method is tried
             return
@@ -103,6 +110,9 @@ class Campaign:
         if phase == "compare":
             ours, dense = self._drawn(candidate), self._drawn(DENSE)
             return compare_pictures(self.setup, ours, dense)
+        if phase == "solution":
+            ours, solutions = self._drawn(candidate), self._drawn(self.solved)
+            return compare_solutions(self.setup, ours, solutions)
         values, latents = draw_pictures(self.setup, candidate)
         file = self._latents(candidate)
         file.parent.mkdir(exist_ok=True)

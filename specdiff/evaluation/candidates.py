@@ -12,12 +12,22 @@ import torch
 
 import specdiff
 from specdiff.errors import SpecdiffError
-from specdiff.evaluation.method import DENSE, OURS, Candidate, Prepared, compile_whole, untouched
+from specdiff.evaluation.method import (
+    DENSE,
+    OURS,
+    SOLVED,
+    Candidate,
+    Prepared,
+    compile_whole,
+    untouched,
+)
 from specdiff.evaluation.peers import peers
+from specdiff.evaluation.solvers import solvers
 from specdiff.models.subject import STEPS, Subject
 from specdiff.plan import Plan
 
 FEWER_STEPS = (7, 9, 12, 14, 18)
+REFERENCE_STEPS = 150
 SPECDIFF: Mapping[str, Mapping[str, Any]] = {
     "specdiff, closest": {"quality": "closest"},
     "specdiff, near-lossless": {"quality": "near-lossless"},
@@ -27,6 +37,9 @@ SPECDIFF: Mapping[str, Mapping[str, Any]] = {
     "specdiff, dense every 3": {"plan": Plan.tapered(3).to_json()},
     "specdiff, dense every 5": {"plan": Plan.tapered(5).to_json()},
     "specdiff, dense every 8": {"plan": Plan.tapered(8).to_json()},
+    "specdiff, near-lossless, solution": {"quality": "near-lossless", "target": "solution"},
+    "specdiff, balanced, solution": {"quality": "balanced", "target": "solution"},
+    "specdiff, all steps, solution": {"plan": Plan.every(1).to_json(), "target": "solution"},
     "specdiff, no correction": {"ablation": {"correction": False}},
     "specdiff, ratio 0.75": {"plan": Plan.tapered(4).to_json(), "cache_ratio": 0.75},
     "specdiff, ratio 0.9": {"plan": Plan.tapered(4).to_json(), "cache_ratio": 0.9},
@@ -75,9 +88,21 @@ def _own(name: str, options: Mapping[str, Any]) -> Candidate:
     return Candidate(name, family, STEPS, options, prepare)
 
 
+def reference(subject: Subject) -> Candidate:
+    """Steps of order two and more, so many that what is left of their error does not matter."""
+    options = {**subject.options, "target": "solution", "plan": Plan.every(1).to_json()}
+
+    def prepare(pipeline: Any) -> Prepared:
+        pipeline.transformer.compile()
+        specdiff.attach(pipeline.transformer, **options)
+        return Prepared(pipeline, "parts")
+
+    return Candidate(SOLVED, SOLVED, REFERENCE_STEPS, options, prepare)
+
+
 def all_candidates(subject: Subject, plans: Sequence[Path] = ()) -> list[Candidate]:
     """Every method, dense first, and specdiff by these plans."""
-    return [DENSE, *fewer_steps(), *own(subject, plans), *peers(subject)]
+    return [DENSE, *fewer_steps(), *solvers(), *own(subject, plans), *peers(subject)]
 
 
 def choose(candidates: Sequence[Candidate], patterns: Sequence[str]) -> list[Candidate]:

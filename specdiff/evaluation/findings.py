@@ -14,6 +14,10 @@ SCHEMA = 2
 """Number of the file's layout; grows when a field changes its meaning or goes away."""
 REFERENCE_FAMILY = "dense"
 SPEEDUP, PSNR, FEATURES, FLOPS = "speedup", "psnr_db", "feature_distance", "flops_share"
+SOLUTION = "solution_db"
+"""PSNR to the solution of the sampling equation; `PSNR` is to the dense run."""
+WORST = "_worst_tenth"
+"""Ends the name of a PSNR's mean over the worst tenth of pictures."""
 
 
 @dataclass(frozen=True)

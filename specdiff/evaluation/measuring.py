@@ -17,15 +17,17 @@ import specdiff
 from specdiff import torch_adapter
 from specdiff.errors import SpecdiffError
 from specdiff.evaluation.features import Probe, features, kernel_distance
-from specdiff.evaluation.findings import FEATURES, FLOPS, PSNR, SPEEDUP
+from specdiff.evaluation.findings import FEATURES, FLOPS, PSNR, SOLUTION, SPEEDUP, WORST
 from specdiff.evaluation.measures import (
     PeakMemory,
     closeness,
     flop_counter,
     flops_share,
     time_ratio,
+    worst_tenth,
 )
 from specdiff.evaluation.method import DENSE, Candidate, Prepared, Refused
+from specdiff.measure.comparison import psnr
 from specdiff.measure.timing import in_turns, timed
 from specdiff.models.subject import STEPS, Request, Subject
 
@@ -141,6 +143,28 @@ def compare_pictures(
     return values
 
 
+def compare_solutions(
+    setup: Setup, latents: Sequence[Tensor], solutions: Sequence[Tensor]
+) -> Values:
+    """How far pictures are from where the sampling equation leads."""
+    setup.tell("comparing with the solution")
+    each = [
+        psnr(setup.subject.picture(a), setup.subject.picture(b))
+        for a, b in zip(latents[: setup.pictures], solutions, strict=False)
+    ]
+    return _psnr_values(SOLUTION, each)
+
+
+def _psnr_values(name: str, each: Sequence[float]) -> Values:
+    # JSON knows no infinity: equal pictures have no PSNR.
+    return {
+        name: _rounded(statistics.fmean(each)),
+        f"{name}{WORST}": _rounded(worst_tenth(each)),
+        f"{name}_lowest": _rounded(min(each)),
+        f"{name}_each": [_rounded(value) for value in each],
+    }
+
+
 def time_pictures(setup: Setup, candidate: Candidate) -> Values:
     """Draw pictures in turn with the dense model, compiled in the same process, and time them.
 
@@ -200,12 +224,8 @@ def _closeness(setup: Setup, latents: Sequence[Tensor], reference: Sequence[Tens
         for a, b in zip(latents[: setup.pictures], reference, strict=False)
     ]
     mean = statistics.fmean
-    psnr = [one.psnr for one in each]
     return {
-        # JSON knows no infinity: equal pictures have no PSNR.
-        PSNR: _rounded(mean(psnr)),
-        "psnr_db_lowest": _rounded(min(psnr)),
-        "psnr_db_each": [_rounded(value) for value in psnr],
+        **_psnr_values(PSNR, [one.psnr for one in each]),
         "ssim": _rounded(mean(one.ssim for one in each)),
         FEATURES: _rounded(mean(one.feature_distance for one in each)),
         "latent_error": _rounded(mean(one.latent_error for one in each)),

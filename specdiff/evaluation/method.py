@@ -77,3 +77,5 @@ def untouched(pipeline: Any) -> Any:
 
 
 DENSE = Candidate("dense", "dense", STEPS, {}, compile_whole, untouched)
+SOLVED = "solution"
+"""Name of the method whose pictures count as the solution of the sampling equation."""

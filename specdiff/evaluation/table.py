@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from specdiff.evaluation.findings import FEATURES, FLOPS, PSNR, SPEEDUP, Finding, Findings, frontier
+from specdiff.evaluation.findings import (
+    FEATURES,
+    FLOPS,
+    PSNR,
+    SOLUTION,
+    SPEEDUP,
+    WORST,
+    Finding,
+    Findings,
+    frontier,
+)
+from specdiff.evaluation.method import SOLVED
 from specdiff.measure.memory import MEBIBYTE
 
 Cell = Callable[[Mapping[str, Any]], str]
@@ -34,6 +45,9 @@ COLUMNS: Mapping[str, Cell] = {
     "speedup": _number(SPEEDUP, "{:.2f}x"),
     "FLOPs": _number(FLOPS, "{:.0%}"),
     "PSNR, dB": _psnr,
+    "worst tenth": _number(PSNR + WORST, "{:.1f}"),
+    "to the solution, dB": _number(SOLUTION, "{:.1f}"),
+    "its worst tenth": _number(SOLUTION + WORST, "{:.1f}"),
     "SSIM": _number("ssim", "{:.3f}"),
     "features": _number(FEATURES, "{:.3f}"),
     "latent": _number("latent_error", "{:.3f}"),
@@ -46,7 +60,8 @@ COLUMNS: Mapping[str, Cell] = {
 
 def markdown(findings: Findings) -> str:
     """One row a method in the order measured; in bold what none beats in speedup and PSNR both."""
-    measured = {name: one for name, one in findings.methods.items() if not one.reason}
+    shown = {name: one for name, one in findings.methods.items() if one.family != SOLVED}
+    measured = {name: one for name, one in shown.items() if not one.reason}
     headings = [
         heading
         for heading, cell in COLUMNS.items()

@@ -18,7 +18,9 @@ from specdiff.evaluation.candidates import all_candidates, choose, fewer_steps
 from specdiff.evaluation.findings import (
     FEATURES,
     PSNR,
+    SOLUTION,
     SPEEDUP,
+    WORST,
     Finding,
     Findings,
     Terms,
@@ -67,6 +69,7 @@ def test_every_measure_is_taken(finished: Path) -> None:
     assert shorter["flops_share"] == 0.25
     assert 10 < shorter[PSNR] < 80
     assert 0 < shorter[FEATURES] < 1
+    assert shorter[SOLUTION + WORST] < shorter[SOLUTION] < dense[SOLUTION]
     assert len(shorter["seconds_each"]) == len(shorter["dense_seconds_each"]) == 1
     assert shorter["graphs"] == 1
 

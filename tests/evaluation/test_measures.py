@@ -24,6 +24,7 @@ from specdiff.evaluation.measures import (
     flops_share,
     latent_error,
     time_ratio,
+    worst_tenth,
 )
 from specdiff.runtime.records.stats import Stats
 
@@ -41,6 +42,11 @@ def test_latent_error_is_relative() -> None:
 def test_time_ratio_is_the_median_of_the_rounds_ratios() -> None:
     # a round in which the whole machine was slow counts like any other
     assert time_ratio([4.0, 40.0, 4.0], [2.0, 20.0, 1.0]) == 2.0
+
+
+def test_the_worst_tenth_is_one_picture_at_least() -> None:
+    assert worst_tenth([30.0, 20.0, 40.0]) == 20
+    assert worst_tenth([*range(40, 20, -1)]) == 21.5
 
 
 def test_distance_of_feature_maps_is_relative_and_averaged_over_taps() -> None:

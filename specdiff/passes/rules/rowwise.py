@@ -14,8 +14,8 @@ from specdiff.passes.rules.registry import (
     shape_of,
 )
 
-KNOWN = ("vllm_ir::rms_norm", "_C::rms_norm", "xfuser::aiter_rms_norm", "sgl_kernel::rmsnorm")
-"""Norms of serving stacks."""
+KNOWN = ("vllm_ir::rms_norm", "xfuser::aiter_rms_norm")
+"""Norms of serving stacks that write to no operand."""
 
 
 def rowwise(node: fx.Node) -> Facts:

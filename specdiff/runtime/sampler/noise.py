@@ -34,6 +34,10 @@ class Flow:
         """As `jump`, with the variance of the noise that the sampler adds: none."""
         return 1.0, end - start, 0.0
 
+    def clock(self, time: float) -> float:
+        """As of `Diffusion`: time itself."""
+        return time
+
 
 @dataclass(frozen=True)
 class Diffusion:
@@ -67,6 +71,16 @@ class Diffusion:
         if self.ancestral and noise > 0:
             variance = max((new_noise / noise) ** 2 * (1 - (signal / new_signal) ** 2), 0.0)
         return (*self._weights(start, end, variance), variance)
+
+    def clock(self, time: float) -> float | None:
+        """Where the latent's path, over its signal, moves by the prediction times this.
+
+        None where no such clock is known: a step by v turns, and noise is no prediction.
+        """
+        if self.kind == "v" or self.ancestral:
+            return None
+        signal, noise = self._levels(time)
+        return noise / signal
 
     def _weights(self, start: float, end: float, variance: float) -> tuple[float, float]:
         """Equation 12: x' = sqrt(abar') x0 + sqrt(1 - abar' - s²) eps, in x and the prediction."""

@@ -80,21 +80,26 @@ def remains(
         float64 scalar: 0 where all is explained or nothing moved, at most about 1. Less what
         rounding of the latents may leave.
     """
-    now, before = _rows(latents, batch), _rows(trail[0].latents, batch)
+    vectors = [_rows(latents, batch), *_span(trail, others, batch)]
+    wide = torch.stack(vectors).to(_wide(vectors[0].device))
+    now, before = wide[0], wide[1]
     step = now - before
     # the tokens of a reference picture never move, and what is predicted for them moves nothing
-    span = torch.stack(_span(trail, others, batch), dim=1) * (step != 0).unsqueeze(1)
+    moved = step != 0
+    span = wide[1:].transpose(0, 1) * moved.unsqueeze(1)
     inner = span @ span.mT
     size = inner.diagonal(dim1=1, dim2=2)
     scale = size.clamp_min(torch.finfo(size.dtype).tiny).rsqrt()
     inner = inner * scale.unsqueeze(1) * scale.unsqueeze(2)
-    inner = inner + RIDGE * torch.eye(inner.shape[-1], dtype=inner.dtype, device=inner.device)
+    inner.diagonal(dim1=1, dim2=2).add_(RIDGE)
     along = (span @ step.unsqueeze(-1)).squeeze(-1) * scale
     weights = torch.linalg.solve_ex(inner, along.unsqueeze(-1))[0].squeeze(-1) * scale
     left = step - (weights.unsqueeze(1) @ span).squeeze(1)
-    length = _level(step, step)
-    rounding = ROUNDED * _precision(latents) * _level(before, step)
-    unexplained = (_least(left, step) - rounding) / length.clamp_min(torch.finfo(length.dtype).tiny)
+    count = moved.sum(1)
+    length, size_before = _level(step, count), _level(before * moved, count)
+    rounding = ROUNDED * _precision(latents) * size_before
+    tiny = torch.finfo(length.dtype).tiny
+    unexplained = (_least(left, moved) - rounding) / length.clamp_min(tiny)
     worst: Tensor = unexplained.clamp_min(0).max()
     return worst
 
@@ -120,31 +125,35 @@ def _shifts(batch: int) -> list[int]:
     return [batch // count * i for count in parts for i in range(1, count)]
 
 
-def _level(rows: Tensor, step: Tensor) -> Tensor:
-    """[B]: root mean square of rows [B, n] where the step [B, n] moved them; 0 where nowhere."""
-    moved = step != 0
-    return ((rows.square() * moved).sum(1) / moved.sum(1).clamp_min(1)).sqrt()
+def _level(rows: Tensor, count: Tensor) -> Tensor:
+    """[B]: root mean square of `count` [B] numbers of rows [B, n], where the others are zero."""
+    return (rows.square().sum(1) / count.clamp_min(1)).sqrt()
 
 
-def _least(left: Tensor, step: Tensor) -> Tensor:
+def _least(left: Tensor, moved: Tensor) -> Tensor:
     """[B]: root mean square of `left` [B, n] in the places touched least of those that moved."""
     width = min(PLACE, left.shape[1])
-    places, steps = (
-        rows[:, : rows.shape[1] // width * width].unflatten(1, (-1, width)) for rows in (left, step)
+    places, moving = (
+        rows[:, : rows.shape[1] // width * width].unflatten(1, (-1, width))
+        for rows in (left, moved)
     )
-    moved = (steps != 0).any(2)
-    levels = places.square().mean(2).masked_fill(~moved, torch.inf).sort(1).values
-    rank = (moved.sum(1) * (1 - TOUCHED)).round().long().clamp_min(1) - 1
+    touched = moving.any(2)
+    levels = places.square().mean(2).masked_fill(~touched, torch.inf).sort(1).values
+    rank = (touched.sum(1) * (1 - TOUCHED)).round().long().clamp_min(1) - 1
     least: Tensor = levels.gather(1, rank.unsqueeze(1)).squeeze(1).sqrt()
-    return least.masked_fill(~moved.any(1), 0)
+    return least.masked_fill(~touched.any(1), 0)
 
 
 def _rows(tensors: Sequence[Tensor], batch: int) -> Tensor:
-    """float64 [B, n]: all numbers of each sample; [1, n] if a tensor has no batch."""
+    """[B, n]: all numbers of each sample; [1, n] if a tensor has no batch."""
     rows = batch if all(len(t) == batch for t in tensors) else 1
-    # Apple's devices have no float64
-    dtype = torch.float32 if tensors[0].device.type == "mps" else torch.float64
-    return torch.cat([t.reshape(rows, -1) for t in tensors], dim=1).to(dtype)
+    flat = [tensor.reshape(rows, -1) for tensor in tensors]
+    return flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    """Apple's devices have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _precision(latents: Sequence[Tensor]) -> float:

@@ -79,10 +79,16 @@ class Call:
         """Whether what forecasts cost the latent can be made good."""
         return (
             self.settings.correction
+            and not (self.integrates and self.stream.fit.on_course)
             and self.stream.fit.first_order
             and self.schedule.forecasts
             and self.programs.signature.additive
         )
+
+    @property
+    def integrates(self) -> bool:
+        """Whether the sampler is to be led to the solution."""
+        return self.settings.target == "solution"
 
     @property
     def seen(self) -> Displacement | None:

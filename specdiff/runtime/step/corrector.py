@@ -30,16 +30,21 @@ def settle(call: Call) -> None:
         stream.fit.correction = None  # what it knows grows old while nothing keeps it up
     if stream.fit.correction is None or stream.fit.sampler is None:
         return
-    if call.seen is not None and not _is_first_order(call, call.seen):
+    if call.seen is not None and not is_of_first_order(call, call.seen):
         stream.fit.correction, stream.fit.first_order = None, False
     else:
         kept, moved = stream.fit.sampler.step(stream.times[-1], call.time, call.seen)
         stream.fit.correction.settle(kept, call.at_pace(moved))
-        if call.reading is not None and (joint := call.reading.joint):
-            stream.fit.proven |= joint.news.item() > PROOF * _allowed(call, joint.moved)
+        note_proof(call)
 
 
-def _is_first_order(call: Call, seen: Displacement) -> bool:
+def note_proof(call: Call) -> None:
+    """Note whether the step, which was of first order, could have shown another."""
+    if call.reading is not None and (joint := call.reading.joint):
+        call.stream.fit.proven |= joint.news.item() > PROOF * _allowed(call, joint.moved)
+
+
+def is_of_first_order(call: Call, seen: Displacement) -> bool:
     """Whether the last step follows from the last prediction alone, as far as rounding shows."""
     allowed, start = _allowed(call, seen), call.stream.times[-1]
     chosen = call.stream.fit.sampler.chosen if call.stream.fit.sampler is not None else None
@@ -68,13 +73,13 @@ def corrected(
         due = next_time([*stream.times, call.time], call.given)
         kept, moved = stream.fit.sampler.step(call.time, due)
         more = on_top(missing, kept, call.at_pace(moved))
-        if not _doubted(call):  # else it stays missing, to be put on top later
+        if not doubted(call):  # else it stays missing, to be put on top later
             tokens = (tokens.float() + more).to(tokens.dtype)
     stream.fit.correction.hand_out(newest, tokens, call.clock)
     return tokens
 
 
-def _doubted(call: Call) -> bool:
+def doubted(call: Call) -> bool:
     """Whether the sampler may be one that uses earlier predictions again, for all that is seen.
 
     With two predictions a step is explained more easily, and a wrong correction costs more than

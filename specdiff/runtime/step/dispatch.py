@@ -215,12 +215,14 @@ class Runtime:
             record.kind = "dense"
         owner: StreamOwner = state if session is None else session
         table, conditions = owner.table(self), [inputs[index] for index in self._conditions]
-        stream = table.find(conditions)
+        lanes = table.lanes(conditions)
+        stream = lanes[-1] if lanes else None
         if session is not None and session.progress is not None:
             begin = partial(self._begin, table, stream, conditions)
             session.progress.pass_over(stream, begin, self._time_input(inputs))
-        elif stream is not None:
-            table.drop(stream)
+        else:
+            for lane in lanes:
+                table.drop(lane)
         if self._plain is not None:
             return owned(self._plain(*inputs))
         return owned(self.programs.tail(inputs, self.programs.probe(inputs)))

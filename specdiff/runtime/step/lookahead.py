@@ -27,9 +27,10 @@ NO_FIT = (
 def look_ahead(call: Call, outputs: Sequence[Tensor]) -> None:
     """Keep what the next evaluation's fit needs, and speculate once time has moved."""
     stream, times = call.stream, call.stream.times
-    pending = call.wants_future or (call.corrects and stream.fit.sampler is None)
+    watched = call.corrects or call.integrates
+    pending = call.wants_future or (watched and stream.fit.sampler is None)
     before = stream.latents, stream.predictions, stream.trail.model_time
-    if pending or call.schedule.forecasts or call.reading is not None:
+    if pending or call.schedule.forecasts or call.integrates or call.reading is not None:
         signature = call.programs.signature
         latents = tuple(p.clone() for p in signature.moving_parts(call.inputs))
         predicted = signature.moved_by(outputs)

@@ -13,14 +13,18 @@ The first line that holds decides; each is a condition and what comes of it.
       unknown conditions                              a new stream
       latent far from the stream's, none of its       nobody's: AMBIGUOUS
       time turns back, or starts over                 a new stream in its place
+      the first time again, with another latent       a new stream beside it: a lane
       rows that moved in time each its own way        nobody's: ROWS_DIFFER, TOKENS_DIFFER
       latent stands while time moves                  nobody's: STILL
       else                                            the stream that was found
+
+Of several lanes with the same conditions the first decides that goes on with the call, else the one
+whose turn it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -35,11 +39,12 @@ from specdiff.runtime.sampler.remains import EXPLAINED, remains
 from specdiff.runtime.sampler.row_times import UnreadTimes, paced
 from specdiff.runtime.sampler.sampler_fit import Displacement
 from specdiff.runtime.step import fallbacks
+from specdiff.runtime.streams.lanes import due
 from specdiff.runtime.streams.progress import Progress
 from specdiff.runtime.streams.recognition import followed
 from specdiff.runtime.streams.registry import StreamOwner
 from specdiff.runtime.streams.stream import Stream
-from specdiff.runtime.streams.table import StreamTable
+from specdiff.runtime.streams.table import MAX_STREAMS, StreamTable
 from specdiff.runtime.tokens.schedule import Schedule
 
 Begin = Callable[[Stream | None, Sequence[object]], Stream]
@@ -55,6 +60,25 @@ class Owned:
     """Of the call, in the unit of its source."""
     reading: Reading | None = None
     """What was read from the device; None if the session gave the times."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a call relates to a stream."""
+
+    stream: Stream | None
+    """None where none has the conditions."""
+    reading: Reading
+    """By the latent of the stream's latest evaluation."""
+    refusal: str | None
+    """Why it is nobody's."""
+    begins: bool
+    """Whether it begins a generation."""
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it is the stream's next evaluation."""
+        return self.stream is not None and self.refusal is None and not self.begins
 
 
 class Inquiry:
@@ -88,14 +112,19 @@ class Inquiry:
         self._owner, self._table, self._progress = owner, table, progress
         self._schedule, self._candidates = schedule, candidates
         self._begin = begin
+        self._changed: Mapping[Stream, frozenset[int] | None] = {}
+        """Streams that the call may belong to; which of their conditions changed, None: none is
+        another object."""
         self._remains: dict[Stream, Tensor] = {}
 
     def owner(self) -> Owned | str:
         """The owner of the call; its stream has begun if need be. A reason if there is none."""
-        known = self._table.find(self._conditions) or self._followed()
-        if known is not None and known.latents and self._schedule.forecasts:
-            known.trail.check(self._remains_of(known), timed=self._progress is not None)
-        return self._read(known) if self._progress is None else self._counted(known, self._progress)
+        lanes = self._table.lanes(self._conditions)
+        self._changed = dict.fromkeys(lanes) if lanes else dict(self._followed())
+        lanes = list(self._changed)
+        if self._progress is not None:
+            return self._counted(lanes[-1] if lanes else None, self._progress)
+        return self._read(lanes)
 
     def _counted(self, stream: Stream | None, progress: Progress) -> Owned:
         """The owner in a session with times: nothing is read while calls keep their order."""
@@ -103,38 +132,67 @@ class Inquiry:
         if index is not None:
             stream = self._begin(stream, self._conditions)
             progress.begin(stream, index)
-        assert stream is not None and stream.given is not None  # where there is none, one begins
+        else:
+            assert stream is not None  # where there is none, one begins
+            self._go_on(stream)
+        assert stream.given is not None
         return Owned(stream, stream.given[len(stream.times)])
 
-    def _read(self, stream: Stream | None) -> Owned | str:
-        """The owner by time and latent."""
-        reading = self._reading(stream)
+    def _read(self, lanes: Sequence[Stream]) -> Owned | str:
+        """The owner by time and latent: of several lanes, the first that goes on with the call."""
+        asked = due(lanes, self._time_read) if len(lanes) > 1 else lanes
+        verdicts = map(self._verdict, asked) if asked else iter([self._verdict(None)])
+        first = next(verdicts)
+        verdict = first if first.goes_on else next((v for v in verdicts if v.goes_on), first)
+        reading, stream = verdict.reading, verdict.stream
         if stream is None and self._table.is_crowded_out(self._conditions, reading.time):
             return fallbacks.CROWDED
+        if verdict.refusal is not None:
+            self._abandon(verdict, asked)
+            return verdict.refusal
+        if stream is None or verdict.begins:
+            return Owned(self._new(stream, lanes, reading), reading.time, reading)
+        self._table.begun = 0
+        stream.doubtful &= reading.time == stream.times[-1] or len(asked) > 1
+        self._go_on(stream)
+        return Owned(stream, reading.time, reading)
+
+    def _verdict(self, stream: Stream | None) -> Verdict:
+        reading = self._reading(stream)
         refusal, begins = fallbacks.of_call(
             stream, reading, self._candidates, selects=self._schedule.selects
         )
-        if refusal is not None:
-            self._abandon(stream, refusal, reading.time)
-            return refusal
-        if stream is not None and not begins:
-            self._table.begun = 0
-            stream.doubtful &= reading.time == stream.times[-1]
-            return Owned(stream, reading.time, reading)
-        new = self._begin(stream, self._conditions)
+        return Verdict(stream, reading, refusal, begins)
+
+    def _new(self, before: Stream | None, lanes: Sequence[Stream], reading: Reading) -> Stream:
+        """A stream that begins: in place of one before it, or beside it in the same round."""
         self._table.begun += 1
-        new.doubtful = stream is not None and (stream.ambiguous or not stream.trail.direction)
-        return Owned(new, reading.time, reading)
+        beside = before is not None and before.times == [reading.time] and reading.change > 0
+        if beside and len(lanes) < MAX_STREAMS:
+            for lane in lanes:
+                lane.doubtful = True
+            new = self._begin(None, self._conditions)
+        else:
+            new = self._begin(before, self._conditions)
+        new.doubtful = before is not None and (before.ambiguous or not before.trail.direction)
+        return new
 
-    def _abandon(self, stream: Stream | None, reason: str, time: float) -> None:
-        """Leave no state of a suspicious trajectory but that it is ambiguous, and since when."""
-        if stream is not None and reason == fallbacks.AMBIGUOUS:
-            stream.become_ambiguous(time)
-        elif stream is not None:
-            self._table.drop(stream)
+    def _go_on(self, stream: Stream) -> None:
+        """The call is this stream's."""
+        self._table.go_on(stream, self._conditions, self._changed[stream])
+        if stream.latents and self._schedule.forecasts:
+            stream.trail.check(self._remains_of(stream), timed=self._progress is not None)
 
-    def _followed(self) -> Stream | None:
-        """The stream that goes on with conditions which are none of a stream's."""
+    def _abandon(self, verdict: Verdict, asked: Sequence[Stream]) -> None:
+        """Leave no state of suspicious trajectories but that they are ambiguous, and since when."""
+        if verdict.refusal == fallbacks.AMBIGUOUS:
+            for stream in asked:
+                stream.become_ambiguous(verdict.reading.time)
+        elif verdict.stream is not None:
+            self._table.drop(verdict.stream)
+
+    def _followed(self) -> dict[Stream, frozenset[int]]:
+        """Streams that may go on with conditions which are none of theirs, and what changed."""
         return followed(self._table, self._conditions, self._may_be_due, self._explains)
 
     def _may_be_due(self, stream: Stream) -> bool:

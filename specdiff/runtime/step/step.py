@@ -13,6 +13,7 @@ from specdiff.errors import Fault
 from specdiff.runtime.sampler.timeline import time_unit
 from specdiff.runtime.step.call import Call
 from specdiff.runtime.step.corrector import corrected, settle
+from specdiff.runtime.step.integrator import integrated
 from specdiff.runtime.step.lookahead import look_ahead
 from specdiff.runtime.tokens.forecast import forecast
 from specdiff.runtime.tokens.importance import (
@@ -50,8 +51,13 @@ def answer(call: Call) -> list[Tensor]:
     else:
         tokens = _skip(call)
         counters.skipped += 1
+    plain = tokens
     if call.corrects and before:
         tokens = corrected(call, before, tokens, computed=count > 0)
+    if call.integrates:
+        tokens = integrated(call, plain, tokens, computed=count > 0)
+    else:
+        stream.fit.course = None
     stream.trail.arrive(call.time, call.reading)
     call.table.touch(stream)
     counters.tokens_computed += batch * count

@@ -23,32 +23,26 @@ def followed(
     conditions: Sequence[object],
     goes_on: Callable[[Stream], bool],
     explains: Callable[[Stream], bool],
-) -> Stream | None:
-    """The stream that goes on with a call, its conditions renewed.
+) -> dict[Stream, frozenset[int]]:
+    """The stream that goes on with a call, and the positions of the conditions that changed.
 
     Of several, such as the two calls of guidance, the one with the fewest conditions that differ,
     and among equals the one whose turn it is. Where the latent tells nothing, as a sampler's noise
-    hides it, the only one with equal conditions.
+    hides it, those with equal conditions, in the order of their latest calls.
 
     Args:
-        streams: of one graph.
+        streams: of one graph, in the order of their latest calls.
         conditions: of the call.
         goes_on: whether a stream may have an evaluation at the time of the call.
         explains: whether a stream's latents and predictions lead to those of the call.
     """
-    candidates = []
-    for stream in streams:
-        if not stream.ambiguous and stream.latents and goes_on(stream):
-            changed = stream.conditions.key.differing(conditions, stream.conditions.varying)
-            candidates.append((len(changed), stream.last_call, stream, changed))
-    candidates.sort(key=lambda each: each[:2])
-    pairs = [(stream, changed) for *_, stream, changed in candidates]
-    match = next((pair for pair in pairs if explains(pair[0])), None)
-    equal = [pair for pair in pairs if not pair[1]]
-    if match is None and len(equal) == 1:
-        match = equal[0]
-    if match is None:
-        return None
-    stream, changed = match
-    stream.conditions.change(conditions, changed)
-    return stream
+    changes = {
+        stream: stream.conditions.key.differing(conditions, stream.conditions.varying)
+        for stream in streams
+        if not stream.ambiguous and stream.latents and goes_on(stream)
+    }
+    likeliest = sorted(changes, key=lambda each: (len(changes[each]), each.last_call))
+    match = next(filter(explains, likeliest), None)
+    if match is not None:
+        return {match: changes[match]}
+    return {stream: changed for stream, changed in changes.items() if not changed}

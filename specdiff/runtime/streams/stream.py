@@ -5,7 +5,8 @@
     trail        what its latest evaluations saw and gave     trail.py
     history      the outputs that forecasts start from        step/step.py
     selected     caches and scores of selective steps         step/step.py
-    fit          the sampler, and what forecasts cost         step/lookahead.py, step/corrector.py
+    fit          the sampler, and what forecasts cost         step/lookahead.py, step/corrector.py,
+                                                              step/integrator.py
 
 On the right who writes each; the table takes caches back, and looking ahead adds its scores.
 """
@@ -18,6 +19,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from specdiff.runtime.sampler.course import Course
 from specdiff.runtime.sampler.guidance_pair import Joint
 from specdiff.runtime.sampler.noise import Process
 from specdiff.runtime.sampler.observation import Reading
@@ -76,10 +78,18 @@ class SamplerState:
     sampler: Prediction | None = None
     """Known once two evaluations have shown it."""
     correction: Correction | None = None
+    course: Course | None = None
+    """On the way to the solution, if that is the target."""
     first_order: bool = True
     """Whether each step seen so far followed from its own prediction alone."""
     proven: bool = False
     """Whether a step that followed a new prediction has shown such a sampler's order."""
+
+    @property
+    def on_course(self) -> bool:
+        """Whether the sampler is led to the solution, which leaves nothing to correct."""
+        course = self.course
+        return course is not None and course.process is not None and not course.refusal
 
 
 class Stream:
@@ -103,8 +113,8 @@ class Stream:
         self.ambiguous = False
         """Whether its calls cannot be told from those of others, and run dense."""
         self.doubtful = False
-        """Whether it may be one of several trajectories, for all that is seen: it began where
-        another had been, and has not yet gone where its prediction leads."""
+        """Whether it may be one of several trajectories, for all that is seen: it is one of several
+        lanes, or began where another had been and has not yet gone where its prediction leads."""
         self.last_call = 0
         """Of its table."""
 
@@ -172,4 +182,4 @@ class Stream:
     def break_off(self) -> None:
         """What was computed before the present evaluation is no ground for forecasts."""
         self.history.break_off()
-        self.fit.correction = None
+        self.fit.correction = self.fit.course = None

@@ -27,16 +27,27 @@ class StreamTable:
         self.begun = 0
         """Streams begun since one last went on."""
 
-    def find(self, conditions: Sequence[object]) -> Stream | None:
-        """The stream of the same conditions, after dropping those whose conditions have died."""
+    def lanes(self, conditions: Sequence[object]) -> list[Stream]:
+        """Streams of the same conditions, in the order of their latest calls.
+
+        Those whose conditions have died are dropped.
+        """
         self._calls += 1
         if not self._keep_values:
             self._streams = [each for each in self._streams if each.conditions.key.alive]
-        for stream in reversed(self._streams):
-            if stream.conditions.key.is_same(conditions):
-                stream.conditions.stand(self._keep_values)
-                return stream
-        return None
+        return [each for each in self._streams if each.conditions.key.is_same(conditions)]
+
+    def go_on(
+        self, stream: Stream, conditions: Sequence[object], changed: frozenset[int] | None
+    ) -> None:
+        """The present call is a stream's, whose conditions changed at these positions.
+
+        None: they are the same objects.
+        """
+        if changed is None:
+            stream.conditions.stand(self._keep_values)
+        else:
+            stream.conditions.change(conditions, changed)
 
     def start(
         self, conditions: Sequence[object], history: History, number: int, replacing: Stream | None

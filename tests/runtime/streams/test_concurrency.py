@@ -126,19 +126,6 @@ def test_generations_of_one_step(options, likeness):
     assert sd.stats(model).dense == 4
 
 
-@pytest.mark.parametrize("likeness", [0.1, 0.3, 1.0])
-def test_alike_generations_in_turns_on_one_prompt_tensor_run_dense(likeness):
-    model, text = toy(**PLAN), prompt()
-    runs = [Euler(model, text=text) for _ in range(2)]
-    for run, latent in zip(runs, frames(2, likeness), strict=True):
-        run.latent, run.sigmas = latent, [0.6 - index / 20 for index in range(13)]
-    for _ in range(12):
-        for run in runs:
-            run.step()
-    assert max(max(run.errors) for run in runs) < 1e-6
-    assert sd.stats(model).fallbacks == {"ambiguous stream": 22}
-
-
 def test_ambiguity_ends_with_the_next_generation():
     model, text = toy(**PLAN), prompt()
     Euler(model, 0, text=text).run(4)  # cut short

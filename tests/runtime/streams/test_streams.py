@@ -48,9 +48,9 @@ def test_two_prompts_interleaved():
     assert sd.stats(model).cache_bytes == 2 * model.runtime.programs.signature.cache_bytes
 
 
-@pytest.mark.parametrize("lead", [0, 1, 2])
-def test_two_seeds_on_one_prompt_tensor_run_dense(lead, caplog):
-    """Undetectable by times alone: the latents tell."""
+@pytest.mark.parametrize("lead", [1, 2])
+def test_two_seeds_at_times_of_their_own_on_one_prompt_tensor_run_dense(lead, caplog):
+    """Undetectable by times alone: the latents tell. Side by side they are lanes (test_lanes)."""
     model = toy(**PLAN)
     text = prompt()
     runs = [Euler(model, 0, text=text), Euler(model, 1, text=text)]

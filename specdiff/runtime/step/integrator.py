@@ -1,0 +1,144 @@
+"""Integrator: `target="solution"`: what the sampler gets for its step to end on the solution.
+
+Until the sampler is known to take steps of first order, at times that are known, and wherever it is
+found not to, steps are as with `target="dense"`; why is said once.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from specdiff.runtime.sampler.course import Course
+from specdiff.runtime.sampler.remains import Awaited
+from specdiff.runtime.sampler.sampler_fit import Displacement, guided
+from specdiff.runtime.sampler.timeline import next_time
+from specdiff.runtime.step.call import Call
+from specdiff.runtime.step.corrector import FIRST_ORDER_FIT, doubted, is_of_first_order, note_proof
+from specdiff.runtime.streams.trail import CHECK_LAG
+
+logger = logging.getLogger(__name__)
+
+COARSEST = 1e-4
+"""Relative rounding of the time input from which on the next time cannot be told."""
+AS_DENSE = 'target="solution" has no effect, steps are as with "dense": '
+SELECTS = "the plan computes some tokens of a step (leave out cache_ratio)"
+NOT_ADDITIVE = "what follows the model's last tokens is not linear in them"
+ROUNDED = (
+    "the time input is rounded ({dtype}), so the next time is not known: give the times,"
+    " specdiff.session(model, timesteps=...)"
+)
+ROWS_DIFFER = "rows of the batch are at times of their own"
+OTHER_ORDER = (
+    "the sampler's steps do not each follow from one prediction, as those of multistep solvers,"
+    " which aim at the solution already"
+)
+NO_CLOCK = (
+    "the sampler's steps are those of neither Euler on a flow nor DDIM on predicted noise, without"
+    " noise of their own"
+)
+
+
+def integrated(call: Call, plain: Tensor, as_dense: Tensor, *, computed: bool) -> Tensor:
+    """What to hand the sampler, [B, N, C].
+
+    Args:
+        call: of a model whose target is the solution.
+        plain: what was computed or forecast, [B, N, C].
+        as_dense: what the sampler would get if the target were "dense".
+        computed: whether `plain` was computed, in full.
+    """
+    stream = call.stream
+    course = stream.fit.course = stream.fit.course or Course()
+    course.refusal = course.refusal or _refusal(call, course)
+    if not course.refusal and course.process is None:
+        _learn_process(call, course)
+    if course.refusal:
+        call.state.say(logger, AS_DENSE + course.refusal)
+        return as_dense
+    value, handed = plain if computed else None, as_dense
+    if course.process is not None:
+        stream.fit.correction = None  # what forecasts cost is part of what the latent lacks
+        due = next_time([*stream.times, call.time], call.given)
+        found = course.answer(call.time, due, value).to(plain.dtype)
+        handed = torch.where(plain.isnan(), plain, found)
+    course.hand(call.time, value, handed)
+    return handed
+
+
+def _refusal(call: Call, course: Course) -> str:
+    """Why steps are as with "dense"; empty if they are not."""
+    signature, stream = call.programs.signature, call.stream
+    if call.schedule.selects:
+        return SELECTS
+    if not signature.additive:
+        return NOT_ADDITIVE
+    if call.reading is not None and call.reading.times.differ:
+        return ROWS_DIFFER
+    if call.given is None and (rounded := _coarse_dtype(call)):
+        return ROUNDED.format(dtype=rounded)
+    if stream.times and not _follows(call, course):
+        stream.fit.first_order, stream.fit.correction = False, None
+    return "" if stream.fit.first_order else OTHER_ORDER
+
+
+def _coarse_dtype(call: Call) -> str:
+    """Name of the time input's dtype, if it rounds too much; else empty."""
+    index = call.programs.signature.time
+    time = None if index is None else call.inputs[index]
+    if not isinstance(time, Tensor) or not time.is_floating_point():
+        return ""
+    return str(time.dtype)[6:] if torch.finfo(time.dtype).eps > COARSEST else ""
+
+
+def _follows(call: Call, course: Course) -> bool:
+    """Whether the sampler's latest step, of those looked at, followed from its own prediction."""
+    stream = call.stream
+    if call.time == stream.times[-1]:
+        return False  # Heun, or another that evaluates twice
+    if call.reading is not None:
+        follows = call.seen is None or is_of_first_order(call, call.seen)
+        if follows:
+            note_proof(call)
+        return follows
+    if not stream.latents:
+        return True
+    course.orders.append(Awaited(_left_of_first_order(call)))
+    return len(course.orders) <= CHECK_LAG or course.orders.popleft().read() <= FIRST_ORDER_FIT
+
+
+def _left_of_first_order(call: Call) -> Tensor:
+    """What no candidate explains of the latest step, less rounding; a scalar on the device."""
+    parts = call.programs.signature.moving_parts(call.inputs)
+    seen = Displacement.of(parts, call.stream.latents, call.stream.predictions)
+    left = seen.fits(call.candidates, call.stream.times[-1], call.time).residuals.min()
+    precision = max(torch.finfo(part.dtype).eps for part in parts)
+    return left - 2 * precision / seen.change.clamp_min(1e-6)
+
+
+def _learn_process(call: Call, course: Course) -> None:
+    """Note how the sampler moves the latent, or that it is none that can be integrated."""
+    sampler = call.stream.fit.sampler
+    if sampler is None or doubted(call):
+        return
+    if sampler.on_host:
+        best = int(sampler.best) if sampler.trusted.item() else -1
+    elif course.choice is None:
+        course.choice = Awaited(torch.where(sampler.trusted, sampler.best, -1))
+        return  # it is read at the next evaluation: nothing queued since then is waited for
+    else:
+        best = int(course.choice.read())
+    candidate, way = divmod(best, sampler.rates.numel())
+    process = sampler.candidates[candidate] if best >= 0 else None
+    if process is None or process.clock(call.time) is None:
+        course.refusal = NO_CLOCK
+    else:
+        course.process = process
+        course.solution.guidance = partial(_guided, scale=call.settings.guidance_scale, way=way)
+
+
+def _guided(values: Tensor, scale: float | None, way: int) -> Tensor:
+    return guided(values, scale)[way]
