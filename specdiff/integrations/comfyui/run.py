@@ -1,0 +1,205 @@
+"""Run: one run of a sampler, from the first noise level to the last.
+
+    evaluation   one question of the sampler: what is under the noise?
+    answer       the model's word on one or more lists of conditions; an evaluation may ask for
+                 several answers (patches of guidance do)
+
+The schedule says where an evaluation is, by its sigma, so that it does not matter how many a step
+of the sampler takes. Evaluations of one kind are forecast from each other: those at the start of
+a step, those in between, and those at a sigma that was evaluated before (Heun).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdiff.integrations.comfyui.lane import Lane, Moment
+from specdiff.integrations.comfyui.steps import NEAR, Steps
+from specdiff.integrations.comfyui.watch import Watch
+from specdiff.runtime.tokens.schedule import Place, Schedule
+from specdiff.settings import Settings, why_off
+
+PLANNED = "planned"
+NEW = "nothing like it was computed before"
+NEWS = "its conditions changed"
+STRAYED = "the latent moved where no prediction leads, as samplers that add noise move it"
+WINDOW = "a part of the latent was asked for, as context windows do"
+UNEVEN = "the batch is at several noise levels"
+
+
+@dataclass
+class _Evaluation:
+    """One evaluation under way."""
+
+    shape: torch.Size
+    moment: Moment
+    strays: bool
+    """Whether the latent came from nowhere."""
+    planned: str
+    """Why the plan computes it; empty if it does not."""
+    asked: int = 0
+    """Answers so far."""
+    reasons: list[str] = field(default_factory=list)
+    """Why answers were computed."""
+    parts: list[Tensor] = field(default_factory=list)
+    """The answers."""
+
+
+class Run:
+    """Decides which evaluations are computed. State of one run, gone with it.
+
+    Args:
+        settings: the plan and its options.
+        sigmas: the schedule, the end included.
+        sampler: its name, for the log.
+        steps: what it makes of the answers, if known.
+    """
+
+    def __init__(
+        self, settings: Settings, sigmas: Sequence[float], sampler: str, steps: Steps | None
+    ) -> None:
+        self._settings = settings
+        self._sigmas = list(sigmas)
+        self._schedule = Schedule.of(settings, (1,), selectable=False)
+        self._sampler = sampler
+        self._steps = steps
+        self._watch = Watch()
+        self._lanes: dict[Hashable, Lane] = {}
+        self._visits: Counter[float] = Counter()
+        self._counts: Counter[str] = Counter()
+        self._reasons: Counter[str] = Counter()
+        self._evaluation: _Evaluation | None = None
+
+    def evaluate(self, x: Tensor, timestep: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+        """One evaluation: `compute` asks `answer` for what it needs."""
+        low, high = timestep.aminmax()
+        sigma = float(high)
+        if off := why_off(self._settings) or (UNEVEN if low != high else "") or _end(sigma):
+            return self._untouched(off, compute)
+        self._evaluation = evaluation = self._next(x, sigma)
+        try:
+            guided = compute()
+        finally:
+            self._evaluation = None
+        self._counts["computed" if evaluation.reasons else "forecast"] += 1
+        self._reasons.update(evaluation.reasons[:1])
+        self._watch.leave(x, sigma, guided, evaluation.parts)
+        return guided
+
+    def answer(
+        self, conds: Sequence[Any], x: Tensor, compute: Callable[[], Sequence[Tensor]]
+    ) -> Sequence[Tensor]:
+        """What the model says to each list of conditions, computed or forecast."""
+        now = self._evaluation
+        if now is None:
+            return compute()
+        if x.shape != now.shape:
+            now.reasons.append(WINDOW)
+            return compute()
+        present = [cond is not None for cond in conds]
+        key = (now.asked, *present)
+        now.asked += 1
+        lane = self._lanes.setdefault(key, Lane(x, present))
+        active = _active(conds, now.moment.sigma)
+        if reason := self._why_computed(lane, active, now):
+            now.reasons.append(reason)
+            answers = lane.record(x, now.moment, compute())
+        else:
+            answers = lane.forecast(x, now.moment, self._settings.forecast)
+        lane.active = active
+        now.parts += [answer for answer, is_there in zip(answers, present, strict=True) if is_there]
+        return answers
+
+    def summary(self) -> str:
+        """What was computed, what was forecast, and why not more; one line."""
+        computed, forecast = self._counts["computed"], self._counts["forecast"]
+        total = computed + forecast
+        ratio = f" ({total / computed:.2f}x)" if computed else ""
+        reasons = "; ".join(f"{count} as {why}" for why, count in self._reasons.most_common())
+        steps = max(len(self._sigmas) - 1, 0)
+        return (
+            f"{self._sampler}, {steps} steps, {total} evaluations: {computed} computed,"
+            f" {forecast} forecast{ratio}. Computed: {reasons or 'none'}"
+        )
+
+    def _untouched(self, reason: str, compute: Callable[[], Tensor]) -> Tensor:
+        """Acceleration is off for this evaluation."""
+        self._counts["computed"] += 1
+        self._reasons[reason] += 1
+        for lane in self._lanes.values():
+            lane.break_off()
+        return compute()
+
+    def _next(self, x: Tensor, sigma: float) -> _Evaluation:
+        """The evaluation at this noise level, by its place in the schedule."""
+        steps = self._sigmas[:-1]
+        index = min(range(len(steps)), key=lambda i: abs(steps[i] - sigma))
+        on_schedule = abs(steps[index] - sigma) <= NEAR * abs(sigma)
+        if not on_schedule and index and (sigma - steps[index]) * (steps[-1] - steps[0]) < 0:
+            index -= 1  # between the one before and this one
+        place = Place.known(index, len(steps))
+        is_dense, _ = self._schedule.decide(place)
+        clock = sigma / (1 + sigma) if max(self._sigmas) > 1 else sigma
+        kind = (on_schedule, self._visits[sigma])
+        self._visits[sigma] += 1
+        moment = Moment(self._visits.total() - 1, sigma, clock, kind, self._weights(sigma))
+        strays = self._watch.strays(x)
+        return _Evaluation(x.shape, moment, strays, PLANNED if is_dense else "")
+
+    def _weights(self, sigma: float) -> Sequence[float] | None:
+        """How the directions so far, that of the present evaluation the last, make the next latent.
+
+        A sampler that goes elsewhere than foreseen is not known any longer.
+        """
+        index = self._visits.total() - 1
+        if self._steps is not None and not self._steps.is_at(index, sigma):
+            self._steps = None
+        if self._steps is None or not self._settings.correction:
+            return None
+        return self._steps.weights[index + 1][: index + 1]
+
+    def _why_computed(self, lane: Lane, active: Hashable, now: _Evaluation) -> str:
+        """Why an answer is computed; empty if it is forecast."""
+        if now.strays or lane.active != active:
+            was_ready = lane.is_ready(now.moment.kind)
+            lane.break_off()
+            if was_ready and not now.planned:
+                return STRAYED if now.strays else NEWS
+        return now.planned or ("" if lane.is_ready(now.moment.kind) else NEW)
+
+
+def _end(sigma: float) -> str:
+    return "" if sigma > 0 else "it is at the end of the noise"
+
+
+def _active(conds: Sequence[Any], sigma: float) -> Hashable:
+    """Which conditions, ControlNets and keyframes of adapters act at a noise level."""
+    return tuple(
+        (i, str(cond.get("uuid")), _acting(cond, sigma))
+        for i, each in enumerate(conds)
+        for cond in each or ()
+        if _within(sigma, cond.get("timestep_start"), cond.get("timestep_end"))
+    )
+
+
+def _acting(cond: Any, sigma: float) -> Hashable:
+    """Which of a condition's ControlNets act, and the keyframes of its hooks."""
+    controls, control = [], cond.get("control")
+    while control is not None:
+        spans = getattr(control, "timestep_range", None) or (None, None)
+        controls.append(_within(sigma, *spans))
+        control = getattr(control, "previous_controlnet", None)
+    hooks = getattr(cond.get("hooks"), "hooks", ())
+    frames = [getattr(getattr(hook, "hook_keyframe", None), "keyframes", ()) for hook in hooks]
+    reached = [sum(frame.start_t >= sigma for frame in each) for each in frames]
+    return (tuple(controls), tuple(reached))
+
+
+def _within(sigma: float, start: float | None, end: float | None) -> bool:
+    return (start is None or sigma <= start) and (end is None or sigma >= end)

@@ -1,0 +1,93 @@
+"""Steps: what a sampler makes of the answers it gets, found without the model.
+
+A sampler without noise moves the latent by sums: the latent of evaluation k is
+
+    x_k = a_k x_0 + sum over j < k of W[k, j] d_j
+
+with d_j = (x_j - D_j) / sigma_j the direction of answer D_j, whatever the solver's order. Handed
+directions of which each is an axis of its own, its latents are the rows of W. This takes
+milliseconds and draws no number that the run would have drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NEAR = 1e-4
+"""Share of a sigma within which another is the same."""
+MOST = 4
+"""Evaluations a step, at most."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A sampler over one schedule."""
+
+    sigmas: tuple[float, ...]
+    """Of its E evaluations."""
+    weights: tuple[tuple[float, ...], ...]
+    """W, [E + 1, E]: its last row is the finished latent."""
+
+    def is_at(self, index: int, sigma: float) -> bool:
+        """Whether evaluation `index` is at this noise level."""
+        known = self.sigmas[index] if index < len(self.sigmas) else 0.0
+        return abs(known - sigma) <= NEAR * abs(sigma)
+
+
+class _TooLong(Exception):
+    pass
+
+
+class _Axes:
+    """Stands in for the model: each answer's direction is an axis of its own."""
+
+    def __init__(self, guider: Any, size: int) -> None:
+        self.inner_model = guider
+        self.latents: list[Tensor] = []
+        self.sigmas: list[float] = []
+        self._size = size
+
+    def __call__(self, x: Tensor, sigma: Tensor, **options: Any) -> Tensor:
+        if len(self.latents) == self._size:
+            raise _TooLong
+        direction = torch.zeros_like(x)
+        direction[..., len(self.latents)] = 1
+        self.latents.append(x.clone())
+        self.sigmas.append(float(sigma.flatten()[0]))
+        answer = x - self.sigmas[-1] * direction
+        for function in options.get("model_options", {}).get("sampler_post_cfg_function", ()):
+            answer = function({"denoised": answer, "uncond_denoised": answer, "input": x})
+        return answer
+
+
+def steps_of(sampler: Any, guider: Any, sigmas: Tensor) -> Steps | None:
+    """The steps of ComfyUI's `KSAMPLER`; None of one that adds noise, adapts, or is another kind.
+
+    Args:
+        sampler: has `sampler_function` and `extra_options`.
+        guider: what it will ask, for those that look into it.
+        sigmas: the schedule.
+    """
+    function: Callable[..., Tensor] | None = getattr(sampler, "sampler_function", None)
+    options: Mapping[str, Any] = getattr(sampler, "extra_options", {})
+    if function is None:
+        return None
+    size = MOST * len(sigmas)
+    axes = _Axes(guider, size)
+    start = torch.zeros(1, 1, 1, size + 1)  # the last: what nobody put there
+    more = {"extra_args": {"model_options": {}, "seed": 0}, "callback": None, "disable": True}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            end = function(axes, start, sigmas.cpu(), **more, **options)
+    except Exception:
+        return None  # it wants what only a real run has
+    rows = torch.cat([*axes.latents, end]).reshape(len(axes.latents) + 1, -1)
+    count = len(axes.latents)
+    if not count or not rows.isfinite().all() or (rows[:, count:] != 0).any():
+        return None
+    return Steps(tuple(axes.sigmas), tuple(map(tuple, rows[:, :count].tolist())))

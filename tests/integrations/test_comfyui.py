@@ -1,0 +1,388 @@
+"""ComfyUI's call form, by stand-ins: patchers, wrappers, guiders and samplers as it has them.
+
+`examples/serving/comfyui.py` runs the real one.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from specdiff.errors import OptionError
+from specdiff.integrations.comfyui import __main__ as command
+from specdiff.integrations.comfyui.node import options_of
+from specdiff.integrations.comfyui.patch import patched
+from specdiff.integrations.comfyui.steps import steps_of
+from specdiff.plan import Plan
+
+STEPS = 12
+PLAN = Plan.of(STEPS, (0, 2, 4, 7, 11))
+SIGMAS = torch.linspace(1, 0, STEPS + 1)
+POSITIVE, NEGATIVE = [{"uuid": 1, "text": 0.7}], [{"uuid": 2, "text": -0.4}]
+
+
+class Executor:
+    """Calls wrappers around a function, as `comfy.patcher_extension.WrapperExecutor`."""
+
+    def __init__(self, function: Any, wrappers: list[Any], owner: Any = None) -> None:
+        self._function, self._wrappers, self.class_obj = function, wrappers, owner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return Executor(self._function, self._wrappers[1:], self.class_obj).execute(*args, **kwargs)
+
+    def execute(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._wrappers:
+            return self._function(*args, **kwargs)
+        return self._wrappers[0](self, *args, **kwargs)
+
+
+class Patcher:
+    """A `ModelPatcher`: clones share the model, each has its own options."""
+
+    def __init__(self, model: Denoiser, wrappers: Any = None) -> None:
+        self.model, self.wrappers = model, wrappers or {}
+
+    def clone(self) -> Patcher:
+        return Patcher(self.model, {kind: dict(each) for kind, each in self.wrappers.items()})
+
+    def add_wrapper_with_key(self, kind: str, key: str, wrapper: Any) -> None:
+        self.wrappers.setdefault(kind, {}).setdefault(key, []).append(wrapper)
+
+    def remove_wrappers_with_key(self, kind: str, key: str) -> None:
+        self.wrappers.get(kind, {}).pop(key, None)
+
+    def all(self, kind: str) -> list[Any]:
+        return [wrapper for each in self.wrappers.get(kind, {}).values() for wrapper in each]
+
+
+class Denoiser(nn.Module):
+    """Answers with what is under the noise; counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Conv2d(4, 4, 3, padding=1)
+        self.calls = 0
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
+        self.calls += 1
+        moved = torch.tanh(self.layer(x) * 0.3 + text[:, None, None, None] + sigma.mean())
+        return x - sigma[:, None, None, None] * (x - moved)
+
+
+def answers(model: Denoiser, batched: bool) -> Callable[..., list[Tensor]]:
+    """`calc_cond_batch`: conditions in one batch or one by one, areas pasted in."""
+
+    def calc(_: Any, conds: Any, x: Tensor, sigma: Tensor, options: Any) -> list[Tensor]:
+        wanted = [(i, each) for i, cond in enumerate(conds) for each in cond or ()]
+        out = [torch.zeros_like(x) for _ in conds]
+        if batched:
+            texts = torch.tensor([each["text"] for _, each in wanted]).repeat_interleave(len(x))
+            rows = torch.cat([x] * len(wanted))
+            made = model(rows, sigma.repeat(len(wanted)), texts).chunk(len(wanted))
+        else:
+            made = tuple(
+                model(x[..., : each.get("width", 99)], sigma, torch.full((len(x),), each["text"]))
+                for _, each in wanted
+            )
+        for (i, _each), part in zip(wanted, made, strict=True):
+            out[i][..., : part.shape[-1]] += part
+        return out
+
+    return calc
+
+
+class Guider:
+    """A `CFGGuider`."""
+
+    def __init__(self, patcher: Patcher, cfg: float, conds: Any, batched: bool) -> None:
+        self.patcher, self.cfg, self.conds, self.batched = patcher, cfg, conds, batched
+
+    def __call__(self, x: Tensor, sigma: Tensor, model_options: Any, seed: Any = None) -> Tensor:
+        predict = Executor(self._predict, self.patcher.all("predict_noise"), self)
+        return predict.execute(x, sigma, model_options, seed)  # type: ignore[no-any-return]
+
+    def _predict(self, x: Tensor, sigma: Tensor, options: Any = None, seed: Any = None) -> Tensor:
+        calc = answers(self.patcher.model, self.batched)
+        conds = [self.conds[0], None if self.cfg == 1 else self.conds[1]]
+        asked = Executor(calc, self.patcher.all("calc_cond_batch"))
+        good, bad = asked.execute(self.patcher.model, conds, x, sigma, options)
+        return good if self.cfg == 1 else bad + (good - bad) * self.cfg  # type: ignore[no-any-return]
+
+
+def sample_euler(
+    model: Any, x: Tensor, sigmas: Tensor, extra_args: Any, callback: Any, disable: Any
+) -> Tensor:
+    for i, (now, then) in enumerate(pairwise(sigmas)):
+        answer = model(x, now * x.new_ones(len(x)), **extra_args)
+        if callback is not None:
+            callback(i, answer)
+        x = x + (x - answer) / now * (then - now)
+    return x
+
+
+def sample_heun(
+    model: Any, x: Tensor, sigmas: Tensor, extra_args: Any, callback: Any, disable: Any
+) -> Tensor:
+    for now, then in pairwise(sigmas):
+        d = (x - model(x, now * x.new_ones(len(x)), **extra_args)) / now
+        ahead = x + d * (then - now)
+        if then > 0:
+            d = (d + (ahead - model(ahead, then * x.new_ones(len(x)), **extra_args)) / then) / 2
+        x = x + d * (then - now)
+    return x
+
+
+def sample_dpmpp_2m(
+    model: Any, x: Tensor, sigmas: Tensor, extra_args: Any, callback: Any, disable: Any
+) -> Tensor:
+    old = None
+    for i, (now, then) in enumerate(pairwise(sigmas)):
+        new = answer = model(x, now * x.new_ones(len(x)), **extra_args)
+        h = (now / then).log() if then > 0 else math.inf
+        if old is not None and then > 0:
+            r = (sigmas[i - 1] / now).log() / h
+            answer = (1 + 1 / (2 * r)) * new - old / (2 * r)
+        x, old = (then / now) * x + (1 - then / now) * answer, new
+    return x
+
+
+def sample_ancestral(
+    model: Any, x: Tensor, sigmas: Tensor, extra_args: Any, callback: Any, disable: Any
+) -> Tensor:
+    for now, then in pairwise(sigmas):
+        answer = model(x, now * x.new_ones(len(x)), **extra_args)
+        x = answer + then * torch.randn_like(x)
+    return x
+
+
+def draw(
+    patcher: Patcher,
+    function: Any = sample_euler,
+    *,
+    cfg: float = 1.0,
+    conds: Any = (POSITIVE, NEGATIVE),
+    batched: bool = True,
+    sigmas: Tensor = SIGMAS,
+    shape: tuple[int, ...] = (1, 4, 8, 8),
+    callback: Any = None,
+) -> Tensor:
+    """`CFGGuider.inner_sample`."""
+    guider = Guider(patcher, cfg, conds, batched)
+    options = {"transformer_options": {"sample_sigmas": sigmas}}
+    sampler = SimpleNamespace(sampler_function=function, extra_options={})
+
+    def sample(_: Any, sigmas: Tensor, extra: Any, callback: Any, noise: Tensor, *rest: Any) -> Any:
+        return function(guider, noise, sigmas, extra, callback, True)
+
+    run = Executor(sample, patcher.all("sampler_sample"), sampler)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    extra = {"model_options": options, "seed": 0}
+    out: Tensor = run.execute(guider, sigmas, extra, callback, noise, None, None, True)
+    return out
+
+
+@pytest.fixture
+def patcher() -> Patcher:
+    return Patcher(Denoiser())
+
+
+@pytest.fixture(autouse=True)
+def _lines(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "specdiff.integrations.comfyui")
+
+
+def calls(patcher: Patcher, work: Callable[[], object]) -> int:
+    patcher.model.calls = 0
+    work()
+    return patcher.model.calls
+
+
+@pytest.mark.parametrize("function", [sample_euler, sample_heun, sample_dpmpp_2m, sample_ancestral])
+@pytest.mark.parametrize("cfg", [1.0, 4.0])
+def test_dense_is_exact(patcher: Patcher, function: Any, cfg: float) -> None:
+    dense = patched(patcher, quality="dense")
+    torch.manual_seed(5)
+    alone = draw(patcher, function, cfg=cfg)
+    torch.manual_seed(5)
+    assert torch.equal(draw(dense, function, cfg=cfg), alone)
+
+
+@pytest.mark.parametrize("function", [sample_euler, sample_heun, sample_dpmpp_2m])
+@pytest.mark.parametrize("cfg", [1.0, 4.0])
+def test_closer_than_fewer_steps(patcher: Patcher, function: Any, cfg: float) -> None:
+    made, dense = (
+        draw(patched(patcher, plan=PLAN), function, cfg=cfg),
+        draw(patcher, function, cfg=cfg),
+    )
+    fewer = draw(patcher, function, cfg=cfg, sigmas=torch.linspace(1, 0, 6))
+    assert (made - dense).norm() < (fewer - dense).norm()
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 3.0])
+def test_takes_the_steps_of_the_plan(
+    patcher: Patcher, caplog: pytest.LogCaptureFixture, power: float
+) -> None:
+    model = patched(patcher, plan=PLAN)
+    assert calls(patcher, lambda: draw(model, sigmas=SIGMAS**power)) == 5
+    assert "12 steps, 12 evaluations: 5 computed, 7 forecast (2.40x)" in caplog.text
+    assert "5 as planned" in caplog.text
+
+
+def test_a_sampler_of_two_evaluations_a_step(
+    patcher: Patcher, caplog: pytest.LogCaptureFixture
+) -> None:
+    draw(patched(patcher, plan=PLAN), sample_heun)
+    assert "23 evaluations: 10 computed, 13 forecast" in caplog.text
+
+
+def test_batched_and_one_by_one_agree(patcher: Patcher) -> None:
+    model = patched(patcher, plan=PLAN)
+    together, apart = draw(model, cfg=4.0), draw(model, cfg=4.0, batched=False)
+    assert torch.allclose(together, apart, atol=1e-5)
+    assert calls(patcher, lambda: draw(model, cfg=4.0)) == 5
+    assert calls(patcher, lambda: draw(model, cfg=4.0, batched=False)) == 10
+
+
+def test_areas_of_several_sizes(patcher: Patcher) -> None:
+    model, area = patched(patcher, plan=PLAN), {"uuid": 3, "text": 0.1, "width": 5}
+    conds = ([*POSITIVE, area], NEGATIVE)
+    assert calls(patcher, lambda: draw(model, cfg=4.0, conds=conds, batched=False)) == 15
+
+
+def test_a_condition_that_ends_on_the_way(
+    patcher: Patcher, caplog: pytest.LogCaptureFixture
+) -> None:
+    early = [{**POSITIVE[0], "timestep_start": 1.0, "timestep_end": 0.52}, {"uuid": 4, "text": 0.2}]
+    draw(patched(patcher, plan=PLAN), conds=(early, NEGATIVE))
+    assert "1 as its conditions changed" in caplog.text
+
+
+def test_noise_is_computed_and_said(patcher: Patcher, caplog: pytest.LogCaptureFixture) -> None:
+    model = patched(patcher, plan=PLAN)
+    torch.manual_seed(5)
+    made = draw(model, sample_ancestral)
+    torch.manual_seed(5)
+    error = (made - draw(patcher, sample_ancestral)).norm() / made.norm()
+    assert error < 0.5
+    assert "samplers that add noise" in caplog.text
+
+
+def test_two_workflows_in_turns(patcher: Patcher) -> None:
+    first, second = patched(patcher, plan=PLAN), patched(patcher, plan=Plan.every(2))
+    other = {"conds": (NEGATIVE, POSITIVE), "shape": (2, 4, 6, 6)}
+    alone = draw(first), draw(second, **other)
+    turns = draw(first), draw(second, **other), draw(first), draw(second, **other)
+    assert all(torch.equal(turn, alone[i % 2]) for i, turn in enumerate(turns))
+
+
+def test_within_another_run(patcher: Patcher) -> None:
+    """Two runs interleaved, each with its own state."""
+    model = patched(patcher, plan=PLAN)
+    alone, inner = draw(model), []
+    outer = draw(model, callback=lambda i, _: inner.append(draw(model)) if i == 3 else None)
+    assert torch.equal(outer, alone)
+    assert torch.equal(inner[0], alone)
+
+
+def test_interrupted_runs_leave_nothing(patcher: Patcher, caplog: pytest.LogCaptureFixture) -> None:
+    model = patched(patcher, plan=PLAN)
+    alone = draw(model)
+    caplog.clear()
+
+    def interrupt(step: int, _: Tensor) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        draw(model, callback=interrupt)
+    assert "6 evaluations: 3 computed, 3 forecast" in caplog.text
+    assert torch.equal(draw(model), alone)
+
+
+def test_other_clones_stay_as_they_are(patcher: Patcher) -> None:
+    before = copy.copy(patcher.wrappers)
+    model = patched(patcher, plan=PLAN)
+    assert patcher.wrappers == before
+    assert calls(patcher, lambda: draw(patcher)) == STEPS
+    assert calls(patcher, lambda: draw(model.clone())) == 5
+    again = patched(model, plan=Plan.every(1))  # a second node takes the place of the first
+    assert calls(patcher, lambda: draw(again)) == STEPS
+
+
+def test_weights_patched_between_runs(patcher: Patcher) -> None:
+    model, weight = patched(patcher, plan=PLAN), patcher.model.layer.weight.data
+    before = draw(model)
+    weight += 0.1  # a LoRA, in place
+    fresh = Patcher(Denoiser())
+    fresh.model.load_state_dict(patcher.model.state_dict())
+    assert torch.equal(draw(model), draw(patched(fresh, plan=PLAN)))
+    weight -= 0.1
+    assert torch.allclose(draw(model), before, atol=1e-5)
+
+
+def test_previews_see_every_step(patcher: Patcher) -> None:
+    seen: list[Tensor] = []
+    draw(patched(patcher, plan=PLAN), callback=lambda _, answer: seen.append(answer))
+    assert len(seen) == STEPS
+    assert all(answer.isfinite().all() for answer in seen)
+
+
+def test_switched_off(
+    patcher: Patcher, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SPECDIFF", "off")
+    assert torch.equal(draw(patched(patcher, plan=PLAN)), draw(patcher))
+    assert "12 as SPECDIFF=off" in caplog.text
+
+
+def test_weights_of_samplers() -> None:
+    sigmas = torch.tensor([1.0, 0.6, 0.2, 0.0])
+    found = steps_of(SimpleNamespace(sampler_function=sample_euler, extra_options={}), None, sigmas)
+    assert found is not None
+    assert found.weights[-1] == pytest.approx((-0.4, -0.4, -0.2))
+    noisy = SimpleNamespace(sampler_function=sample_ancestral, extra_options={})
+    torch.manual_seed(0)
+    assert steps_of(noisy, None, sigmas) is None
+    after = torch.randn(1)
+    torch.manual_seed(0)
+    assert torch.equal(torch.randn(1), after)  # nothing was drawn from the run's numbers
+
+
+def test_options() -> None:
+    assert options_of("fast", " ") == {"quality": "fast"}
+    assert options_of("fast", "plan.json") == {"plan": "plan.json"}
+    with pytest.raises(OptionError, match="quality"):
+        patched(Patcher(Denoiser()), quality="best")
+
+
+def test_install(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main([str(tmp_path)]) == 2
+    assert "custom_nodes" in capsys.readouterr().err
+    (tmp_path / "custom_nodes").mkdir()
+    assert command.main([str(tmp_path)]) == 0
+    file = tmp_path / "custom_nodes" / command.FILE
+    namespace: dict[str, Any] = {}
+    exec(file.read_text(), namespace)
+    assert callable(namespace["comfy_entrypoint"])
+
+
+def test_comfyui_is_not_imported() -> None:
+    code = (
+        "import sys, specdiff.integrations.comfyui.node, specdiff.integrations.comfyui.patch\n"
+        "assert not [name for name in sys.modules if name.split('.')[0].startswith('comfy')]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
