@@ -424,6 +424,7 @@ def test_explain_leaves_a_compiled_model_alone(small):
     assert counts(selective) == (6, 14, 0, 2)
 
 
+@pytest.mark.slow
 def test_explain_does_not_use_up_the_limit_on_variants(small):
     model, inputs = small
     for rows in range(2, 3 + torch._dynamo.config.recompile_limit):
@@ -492,6 +493,7 @@ def test_fifteen_settings_on_one_model(small):
     assert specdiff.stats(selective).graphs == 1
 
 
+@pytest.mark.slow
 def test_fifteen_compilations_of_one_model(small):
     """Each set of options is a variant to Dynamo; after eight it runs the untouched model."""
     model, inputs = small

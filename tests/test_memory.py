@@ -137,6 +137,9 @@ def test_a_budget_that_only_codes_fit(allocated):
     assert allocated.most == budget
 
 
+QUICK_CODES = ["int8", pytest.param("fp8_e4m3", marks=pytest.mark.slow)]
+
+
 # Generations ------------------------------------------------------------------------------------
 
 
@@ -179,7 +182,7 @@ def turns(model: Any, inputs: Inputs, steps: int = 6) -> Any:
         yield velocity
 
 
-@pytest.mark.parametrize("name", list(KV_CACHE_DTYPES))
+@pytest.mark.parametrize("name", QUICK_CODES)
 def test_blocks_do_what_the_whole_graph_does(name):
     model, inputs = flux(layers=2)
     expected = generation(compiled(copy.deepcopy(model), kv_cache_dtype=name), inputs)
@@ -225,7 +228,7 @@ def test_verify_measures_what_codes_cost(name):
 # What Inductor makes of it ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", list(KV_CACHE_DTYPES))
+@pytest.mark.parametrize("name", QUICK_CODES)
 def test_codes_are_written_and_read_in_place(name, monkeypatch):
     """No copy of codes is made; of values only what attention reads, keys and values of each."""
     model, inputs = flux(rows=12, columns=14, batch=1)

@@ -154,7 +154,7 @@ def autocast(enabled: bool = True, dtype: torch.dtype = torch.bfloat16) -> torch
     return torch.autocast("cpu", dtype, enabled=enabled)
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("inner", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_autocast_around_the_model(inner):
     model, inputs = small_flux()
     selective = compiled(model, inner_backend=inner)
@@ -505,7 +505,7 @@ def test_processor_swapped_within_a_generation():
 # Grad modes -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("inner", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_inference_mode_gives_the_same(inner):
     model, inputs = small_flux()
     expected = generate(compiled(model), inputs, 3)

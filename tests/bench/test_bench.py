@@ -35,7 +35,10 @@ def toy(name):
     return build(name, torch.device("cpu"), torch.float32, steps=6)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n == "flux-toy" else n for n in SMALL],
+)
 def test_every_program_is_counted_and_has_a_floor(name):
     bench = measure(toy(name), RATES, [0.75], 2, EAGER, backend="eager")
     dense, trial = bench.trials

@@ -161,6 +161,7 @@ def test_a_file_that_holds_no_results_is_named(tmp_path: Path, text: str) -> Non
         campaign(tmp_path)
 
 
+@pytest.mark.slow
 def test_phases_may_be_measured_one_by_one(finished: Path, tmp_path: Path) -> None:
     methods = [DENSE, rival("dimmed", dimmed), rival("broken", broken)]
     for phase in reversed(PHASES):  # comparing draws what is not drawn

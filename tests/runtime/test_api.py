@@ -345,7 +345,7 @@ def test_an_option_of_old_says_what_to_write_instead(name, value, said):
 
 
 def test_there_are_few_options():
-    assert len(OPTIONS) <= 14
+    assert len(OPTIONS) <= 15
     with pytest.raises(OptionError) as caught:
         Options.parse({"bogus": 1}, set())
     assert str(caught.value).endswith("options: " + ", ".join(OPTIONS))

@@ -139,6 +139,7 @@ def code_of(found: Traced, name: str, monkeypatch: pytest.MonkeyPatch) -> str:
     return codes[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dense", "selective"])
 def test_what_is_compiled_does_not_grow_with_depth(name, monkeypatch):
     """Two functions, one for each kind of block, and as many kernels for more blocks."""
@@ -164,7 +165,13 @@ def uses(code: str, name: str) -> list[str]:
     return [n for n in lines if not n.startswith(idle) and not n.endswith("= args")]
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name == "selective" else pytest.param(name, marks=pytest.mark.slow)
+        for name in PROGRAMS
+    ],
+)
 def test_inductor_copies_no_cache(flux_of_blocks, name, monkeypatch):
     found = flux_of_blocks
     code = code_of(found, name, monkeypatch)

@@ -67,8 +67,14 @@ def evaluations(model: nn.Module) -> tuple[int, int, int, int]:
     return found.dense, found.selective, found.skipped, found.speculative
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("name", MODELS)
+QUICK = [("flux", "paper"), *(("sd3", settings) for settings in SETTINGS)]
+EVERY = [(name, settings) for name in MODELS for settings in SETTINGS]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in EVERY],
+)
 def test_blocks_do_what_the_whole_graph_does(name, settings):
     """Importance, too, is taken from the same sample of rows: another in each attention."""
     model, inputs = MODELS[name]()
