@@ -163,7 +163,7 @@ def test_tables_are_neither_made_nor_gathered_block_by_block(monkeypatch):
 
 @pytest.mark.parametrize("name", ["probe", "dense", "selective", "textless"])
 def test_parameters_and_caches_are_static_inputs(wide, name, monkeypatch):
-    compile_fx = torch_adapter.compile_fx
+    compile_fx = torch_adapter.inductor.compile_fx
     seen: list[tuple[list[Any], set[int]]] = []
 
     def inner(module: fx.GraphModule, values: list[Any], **settings: Any) -> Any:
