@@ -5,7 +5,9 @@ Through diffusers' own FluxPipeline on small random weights, against the same fo
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +26,9 @@ CLOSE = 0.02
 EAGER = {"inner_backend": "eager"}
 
 Change = Callable[[FluxPipeline], Any]
+EXAMPLES = Path(__file__).parents[1] / "examples"
+FORMS = runpy.run_path(str(EXAMPLES / "research" / "deployment_forms.py"), run_name="forms")
+"""How models are deployed, as the table of forms has it."""
 
 
 def pipeline() -> FluxPipeline:
@@ -99,32 +104,15 @@ def linears(module: nn.Module, name: str) -> bool:
 
 def torchao(config: str) -> Change:
     def form(pipe: FluxPipeline) -> None:
-        quantization = pytest.importorskip("torchao.quantization")
-        made = getattr(quantization, config)()
-        quantization.quantize_(pipe.transformer, made, filter_fn=linears)
+        pytest.importorskip("torchao.quantization")
+        FORMS["torchao"](config, linears)(pipe)
 
     return form
 
 
 def gguf(pipe: FluxPipeline) -> None:
-    """As `from_single_file` leaves a model: packed weights, unpacked in each linear's forward."""
-    gguf = pytest.importorskip("gguf")
-    from diffusers.quantizers.gguf.utils import GGUFParameter, _replace_with_gguf_linear
-
-    model, kind = pipe.transformer, gguf.GGMLQuantizationType.Q8_0
-    kept = {n: m for n, m in model.named_modules() if linears(m, n) and m.in_features % 32 == 0}
-    state = {
-        f"{name}.weight": GGUFParameter(
-            torch.from_numpy(gguf.quants.quantize(module.weight.detach().numpy(), kind)),
-            quant_type=kind,
-        )
-        for name, module in kept.items()
-    }
-    _replace_with_gguf_linear(model, torch.float32, state)
-    for name, module in kept.items():
-        packed = model.get_submodule(name)
-        packed.weight = state[f"{name}.weight"]
-        packed.bias = nn.Parameter(module.bias.detach(), requires_grad=False)
+    pytest.importorskip("gguf")
+    FORMS["gguf"](pipe, linears)
 
 
 QUANTISED = {

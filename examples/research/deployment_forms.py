@@ -47,30 +47,34 @@ class Form:
     processes: int = 1
 
 
+Wanted = Callable[[nn.Module, str], bool]
+"""Whether a module of this name is a linear to quantise."""
+
+
 def blocks(module: nn.Module, name: str) -> bool:
     """Linears that are quantised."""
     return isinstance(module, nn.Linear) and "blocks" in name and module.in_features >= 64
 
 
-def torchao(config: str) -> Change:
-    """Blocks quantised by a config of torchao."""
+def torchao(config: str, wanted: Wanted = blocks) -> Change:
+    """Linears quantised by a config of torchao."""
 
     def form(pipe: Any) -> None:
         from torchao import quantization
 
         made = getattr(quantization, config)()
-        quantization.quantize_(pipe.transformer, made, filter_fn=blocks)
+        quantization.quantize_(pipe.transformer, made, filter_fn=wanted)
 
     return form
 
 
-def gguf(pipe: Any) -> None:
+def gguf(pipe: Any, wanted: Wanted = blocks) -> None:
     """As `from_single_file` leaves a model: packed weights, unpacked in each forward."""
     import gguf as packing
     from diffusers.quantizers.gguf.utils import GGUFParameter, _replace_with_gguf_linear
 
     model, kind = pipe.transformer, packing.GGMLQuantizationType.Q8_0
-    kept = {n: m for n, m in model.named_modules() if blocks(m, n) and m.in_features % 32 == 0}
+    kept = {n: m for n, m in model.named_modules() if wanted(m, n) and m.in_features % 32 == 0}
     packed = {
         f"{name}.weight": GGUFParameter(
             torch.from_numpy(packing.quants.quantize(module.weight.detach().numpy(), kind)),

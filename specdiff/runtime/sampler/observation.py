@@ -44,7 +44,7 @@ class Reading:
 
     def rounding(self, seen: Displacement) -> float:
         """What rounding of the latent may add to a step, relative to the step's length."""
-        return 2 * self.precision / max(seen.change.item(), 1e-6)
+        return seen.rounding(self.precision).item()
 
     def is_strange(self, candidates: Sequence[Process], start: float) -> bool:
         """Whether no candidate, nor rounding, explains how the latent came here since `start`."""

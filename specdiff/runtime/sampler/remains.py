@@ -97,7 +97,7 @@ def remains(
     left = step - (weights.unsqueeze(1) @ span).squeeze(1)
     count = moved.sum(1)
     length, size_before = _level(step, count), _level(before * moved, count)
-    rounding = ROUNDED * _precision(latents) * size_before
+    rounding = ROUNDED * precision_of(latents) * size_before
     tiny = torch.finfo(length.dtype).tiny
     unexplained = (_least(left, moved) - rounding) / length.clamp_min(tiny)
     worst: Tensor = unexplained.clamp_min(0).max()
@@ -156,5 +156,6 @@ def _wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _precision(latents: Sequence[Tensor]) -> float:
+def precision_of(latents: Sequence[Tensor]) -> float:
+    """Relative rounding of the coarsest of them."""
     return max(torch.finfo(latent.dtype).eps for latent in latents)

@@ -134,6 +134,10 @@ class Displacement:
         """|step| / |previous latent|; exactly 0 where the latent did not move."""
         return (self.products[0, 0] / self._safe(self.products[1, 1])).sqrt()
 
+    def rounding(self, precision: float) -> Tensor:
+        """What latents rounded by this may add to the step, relative to its length; a scalar."""
+        return 2 * precision / self.change.clamp_min(1e-6)
+
     @property
     def factors(self) -> Tensor:
         """[W]: least squares of the step on each prediction alone."""

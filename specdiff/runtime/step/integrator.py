@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from specdiff.runtime.sampler.course import Course
-from specdiff.runtime.sampler.remains import Awaited
+from specdiff.runtime.sampler.remains import Awaited, precision_of
 from specdiff.runtime.sampler.sampler_fit import Displacement, guided
 from specdiff.runtime.sampler.timeline import next_time
 from specdiff.runtime.step.call import Call
@@ -115,8 +115,7 @@ def _left_of_first_order(call: Call) -> Tensor:
     parts = call.programs.signature.moving_parts(call.inputs)
     seen = Displacement.of(parts, call.stream.latents, call.stream.predictions)
     left = seen.fits(call.candidates, call.stream.times[-1], call.time).residuals.min()
-    precision = max(torch.finfo(part.dtype).eps for part in parts)
-    return left - 2 * precision / seen.change.clamp_min(1e-6)
+    return left - seen.rounding(precision_of(parts))
 
 
 def _learn_process(call: Call, course: Course) -> None:

@@ -242,7 +242,7 @@ class Inquiry:
     def _time(self) -> object:
         return None if self._signature.time is None else self._inputs[self._signature.time]
 
-    @property
+    @cached_property
     def _unread_times(self) -> UnreadTimes:
         return UnreadTimes.of(self._time, self._signature.batch, self._latent.device)
 
