@@ -1,0 +1,122 @@
+"""Shortfall: what forecasts cost the latent, and what makes it good, by a run's known weights.
+
+A forecast q in place of a prediction p leaves later latents short of what p would have made of
+them. Once the next prediction is computed, those in between are known much better, by the parabola
+through the last three that were computed. So each prediction is handed out with what brings the
+next latent to where the better known ones lead; the sampler's own weights, whatever its order, say
+how much that is. What was put on top counts in later latents too, and is made good in the same way.
+
+`correction` does the same with two numbers inferred from one step, for samplers of first order.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from specdiff.runtime.sampler.weights import Weights
+from specdiff.runtime.tokens.forecast import nonzero
+from specdiff.runtime.tokens.history import ComputedOutput
+
+LARGEST = 1.0
+"""What is put on top of a prediction, at most, relative to it; more than that is no correction."""
+
+
+class Shortfall:
+    """What the latents of one run are short of, by the prediction that was handed out for less.
+
+    Predictions are [B, N, C], all of whose tokens are computed, or none.
+    """
+
+    def __init__(self) -> None:
+        self._handed: defaultdict[Hashable, dict[int, tuple[float, Tensor]]] = defaultdict(dict)
+        """By kind and evaluation, forecasts since the last computed one: when, and what was given.
+        """
+        self._short: dict[int, Tensor] = {}
+        """By evaluation, what was handed out less than is now known to be right, float32."""
+
+    def forecast(
+        self, kind: Hashable, index: int, clock: float, known: Tensor, weights: Weights | None
+    ) -> Tensor:
+        """What to hand out at evaluation `index`, for which `known` was forecast.
+
+        Predictions of one kind are forecast from each other.
+        """
+        handed = self._filled_up(index, known, weights)
+        self._handed[kind][index] = clock, handed
+        return handed
+
+    def computed(
+        self,
+        kind: Hashable,
+        index: int,
+        computed: Sequence[ComputedOutput],
+        weights: Weights | None,
+    ) -> Tensor:
+        """What to hand out at evaluation `index`, at which `computed[0]` of its kind was computed.
+
+        Args:
+            kind: as of `forecast`.
+            index: of the evaluation.
+            computed: the last predictions of its kind that were, newest first.
+            weights: of the run, if known.
+        """
+        for at, (clock, handed) in self._handed.pop(kind, {}).items():
+            self._short[at] = between(computed, clock) - handed.float()
+        return self._filled_up(index, computed[0].tokens, weights)
+
+    def break_off(self) -> None:
+        """What was computed is no ground for forecasts any longer."""
+        self._handed.clear()
+        self._short.clear()
+
+    def _filled_up(self, index: int, known: Tensor, weights: Weights | None) -> Tensor:
+        """`known`, and on top what brings the next latent to where it should be."""
+        if weights is None or index >= weights.evaluations:
+            return known
+        due = weights.due(index)
+        terms = [short * due[at] for at, short in self._short.items() if due[at]]
+        if not terms or not due[index]:
+            return known
+        more = torch.stack(terms).sum(0) / due[index]
+        too_much = _norm(more) > LARGEST * _norm(known.float())
+        more = torch.where(too_much, 0.0, more)
+        self._short[index] = -more
+        self._join(index, weights)
+        return (known.float() + more).to(known.dtype)
+
+    def _join(self, index: int, weights: Weights) -> None:
+        """Those that all later latents count alike are kept as one."""
+        joined: dict[int, Tensor] = {}
+        for at, short in self._short.items():
+            ratios = ((other, weights.ratio(index, at, other)) for other in joined)
+            alike = next(((other, ratio) for other, ratio in ratios if ratio is not None), None)
+            if alike is None:
+                joined[at] = short
+            else:
+                other, ratio = alike
+                joined[other] = torch.add(joined[other], short, alpha=ratio)
+        self._short = joined
+
+
+def between(computed: Sequence[ComputedOutput], clock: float) -> Tensor:
+    """float32: the prediction before the newest computed one, by the parabola through three."""
+    times = [each.times.unsqueeze(-1) for each in computed]
+    newest, before, *older = [each.tokens.float() for each in computed]
+    t0, t1, *rest = times
+    span = t0 - t1
+    line = (newest - before) / nonzero(span)
+    value = before + line * (clock - t1)
+    if older:
+        known = (rest[0] != t1) & (rest[0] != t0)
+        earlier = (before - older[0]) / nonzero(t1 - rest[0])
+        bend = (line - earlier) / nonzero(t0 - rest[0])
+        value = torch.where(known, value + bend * ((clock - t0) * (clock - t1)), value)
+    return torch.where(span != 0, value, newest)
+
+
+def _norm(predictions: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(predictions, dim=(1, 2), keepdim=True)
