@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PARALLEL = 1e-5
-"""Relative distance up to which two columns are multiples of each other: rounding of float32."""
+PARALLEL = 1e-4
+"""Relative distance up to which two columns count as multiples of each other."""
 
 
 def axis(like: Tensor, index: int) -> Tensor:

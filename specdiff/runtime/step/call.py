@@ -47,7 +47,7 @@ class Call:
 
     @property
     def given(self) -> tuple[float, ...] | None:
-        """All times of the run, if the session gave them."""
+        """All times of the run, if a session or a scheduler gave them."""
         return self.stream.given
 
     @property
@@ -75,12 +75,33 @@ class Call:
         return latent
 
     @property
+    def counted(self) -> tuple[float, ...] | None:
+        """As `given`, if a session gave them: nothing is read, and the times are exact."""
+        return None if self.stream.place is None else self.stream.place.given
+
+    @property
     def corrects(self) -> bool:
-        """Whether what forecasts cost the latent can be made good."""
+        """Whether what forecasts cost the latent is made good by what steps showed."""
+        return self._may_correct and self.stream.fit.first_order and not self.has_weights
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether it is made good by a scheduler's weights: of whole predictions only."""
+        run = self.stream.run
+        return (
+            run is not None
+            and run.weights is not None
+            and self._may_correct
+            and not self.schedule.selects
+            and not self.integrates
+            and not isinstance(self.clock, Tensor)
+        )
+
+    @property
+    def _may_correct(self) -> bool:
         return (
             self.settings.correction
             and not (self.integrates and self.stream.fit.on_course)
-            and self.stream.fit.first_order
             and self.schedule.forecasts
             and self.programs.signature.additive
         )

@@ -20,6 +20,7 @@ from specdiff.runtime.sampler.noise import processes
 from specdiff.runtime.step import fallbacks
 from specdiff.runtime.step.call import Call
 from specdiff.runtime.step.ownership import Inquiry
+from specdiff.runtime.step.scheduled import follow
 from specdiff.runtime.step.step import answer, owned
 from specdiff.runtime.streams.caches import CachePool
 from specdiff.runtime.streams.registry import (
@@ -28,6 +29,7 @@ from specdiff.runtime.streams.registry import (
     StreamOwner,
     active_session,
     effective,
+    scheduler_of,
     state_of_call,
 )
 from specdiff.runtime.streams.stream import Stream
@@ -119,6 +121,7 @@ class Runtime:
             state.say(logger, fallbacks.IDLE)
         if isinstance(whose, str):
             return self._fall_back(inputs, state, whose, record, schedule.selects)
+        follow(whose.stream, scheduler_of(state, session), whose.time, state)
         call = Call(
             programs=self.programs,
             pool=self.pool,

@@ -85,7 +85,7 @@ def _inferred(call: Call, latents: tuple[Tensor, ...], predictions: Ways) -> Pre
     seen = call.seen
     if seen is None:
         seen = Displacement.of(stream.latents, latents, predictions)
-    unit, exact = time_unit(call.given or stream.times), call.given is not None
+    unit, exact = time_unit(call.given or stream.times), call.counted is not None
     return Prediction.infer(seen, call.candidates, start, end, unit, exact=exact)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from specdiff.errors import Fault
 from specdiff.runtime.sampler.timeline import time_unit
 from specdiff.runtime.step.call import Call
-from specdiff.runtime.step.corrector import corrected, settle
+from specdiff.runtime.step.corrector import corrected, filled_up, settle
 from specdiff.runtime.step.integrator import integrated
 from specdiff.runtime.step.lookahead import look_ahead
 from specdiff.runtime.tokens.forecast import forecast
@@ -52,7 +52,9 @@ def answer(call: Call) -> list[Tensor]:
         tokens = _skip(call)
         counters.skipped += 1
     plain = tokens
-    if call.corrects and before:
+    if call.has_weights:
+        tokens = filled_up(call, tokens, computed=count > 0)
+    elif call.corrects and before:
         tokens = corrected(call, before, tokens, computed=count > 0)
     if call.integrates:
         tokens = integrated(call, plain, tokens, computed=count > 0)
@@ -162,7 +164,7 @@ def _predicted(call: Call, scores: Tensor, active: Tensor) -> Tensor:
 
 def _with_computed(call: Call, predicted: Tensor, active: Tensor) -> Tensor:
     """`predicted` [B, N, C], and the active tokens computed."""
-    selected, programs, moment = call.stream.selected, call.programs, (call.given, call.time)
+    selected, programs, moment = call.stream.selected, call.programs, (call.counted, call.time)
     assert selected.lease is not None  # no name for it here: tracebacks would keep it
     caches, tables = selected.lease.caches, selected.lease.rows
     row = tables.look_up(programs, call.inputs, caches, moment, call.known)
