@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 BUDGET = "cache budget exceeded"
 NEWS = "a condition changed"
+FEW = "few steps"
 STRAYED = "unexplained step"
 STRAYED_HINT = (
     "unexplained step: the latent moved where neither earlier latents nor predictions lead, as if"
@@ -84,6 +85,8 @@ def _decide(call: Call) -> int:
     if reason == UNSELECTABLE:
         call.state.counters.fallbacks[UNSELECTABLE] += 1
         call.state.say(logger, f"{UNSELECTABLE}: {call.programs.signature.unselectable}")
+    if call.given is not None and len(call.given) <= call.settings.few:
+        count, reason = tokens, FEW
     if 0 < count < tokens and not call.stream.selected.lease:
         count, reason = tokens, "no caches yet"
     if count < tokens and call.stream.conditions.news:
@@ -99,7 +102,7 @@ def _decide(call: Call) -> int:
         kind="dense" if count == tokens else "selective" if count else "skipped",
         reason=reason,
         generation=call.stream.number,
-        index=place.index,
+        index=len(times) - 1,
         time=call.time,
     )
     return count
