@@ -71,7 +71,7 @@ def euler(**options: Any) -> Callable[[], Any]:
 
 
 def text_to_image(
-    steps_with: Callable[[], Any] = euler(),
+    steps_with: Callable[[], Any] | None = None,
     callback: Callable[..., dict[str, Any]] | None = None,
     negative: str = "",
     interrupted: bool = False,
@@ -79,7 +79,7 @@ def text_to_image(
     """Diffusers' FLUX pipeline.
 
     Args:
-        steps_with: makes its scheduler.
+        steps_with: makes its scheduler; None: Euler.
         callback: on each step's end.
         negative: a prompt, for guidance in calls of its own.
         interrupted: whether each picture begins after another that was cut short.
@@ -88,7 +88,7 @@ def text_to_image(
     def load() -> Drawing:
         pipe: Any = demo.load_pipeline()
         pipe.set_progress_bar_config(disable=True)
-        pipe.scheduler = steps_with()
+        pipe.scheduler = (steps_with or euler())()
 
         def draw(steps: int, prompt: str, seed: int) -> Tensor:
             more: dict[str, Any] = {}
@@ -136,7 +136,7 @@ def _interrupt(pipe: Any, step: int, time: Tensor, given: dict[str, Any]) -> dic
 
 def travel(pipe: Any, step: int, time: Tensor, given: dict[str, Any]) -> dict[str, Any]:
     """The prompt moves to another one."""
-    there, _ = demo.prompt_embeddings(["castle"])
+    there, _ = demo.prompt_embeddings(["cactus"])
     share = 0.02
     return {**given, "prompt_embeds": torch.lerp(given["prompt_embeds"], there, share)}
 
@@ -144,7 +144,7 @@ def travel(pipe: Any, step: int, time: Tensor, given: dict[str, Any]) -> dict[st
 def swap(pipe: Any, step: int, time: Tensor, given: dict[str, Any]) -> dict[str, Any]:
     """Another prompt from half-way on."""
     if step == pipe.num_timesteps // 2:
-        given = {**given, "prompt_embeds": demo.prompt_embeddings(["castle"])[0]}
+        given = {**given, "prompt_embeds": demo.prompt_embeddings(["cactus"])[0]}
     return given
 
 
@@ -156,9 +156,13 @@ class PixelVAE(nn.Module):
     )
     dtype = torch.float32
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.nothing = nn.Parameter(torch.zeros(1), requires_grad=False)  # has a device
+
     def encode(self, pictures: Tensor) -> Any:
         """[B, 3, H, W] to [B, 12, H / 2, W / 2]."""
-        (batch, _, height, width) = pictures.shape
+        batch, _, height, width = pictures.shape
         rows, columns = height // 4, width // 4
         grid = demo.pack(pictures).view(batch, rows, columns, 12, 2, 2).permute(0, 3, 1, 4, 2, 5)
         latents = grid.reshape(batch, 12, 2 * rows, 2 * columns)

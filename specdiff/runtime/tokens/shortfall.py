@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,16 @@ LARGEST = 1.0
 """What is put on top of a prediction, at most, relative to it; more than that is no correction."""
 
 
+class Forecast(NamedTuple):
+    """A prediction that was handed out instead of a computed one."""
+
+    clock: float
+    handed: Tensor
+    """[B, N, C]"""
+    more: Tensor | float
+    """What was on top of it."""
+
+
 class Shortfall:
     """What the latents of one run are short of, by the prediction that was handed out for less.
 
@@ -32,9 +43,8 @@ class Shortfall:
     """
 
     def __init__(self) -> None:
-        self._handed: defaultdict[Hashable, dict[int, tuple[float, Tensor]]] = defaultdict(dict)
-        """By kind and evaluation, forecasts since the last computed one: when, and what was given.
-        """
+        self._forecasts: defaultdict[Hashable, dict[int, Forecast]] = defaultdict(dict)
+        """By kind and evaluation, those since the last computed prediction."""
         self._short: dict[int, Tensor] = {}
         """By evaluation, what was handed out less than is now known to be right, float32."""
 
@@ -45,8 +55,9 @@ class Shortfall:
 
         Predictions of one kind are forecast from each other.
         """
-        handed = self._filled_up(index, known, weights)
-        self._handed[kind][index] = clock, handed
+        more = self._missing(index, known, weights)
+        handed = known if more is None else (known.float() + more).to(known.dtype)
+        self._forecasts[kind][index] = Forecast(clock, handed, 0.0 if more is None else more)
         return handed
 
     def computed(
@@ -64,29 +75,38 @@ class Shortfall:
             computed: the last predictions of its kind that were, newest first.
             weights: of the run, if known.
         """
-        for at, (clock, handed) in self._handed.pop(kind, {}).items():
+        for at, (clock, handed, _) in self._forecasts.pop(kind, {}).items():
             self._short[at] = between(computed, clock) - handed.float()
-        return self._filled_up(index, computed[0].tokens, weights)
-
-    def break_off(self) -> None:
-        """What was computed is no ground for forecasts any longer."""
-        self._handed.clear()
-        self._short.clear()
-
-    def _filled_up(self, index: int, known: Tensor, weights: Weights | None) -> Tensor:
-        """`known`, and on top what brings the next latent to where it should be."""
-        if weights is None or index >= weights.evaluations:
+        known = computed[0].tokens
+        more = self._missing(index, known, weights)
+        if weights is None or more is None:
             return known
-        due = weights.due(index)
-        terms = [short * due[at] for at, short in self._short.items() if due[at]]
-        if not terms or not due[index]:
-            return known
-        more = torch.stack(terms).sum(0) / due[index]
-        too_much = _norm(more) > LARGEST * _norm(known.float())
-        more = torch.where(too_much, 0.0, more)
         self._short[index] = -more
         self._join(index, weights)
         return (known.float() + more).to(known.dtype)
+
+    def break_off(self) -> None:
+        """What was computed is no ground for forecasts any longer."""
+        self._forecasts.clear()
+        self._short.clear()
+
+    def _missing(self, index: int, known: Tensor, weights: Weights | None) -> Tensor | None:
+        """What on top of `known` brings the next latent to where it should be; None: nothing.
+
+        Forecasts since the last computed prediction are taken to be right, but for what was on top.
+        """
+        if weights is None or index >= weights.evaluations:
+            return None
+        due = weights.due(index)
+        terms = [short * due[at] for at, short in self._short.items() if due[at]]
+        for forecasts in self._forecasts.values():
+            terms += [each.more * -due[at] for at, each in forecasts.items() if due[at]]
+        tensors = [term for term in terms if isinstance(term, Tensor)]
+        if not tensors or not due[index]:
+            return None
+        more = torch.stack(tensors).sum(0) / due[index]
+        too_much = _norm(more) > LARGEST * _norm(known.float())
+        return torch.where(too_much, 0.0, more)
 
     def _join(self, index: int, weights: Weights) -> None:
         """Those that all later latents count alike are kept as one."""
