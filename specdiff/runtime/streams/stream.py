@@ -18,8 +18,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from specdiff.program import Signature
 from specdiff.runtime.sampler.course import Course
 from specdiff.runtime.sampler.guidance_pair import Joint
 from specdiff.runtime.sampler.known_step import FOLLOWED, KnownStep
@@ -29,12 +31,28 @@ from specdiff.runtime.sampler.remains import ROUNDED, Awaited, Seen
 from specdiff.runtime.sampler.sampler_fit import Prediction, Ways
 from specdiff.runtime.streams.caches import Lease
 from specdiff.runtime.streams.keys import Conditions
-from specdiff.runtime.streams.trail import Trail
+from specdiff.runtime.streams.trail import EVALUATIONS, Trail
 from specdiff.runtime.tokens.correction import Correction
+from specdiff.runtime.tokens.history import DEPTH as HISTORY
 from specdiff.runtime.tokens.history import History
 
+CORRECTIONS = 2
+"""Values for each number of an output that a correction holds: what is missing and withheld."""
 LARGE_CHANGE = 0.5
 """Relative change of the latent in one evaluation that only a very long step explains."""
+
+
+def kept_bytes(signature: Signature, ways: int) -> int:
+    """What forecasting whole steps keeps of one generation at most, caches apart.
+
+    Args:
+        signature: of the graph.
+        ways: to read guidance from the batch: 2 with a guidance scale, else 1.
+    """
+    tokens = signature.tokens
+    single = math.prod(tokens.shape) * max(tokens.dtype.itemsize, torch.float32.itemsize)
+    watched = EVALUATIONS * (1 + ways)  # a latent and its predictions
+    return (watched + CORRECTIONS) * single + 2 * HISTORY * tokens.nbytes
 
 
 @dataclass(frozen=True)

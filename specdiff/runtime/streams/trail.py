@@ -17,6 +17,8 @@ from specdiff.runtime.sampler.sampler_fit import Ways
 
 CHECK_LAG = 2
 """Evaluations from one to the reading of what it showed, where nothing may wait for a device."""
+EVALUATIONS = DEPTH + CHECK_LAG
+"""Evaluations that are kept: as many as a step may follow from, and those since one was checked."""
 
 
 class Trail:
@@ -32,7 +34,7 @@ class Trail:
         guidance."""
         self.seen: tuple[Seen, ...] = ()
         """Latents and (guided) predictions of the latest evaluations, newest first: the parts that
-        they have in common. As many as a step may follow from, and those since that was checked."""
+        they have in common."""
         self.model_time: Tensor | None = None
         """float32 scalar: the time input of the previous evaluation, if it will be asked for."""
         self.strays = False
@@ -94,7 +96,7 @@ class Trail:
 
     def keep(self, seen: Seen, model_time: Tensor | None) -> None:
         """What the present evaluation saw and gave."""
-        self.seen = (seen, *self.seen)[: DEPTH + CHECK_LAG]
+        self.seen = (seen, *self.seen)[:EVALUATIONS]
         self.model_time = model_time
 
     def forget(self) -> None:
