@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from specdiff.runtime.sampler.weights import Weights
-from specdiff.runtime.tokens.forecast import nonzero
+from specdiff.runtime.tokens.clock import plus, ratio
 from specdiff.runtime.tokens.history import ComputedOutput
 
 LARGEST = 1.0
@@ -123,19 +123,21 @@ class Shortfall:
 
 
 def between(computed: Sequence[ComputedOutput], clock: float) -> Tensor:
-    """float32: the prediction before the newest computed one, by the parabola through three."""
-    times = [each.times.unsqueeze(-1) for each in computed]
-    newest, before, *older = [each.tokens.float() for each in computed]
-    t0, t1, *rest = times
-    span = t0 - t1
-    line = (newest - before) / nonzero(span)
-    value = before + line * (clock - t1)
-    if older:
-        known = (rest[0] != t1) & (rest[0] != t0)
-        earlier = (before - older[0]) / nonzero(t1 - rest[0])
-        bend = (line - earlier) / nonzero(t0 - rest[0])
-        value = torch.where(known, value + bend * ((clock - t0) * (clock - t1)), value)
-    return torch.where(span != 0, value, newest)
+    """float32: the prediction before the newest computed one, by the parabola through three.
+
+    In Newton's form; by the line where there are two.
+    """
+    newest, before, *older = computed
+    span, behind = newest.times - before.times, clock - newest.times
+    last = newest.tokens.float() - before.tokens
+    value = plus(newest.tokens.float(), last, ratio(behind, span))
+    if not older:
+        return value
+    earlier = before.times - older[0].times
+    bend = ratio(behind * (clock - before.times), newest.times - older[0].times)
+    bend = bend * (earlier != 0) * (span != 0)
+    value = plus(value, last, ratio(bend, span))
+    return plus(value, before.tokens.float() - older[0].tokens, -ratio(bend, earlier))
 
 
 def _norm(predictions: Tensor) -> Tensor:
