@@ -13,6 +13,7 @@ from specdiff.runtime.records.recording import StepRecord
 from specdiff.runtime.sampler.noise import Process
 from specdiff.runtime.sampler.observation import Reading
 from specdiff.runtime.sampler.sampler_fit import POOR_FIT, Displacement, Scalar
+from specdiff.runtime.sampler.timeline import of_steps
 from specdiff.runtime.streams.caches import CachePool
 from specdiff.runtime.streams.registry import ModelState
 from specdiff.runtime.streams.stream import Stream
@@ -55,12 +56,16 @@ class Call:
         """Whether the batch is the two halves of classifier-free guidance."""
         return self.settings.guidance_scale is not None
 
-    @property
+    @cached_property
     def clock(self) -> float | Tensor:
-        """Time of this evaluation; of each row, [B, 1], where they are at times of their own."""
-        if self.reading is None or not self.reading.times.differ:
-            return self.time
-        return self.reading.times.on_device
+        """Time of this evaluation; of each row, [B, 1], where they are at times of their own.
+
+        By the scheduler where one is followed: the model's time may be rounded.
+        """
+        if self.reading is not None and self.reading.times.differ:
+            return self.reading.times.on_device
+        run = self.stream.run
+        return self.time if run is None else run.times[len(self.stream.times)]
 
     def at_pace(self, moved: Scalar) -> Scalar:
         """How far the sampler moves each row, [B, 1], if it moves them by `moved` on average."""
@@ -82,7 +87,9 @@ class Call:
     @property
     def corrects(self) -> bool:
         """Whether what forecasts cost the latent is made good by what steps showed."""
-        return self._may_correct and self.stream.fit.first_order and not self.has_weights
+        two_a_step = self.given is not None and of_steps(self.given) is not None
+        first_order = self.stream.fit.first_order and not two_a_step
+        return self._may_correct and first_order and not self.has_weights
 
     @property
     def has_weights(self) -> bool:
