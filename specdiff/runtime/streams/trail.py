@@ -99,8 +99,8 @@ class Trail:
             batch: how many rows there are.
         """
         if isinstance(time, Tensor) and time.numel() > 1 and batch > 1 and any(time.stride()):
-            rows = UnreadTimes.of(time, batch, time.device).rows
-            self._spreads.append(Awaited(rows.amax() - rows.amin()))
+            low, high = UnreadTimes.of(time, batch, time.device).rows.aminmax()
+            self._spreads.append(Awaited(high - low))
             lag = CHECK_LAG if time.device.type != "cpu" else 0
             if len(self._spreads) > lag:
                 self._rows_apart |= self._spreads.popleft().read() > 0
