@@ -78,7 +78,7 @@ def _refusal(call: Call, course: Course) -> str:
         return NOT_ADDITIVE
     if call.reading is not None and call.reading.times.differ:
         return ROWS_DIFFER
-    if call.given is None and (rounded := _coarse_dtype(call)):
+    if call.counted is None and (rounded := _coarse_dtype(call)):
         return ROUNDED.format(dtype=rounded)
     if stream.times and not _follows(call, course):
         stream.fit.first_order, stream.fit.correction = False, None
