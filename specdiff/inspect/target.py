@@ -38,8 +38,15 @@ def load_target(target: str, device: torch.device) -> ModelCall:
     """
     if target == DEMO:
         return demo_call(device)
-    function = function_named(target)
-    returned = function()
+    return returned_call(target, function_named(target)())
+
+
+def returned_call(target: str, returned: object) -> ModelCall:
+    """What the function of that name returned: a model, and its inputs by name.
+
+    Raises:
+        SpecdiffError: It is something else.
+    """
     if not (isinstance(returned, tuple) and len(returned) == 2):
         raise SpecdiffError(f"{target}: must return a model and a dict of its inputs")
     model, inputs = returned

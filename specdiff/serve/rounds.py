@@ -44,6 +44,9 @@ def one_by_one(model: nn.Module, waiting: Sequence[Waiting]) -> list[Any]:
     return outputs
 
 
+BATCHED: Evaluate = one_by_one
+
+
 class Rounds:
     """The thread that calls the model.
 
