@@ -36,45 +36,7 @@ STRAYED_HINT = (
 )
 
 
-def answer(call: Call) -> list[Tensor]:
-    """Answer the call: the graph's outputs, safe from later evaluations."""
-    stream, counters = call.stream, call.state.counters
-    batch, count = call.programs.signature.batch, _decide(call)
-    before = stream.history.computed
-    settle(call)
-    if count == call.schedule.tokens:
-        tokens = _dense(call)
-        counters.dense += 1
-    elif count:
-        tokens = _selective(call, count)
-        counters.selective += 1
-    else:
-        tokens = _skip(call)
-        counters.skipped += 1
-    plain = tokens
-    if call.corrects and before:
-        tokens = corrected(call, before, tokens, computed=count > 0)
-    if call.integrates:
-        tokens = integrated(call, plain, tokens, computed=count > 0)
-    else:
-        stream.fit.course = None
-    stream.trail.arrive(call.time, call.reading)
-    call.table.touch(stream)
-    counters.tokens_computed += batch * count
-    counters.tokens_total += batch * call.schedule.tokens
-    counters.token_counts = stream.history.counts
-    # Tail may return a view of the history, or a buffer that its next run overwrites.
-    outputs = owned(call.programs.tail(call.inputs, tokens))
-    look_ahead(call, outputs)
-    return outputs
-
-
-def owned(outputs: Sequence[Any]) -> list[Any]:
-    """Copies of those that are tensors."""
-    return [value.clone() if isinstance(value, Tensor) else value for value in outputs]
-
-
-def _decide(call: Call) -> int:
+def tokens_due(call: Call) -> int:
     """Tokens to compute; all of them if a selective step would have no caches."""
     tokens, times = call.schedule.tokens, [*call.stream.times, call.time]
     place = Place.of(times, call.given, call.schedule.usual)
@@ -101,6 +63,48 @@ def _decide(call: Call) -> int:
         time=call.time,
     )
     return count
+
+
+def answer(call: Call, count: int) -> list[Tensor]:
+    """Answer the call: the graph's outputs, safe from later evaluations.
+
+    Args:
+        call: an evaluation of a stream.
+        count: tokens to compute, as decided by `tokens_due`.
+    """
+    stream, counters = call.stream, call.state.counters
+    batch, before = call.programs.signature.batch, stream.history.computed
+    settle(call)
+    if count == call.schedule.tokens:
+        tokens = _dense(call)
+        counters.dense += 1
+    elif count:
+        tokens = _selective(call, count)
+        counters.selective += 1
+    else:
+        tokens = _skip(call)
+        counters.skipped += 1
+    plain = tokens
+    if call.corrects and before:
+        tokens = corrected(call, before, tokens, computed=count > 0)
+    if call.integrates:
+        tokens = integrated(call, plain, tokens, computed=count > 0)
+    else:
+        stream.fit.course = None
+    stream.trail.arrive(call.time, call.reading)
+    call.table.touch(stream)
+    counters.tokens_computed += batch * count
+    counters.tokens_total += batch * call.schedule.tokens
+    counters.token_counts = stream.history.counted
+    found = call.programs.tail(call.inputs, tokens)
+    look_ahead(call, found, tokens)
+    # Tail may return a view of the history, or a buffer that its next run overwrites.
+    return owned(found)
+
+
+def owned(outputs: Sequence[Any]) -> list[Any]:
+    """Copies of those that are tensors."""
+    return [value.clone() if isinstance(value, Tensor) else value for value in outputs]
 
 
 def _dense(call: Call) -> Tensor:
@@ -202,6 +206,7 @@ def _with_invalid_rows(call: Call, tokens: Tensor) -> Tensor:
     """`tokens` [B, N, C], NaN where the model would be: in rows whose latent is not finite."""
     if call.reading is not None:
         return tokens  # the latent was read and is finite
-    batch, latent = len(tokens), call.latent.float()
-    rows = latent.reshape(batch if len(latent) == batch else 1, -1).sum(1) * 0
-    return tokens + rows.to(tokens.dtype)[:, None, None]
+    latent = call.latent
+    apart = len(latent) == len(tokens)
+    rows = latent.sum(tuple(range(apart, latent.dim())), dtype=torch.float32).reshape(-1, 1, 1)
+    return torch.add(tokens, rows, alpha=0).to(tokens.dtype)
