@@ -82,10 +82,9 @@ def _here(
     from specdiff.models.subject import quiet_libraries
     from specdiff.serve.drawing import Local
     from specdiff.serve.engine import Engine
-    from specdiff.serve.rounds import BATCHED
 
     quiet_libraries()
     model = load_picture_model(target, usable_device(device))
-    engine = Engine(model, quality, running, waiting, BATCHED)
+    engine = Engine(model, quality, running, waiting)
     threading.Thread(target=engine.warm_up, daemon=True).start()
     return Local(engine), engine.close

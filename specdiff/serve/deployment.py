@@ -23,7 +23,6 @@ from specdiff.serve.app import create_app
 from specdiff.serve.drawing import Local
 from specdiff.serve.engine import Engine
 from specdiff.serve.events import Card, Counts, Event, Failure, Picture, Progress
-from specdiff.serve.rounds import BATCHED
 
 NAME = "specdiff"
 """Of the application on the cluster."""
@@ -55,7 +54,7 @@ class Replica:
     def __init__(self, wish: Wish) -> None:
         quiet_libraries()
         model = load_picture_model(wish.target, torch.device(wish.device))
-        engine = Engine(model, wish.quality, wish.running, wish.waiting, BATCHED)
+        engine = Engine(model, wish.quality, wish.running, wish.waiting)
         self._local = Local(engine)
         engine.warm_up()
         self.check_health()

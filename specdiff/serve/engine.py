@@ -26,7 +26,7 @@ from specdiff.models.picture_model import STEPS, Order, OrderError, PictureModel
 from specdiff.runtime.streams.registry import Session
 from specdiff.serve.events import Card, Counts, Event, Failure, Picture, Progress
 from specdiff.serve.joining import call_of
-from specdiff.serve.rounds import Evaluate, Rounds, Waiting, one_by_one
+from specdiff.serve.rounds import Evaluate, Rounds, Waiting, by_rows
 from specdiff.serve.stand import StandIn
 from specdiff.settings import OFF, QUALITIES
 
@@ -53,7 +53,9 @@ class Generation:
         self.quality = quality
         self.tell = tell
         self.began = time.monotonic()
-        self.sessions: dict[str, Session] = {}
+        self.session: Session | None = None
+        self.parts: set[str] = set()
+        """Names of the calls in a step, where guidance makes two."""
         self.calls = 0
         self._cancelled = threading.Event()
         self._waiting: Waiting | None = None
@@ -105,7 +107,7 @@ class Engine:
         quality: str = "balanced",
         running: int = 8,
         waiting: int = 64,
-        evaluate: Evaluate = one_by_one,
+        evaluate: Evaluate = by_rows,
     ) -> None:
         self.model = model
         self.quality = quality
@@ -206,7 +208,7 @@ class Engine:
             logger.warning("a generation failed", exc_info=error)
             event = Failure("broken", described(error))
         self._rounds.expect(generation, False)
-        generation.sessions.clear()
+        generation.session = None
         with self._lock:
             self._drawing -= 1
             self._held -= 1
@@ -240,28 +242,36 @@ class Engine:
         kwargs: Mapping[str, Any],
     ) -> Any:
         """What the denoiser returns to a pipeline."""
-        session = generation.sessions.get(part)
-        if session is None:
-            session = generation.sessions[part] = self._session(generation, times)
+        session, shares = self._session(generation, times, part)
         generation.calls += 1
-        is_last = generation.calls >= len(times) * len(generation.sessions)
+        waiting = Waiting(call_of(args, kwargs), session, shares)
         self._rounds.expect(generation, True)
-        output = generation.wait(Waiting(call_of(args, kwargs), session), self._rounds)
-        if is_last:
+        output = generation.wait(waiting, self._rounds)
+        if generation.calls >= len(times) * len(generation.parts):
             self._rounds.expect(generation, False)
-        step = math.ceil(generation.calls / len(generation.sessions))
+        step = math.ceil(generation.calls / len(generation.parts))
         generation.tell(Progress(step, len(times)))
         return output
 
-    def _session(self, generation: Generation, times: Tensor) -> Session:
-        """A trajectory of its own, under the quality that was asked for."""
-        options: dict[str, Any] = {}
-        if generation.quality is not None:
-            options["quality"] = generation.quality
-        try:
-            return specdiff.session(self.model.denoiser, timesteps=times, **options)
-        except OptionError:  # times that are in no order: they are read at every call
-            return specdiff.session(self.model.denoiser, **options)
+    def _session(self, generation: Generation, times: Tensor, part: str) -> tuple[Session, bool]:
+        """The session of a call, and whether the call may be made one with others.
+
+        A row stands for one prompt throughout. Guidance in separate calls has two, and its latent
+        moves by both: so these share a session in which values are read, and no batch.
+        """
+        denoiser, known = self.model.denoiser, len(generation.parts)
+        generation.parts.add(part)
+        shares = len(generation.parts) == 1
+        if generation.session is None or len(generation.parts) > known > 0:
+            options: dict[str, Any] = {"timesteps": times} if shares else {}
+            if generation.quality is not None:
+                options["quality"] = generation.quality
+            try:
+                generation.session = specdiff.session(denoiser, **options)
+            except OptionError:  # times in no order: they are read at every call
+                options.pop("timesteps")
+                generation.session = specdiff.session(denoiser, **options)
+        return generation.session, shares
 
 
 class Preparation:

@@ -16,26 +16,34 @@ from typing import Any
 import torch
 from torch import nn
 
+import specdiff
 from specdiff.runtime.streams.registry import Session
-from specdiff.serve.joining import Call, joinable, joined
+from specdiff.serve.joining import Call, joinable, joined, parted
 
 PATIENCE = 0.05
 """Seconds that a call waits for others, at most."""
+MOST_ROWS = 8
+"""Rows of one call of the model, at most, unless a single generation has more."""
 Evaluate = Callable[[nn.Module, Sequence["Waiting"]], list[Any]]
 """Answers calls that can be made one, in their order."""
 
 
 @dataclass(eq=False)
 class Waiting:
-    """A call, the session that it is made in, and where its output goes."""
+    """A call, the session that it is made in, and where its output goes.
+
+    Attributes:
+        shares: Whether it may be made one with others.
+    """
 
     call: Call
     session: Session
+    shares: bool = True
     output: Future[Any] = field(default_factory=Future)
 
 
 def one_by_one(model: nn.Module, waiting: Sequence[Waiting]) -> list[Any]:
-    """Each call alone."""
+    """Each call alone, in its session."""
     outputs = []
     for each in waiting:
         args, kwargs = joined([each.call])
@@ -44,7 +52,16 @@ def one_by_one(model: nn.Module, waiting: Sequence[Waiting]) -> list[Any]:
     return outputs
 
 
-BATCHED: Evaluate = one_by_one
+def by_rows(model: nn.Module, waiting: Sequence[Waiting]) -> list[Any]:
+    """All calls as one, of which each row follows its own plan; skipped rows leave the batch."""
+    if not waiting[0].shares:
+        return one_by_one(model, waiting)
+    rows = [each.call.rows for each in waiting]
+    args, kwargs = joined([each.call for each in waiting])
+    sessions = [each.session for each in waiting for _ in range(each.call.rows)]
+    with specdiff.rows(model, sessions):
+        output = model(*args, **kwargs)
+    return parted(output, rows)
 
 
 class Rounds:
@@ -133,10 +150,16 @@ def grouped(waiting: Sequence[Waiting]) -> list[list[Waiting]]:
     """Calls that can be made one together, in the order in which they came."""
     groups: list[list[Waiting]] = []
     for each in waiting:
-        fitting = (group for group in groups if joinable(group[0].call, each.call))
+        fitting = (group for group in groups if _fits(each, group))
         group = next(fitting, None)
         if group is None:
             groups.append([each])
         else:
             group.append(each)
     return groups
+
+
+def _fits(each: Waiting, group: Sequence[Waiting]) -> bool:
+    rows = each.call.rows + sum(other.call.rows for other in group)
+    shares = each.shares and group[0].shares and rows <= MOST_ROWS
+    return shares and joinable(group[0].call, each.call)
