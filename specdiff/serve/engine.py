@@ -13,18 +13,18 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Mapping
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from statistics import fmean
 from typing import Any
 
 from torch import Tensor
 
 import specdiff
-from specdiff.errors import OptionError, described
+from specdiff.errors import described
 from specdiff.models.picture_model import STEPS, Order, OrderError, PictureModel
-from specdiff.runtime.streams.registry import Session
 from specdiff.serve.events import Card, Counts, Event, Failure, Picture, Progress
+from specdiff.serve.generation import Cancelled, Generation, Preparation, Tell
 from specdiff.serve.joining import call_of
 from specdiff.serve.rounds import Evaluate, Rounds, Waiting, by_rows
 from specdiff.serve.stand import StandIn
@@ -38,56 +38,6 @@ MOST_FAILURES = 3
 LONGEST_RETRY = 60
 """Seconds that a client is asked to stay away, at most."""
 WARM_UP_STEPS = 4
-Tell = Callable[[Event], None]
-
-
-class Cancelled(Exception):
-    """Nobody waits for this generation any more."""
-
-
-class Generation:
-    """One picture being drawn; `tell` gets its events, from threads of the engine."""
-
-    def __init__(self, order: Order, quality: str | None, tell: Tell) -> None:
-        self.order = order
-        self.quality = quality
-        self.tell = tell
-        self.began = time.monotonic()
-        self.session: Session | None = None
-        self.parts: set[str] = set()
-        """Names of the calls in a step, where guidance makes two."""
-        self.calls = 0
-        self._cancelled = threading.Event()
-        self._waiting: Waiting | None = None
-
-    def cancel(self) -> None:
-        """Stop it, before its next step at the latest."""
-        self._cancelled.set()
-        waiting = self._waiting
-        if waiting is not None:
-            waiting.output.cancel()
-
-    @property
-    def is_cancelled(self) -> bool:
-        """Whether it was stopped."""
-        return self._cancelled.is_set()
-
-    def wait(self, waiting: Waiting, rounds: Rounds) -> Any:
-        """The output of a call.
-
-        Raises:
-            Cancelled: The generation was stopped before the call began.
-        """
-        self._waiting = waiting
-        if self.is_cancelled:
-            raise Cancelled
-        rounds.put(waiting)
-        try:
-            return waiting.output.result()
-        except CancelledError:
-            raise Cancelled from None
-        finally:
-            self._waiting = None
 
 
 class Engine:
@@ -242,7 +192,7 @@ class Engine:
         kwargs: Mapping[str, Any],
     ) -> Any:
         """What the denoiser returns to a pipeline."""
-        session, shares = self._session(generation, times, part)
+        session, shares = generation.session_of(self.model.denoiser, part, times)
         generation.calls += 1
         waiting = Waiting(call_of(args, kwargs), session, shares)
         self._rounds.expect(generation, True)
@@ -252,48 +202,6 @@ class Engine:
         step = math.ceil(generation.calls / len(generation.parts))
         generation.tell(Progress(step, len(times)))
         return output
-
-    def _session(self, generation: Generation, times: Tensor, part: str) -> tuple[Session, bool]:
-        """The session of a call, and whether the call may be made one with others.
-
-        A row stands for one prompt throughout. Guidance in separate calls has two, and its latent
-        moves by both: so these share a session in which values are read, and no batch.
-        """
-        denoiser, known = self.model.denoiser, len(generation.parts)
-        generation.parts.add(part)
-        shares = len(generation.parts) == 1
-        if generation.session is None or len(generation.parts) > known > 0:
-            options: dict[str, Any] = {"timesteps": times} if shares else {}
-            if generation.quality is not None:
-                options["quality"] = generation.quality
-            try:
-                generation.session = specdiff.session(denoiser, **options)
-            except OptionError:  # times in no order: they are read at every call
-                options.pop("timesteps")
-                generation.session = specdiff.session(denoiser, **options)
-        return generation.session, shares
-
-
-class Preparation:
-    """What a pipeline does before its first step, one pipeline at a time."""
-
-    def __init__(self, lock: threading.Lock) -> None:
-        self._lock = lock
-        self._has_ended = True
-
-    def __enter__(self) -> Preparation:
-        self._lock.acquire()
-        self._has_ended = False
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.end()
-
-    def end(self) -> None:
-        """Let the next pipeline begin."""
-        if not self._has_ended:
-            self._has_ended = True
-            self._lock.release()
 
 
 def png_of(picture: Tensor) -> bytes:
