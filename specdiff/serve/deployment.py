@@ -135,7 +135,7 @@ class Replicas:
         """As of `Backend`."""
         from ray import serve
 
-        status = await asyncio.to_thread(serve.status)
+        status: Any = await asyncio.to_thread(serve.status)
         for application in status.applications.values():
             replica = application.deployments.get(REPLICA)
             if replica is not None and replica.replica_states.get("RUNNING", 0):

@@ -1,7 +1,7 @@
 """Run in a network namespace of its own, as Ray listens on all interfaces: a real local cluster.
 
 `killed FOLDER`: two replicas, one killed in mid-picture. `front FOLDER`: Ray's own proxy answers.
-Prints JSON: what clients got.
+Writes what clients got into a third argument, a file, as JSON: Ray's logs go everywhere else.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ def text(file: Path) -> bytes:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"killed": killed, "front": front}[sys.argv[1]](sys.argv[2])))
+    told = {"killed": killed, "front": front}[sys.argv[1]](sys.argv[2])
+    Path(sys.argv[3]).write_text(json.dumps(told))
     serve.shutdown()
     ray.shutdown()

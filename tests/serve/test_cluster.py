@@ -21,7 +21,7 @@ LOOPBACK_UP = "ip link set lo up && exec "
 
 
 def in_a_namespace(folder: Path, what: str) -> dict[str, Any]:
-    """Run a part of `ray_alone` where no other machine can be reached; what it printed."""
+    """Run a part of `ray_alone` where no other machine can be reached; what it found."""
     if importlib.util.find_spec("ray") is None:
         pytest.skip('replicas need Ray: pip install -e ".[serve]"')
     if not (shutil.which("unshare") and shutil.which("ip")):
@@ -29,7 +29,8 @@ def in_a_namespace(folder: Path, what: str) -> dict[str, Any]:
     if subprocess.run([*NAMESPACE, "true"], check=False).returncode:
         pytest.skip("no network namespaces here: Ray would listen on all interfaces")
     flux_folder(folder / "flux")
-    call = f"{sys.executable} -m tests.serve.ray_alone {what} {folder / 'flux'}"
+    told = folder / "told.json"
+    call = f"{sys.executable} -m tests.serve.ray_alone {what} {folder / 'flux'} {told}"
     done = subprocess.run(
         [*NAMESPACE, "sh", "-c", LOOPBACK_UP + call],
         cwd=ROOT,
@@ -40,7 +41,7 @@ def in_a_namespace(folder: Path, what: str) -> dict[str, Any]:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return json.loads(told.read_text())
 
 
 @pytest.mark.slow
