@@ -6,13 +6,14 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from specdiff.runtime.sampler.guidance_pair import Joint
 from specdiff.runtime.sampler.known_step import follows
 from specdiff.runtime.sampler.observation import Reading
 from specdiff.runtime.sampler.remains import DEPTH, UNEXPLAINED, Awaited, Seen
-from specdiff.runtime.sampler.row_times import RowTimes, UnreadTimes
+from specdiff.runtime.sampler.row_times import RowTimes
 from specdiff.runtime.sampler.sampler_fit import Ways
 
 CHECK_LAG = 2
@@ -99,10 +100,13 @@ class Trail:
             batch: how many rows there are.
         """
         if isinstance(time, Tensor) and time.numel() > 1 and batch > 1 and any(time.stride()):
-            rows = UnreadTimes.of(time, batch, time.device).rows
-            self._spreads.append(Awaited(rows.amax() - rows.amin()))
-            lag = CHECK_LAG if time.device.type != "cpu" else 0
-            if len(self._spreads) > lag:
+            rows = time if len(time) == time.numel() else time.reshape(batch, -1).amax(1)
+            if rows.device.type == "cpu":
+                self._rows_apart |= len(set(rows.tolist())) > 1
+            else:
+                low, high = torch.aminmax(rows)
+                self._spreads.append(Awaited(high - low))
+            if len(self._spreads) > CHECK_LAG:
                 self._rows_apart |= self._spreads.popleft().read() > 0
         return self._rows_apart
 
