@@ -246,6 +246,8 @@ class Options:
                 values[field.name] = value
         changed = {n: v for n, v in (self.ablation or {}).items() if n != "importance_queries"}
         fixed = {"method": method, "plan": plan, "accelerated": self.quality != OFF}
+        if given:
+            fixed["few"] = 0
         return Settings(**{**values, **changed, **fixed})
 
     def _of_quality(self) -> Plan | None:

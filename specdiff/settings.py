@@ -17,6 +17,9 @@ QUALITIES: Mapping[str, Plan] = {
     "balanced": Plan.of(28, (0, 2, 4, 7, 10, 14, 18, 22, 26, 27)),
     "fast": Plan.of(28, (0, 3, 7, 11, 16, 21, 25, 27)),
 }
+FEW = 8
+"""Evaluations of a generation up to which all are dense, unless a plan is given: forecasts over
+such steps are worse than as many steps fewer."""
 OFF = "dense"
 """The quality that switches acceleration off."""
 SWITCH = "SPECDIFF"
@@ -33,6 +36,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
         "starvation": 0.0,
         "correction": True,
         "selective_importance": True,
+        "few": FEW,
     },
     "paper": {
         "plan": Plan.warmup(3, cache_ratio=0.9),
@@ -41,6 +45,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
         "starvation": 3.0,
         "correction": False,
         "selective_importance": True,
+        "few": 0,
     },
 }
 IMPORTANCE_QUERIES = 32
@@ -60,6 +65,8 @@ class Settings:
     accelerated: bool
     """Whether anything but the model's own graph may run."""
     plan: Plan
+    few: int
+    """A generation of no more evaluations, where their number is known, is dense; 0: none is."""
     cache_ratio: float
     text_steps: str
     method: str

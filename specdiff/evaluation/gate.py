@@ -202,8 +202,9 @@ def _verified(model: PictureModel, order: Order) -> Verification:
 
 def _drawn(model: PictureModel, order: Order, tell: Tell, **options: Any) -> Tensor:
     tell(order.prompt)
-    with specdiff.session(model.denoiser, **options):
-        return model.draw(order)
+    pipeline = model.beside(model.denoiser)
+    with specdiff.session(model.denoiser, scheduler=pipeline.scheduler, **options):
+        return model.draw(order, pipeline)
 
 
 def _finite(value: float) -> float | None:

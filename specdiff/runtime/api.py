@@ -15,6 +15,7 @@ from specdiff.runtime.blocks.attach import Attachment
 from specdiff.runtime.blocks.watched import unwatch
 from specdiff.runtime.records.recording import Recording
 from specdiff.runtime.records.stats import Counters, Stats
+from specdiff.runtime.sampler.scheduler import Scheduler
 from specdiff.runtime.step.dispatch import Runtime
 from specdiff.runtime.streams.registry import (
     ModelState,
@@ -77,12 +78,18 @@ def configure(compiled: torch.nn.Module, **options: Any) -> None:
 
     Works before the first call, too. None returns an option to its default.
 
+    Args:
+        compiled: the compiled model.
+        options: by name; and `scheduler`, as of `attach`.
+
     Raises:
         OptionError: an unknown name, an option fixed at compile time, or a value out of range.
         NotCompiledError: the module has no parameters to be known by.
     """
-    overrides = check_overrides(options)
-    find_or_create(compiled).overrides.update(overrides)
+    known = {"scheduler": _scheduler(options.pop("scheduler"))} if "scheduler" in options else {}
+    overrides, state = check_overrides(options), find_or_create(compiled)
+    state.overrides.update(overrides)
+    state.scheduler = known.get("scheduler", state.scheduler)
 
 
 def record(compiled: torch.nn.Module) -> Recording:
@@ -96,7 +103,7 @@ def record(compiled: torch.nn.Module) -> Recording:
     return Recording(find_or_create(compiled).recordings)
 
 
-def attach(model: torch.nn.Module, **options: Any) -> Attachment:
+def attach(model: torch.nn.Module, scheduler: Any = None, **options: Any) -> Attachment:
     """Accelerate the calls of a module from outside, whatever runs inside it.
 
         specdiff.attach(pipe.transformer)
@@ -114,6 +121,9 @@ def attach(model: torch.nn.Module, **options: Any) -> Attachment:
 
     Args:
         model: the module that is called at every step.
+        scheduler: what the pipeline steps with, such as `pipe.scheduler`. It is read when a
+            generation begins and never changed: the times are known from the start, and what
+            forecasts cost is made good exactly, by multistep samplers too.
         options: as of `configure`, and `timestep_arg`.
 
     Returns:
@@ -123,8 +133,11 @@ def attach(model: torch.nn.Module, **options: Any) -> Attachment:
         OptionError: an unknown option or a value out of range.
     """
     check_overrides({k: v for k, v in options.items() if k != "timestep_arg"})
+    known = _scheduler(scheduler)
     detach(model)
-    return Attachment(model, Options.parse(options, frozenset())[0], find_or_create(model))
+    state = find_or_create(model)
+    state.scheduler = known
+    return Attachment(model, Options.parse(options, frozenset())[0], state)
 
 
 def detach(model: torch.nn.Module) -> None:
@@ -136,6 +149,7 @@ def detach(model: torch.nn.Module) -> None:
 def session(
     compiled: torch.nn.Module,
     timesteps: Tensor | Sequence[float] | None = None,
+    scheduler: Any = None,
     **options: Any,
 ) -> Session:
     """A context whose calls of the model form streams of their own, under their own options.
@@ -151,6 +165,7 @@ def session(
             stand for the same time inputs of the model in every session, until `reset`: where they
             do not, selective steps give NaN. Without it times are read, and conditions made anew
             at every call are compared by value.
+        scheduler: as of `attach`, of this session's generations.
         options: override those of the model while the session is active.
 
     Raises:
@@ -159,7 +174,11 @@ def session(
         NotCompiledError: the module has no parameters to be known by.
     """
     times = None if timesteps is None else _checked(timesteps)
-    return Session(find_or_create(compiled), times, options)
+    return Session(find_or_create(compiled), times, options, _scheduler(scheduler))
+
+
+def _scheduler(given: Any) -> Scheduler | None:
+    return None if given is None else Scheduler(given)
 
 
 def rows(compiled: torch.nn.Module, sessions: Sequence[Session]) -> Rows:

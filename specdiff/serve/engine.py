@@ -173,7 +173,7 @@ class Engine:
 
             def answer(part: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
                 preparation.end()
-                return self._answer(generation, pipeline.scheduler.timesteps, part, args, kwargs)
+                return self._answer(generation, pipeline.scheduler, part, args, kwargs)
 
             pipeline = self.model.beside(StandIn(self.model.denoiser, answer))
             picture = self.model.draw(generation.order, pipeline)
@@ -186,21 +186,22 @@ class Engine:
     def _answer(
         self,
         generation: Generation,
-        times: Tensor,
+        scheduler: Any,
         part: str,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> Any:
         """What the denoiser returns to a pipeline."""
-        session, shares = generation.session_of(self.model.denoiser, part, times)
+        steps = len(scheduler.timesteps)
+        session, shares = generation.session_of(self.model.denoiser, part, scheduler)
         generation.calls += 1
         waiting = Waiting(call_of(args, kwargs), session, shares)
         self._rounds.expect(generation, True)
         output = generation.wait(waiting, self._rounds)
-        if generation.calls >= len(times) * len(generation.parts):
+        if generation.calls >= steps * len(generation.parts):
             self._rounds.expect(generation, False)
         step = math.ceil(generation.calls / len(generation.parts))
-        generation.tell(Progress(step, len(times)))
+        generation.tell(Progress(step, steps))
         return output
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 import specdiff
 from specdiff.errors import OptionError
@@ -46,7 +46,7 @@ class Generation:
         if waiting is not None:
             waiting.output.cancel()
 
-    def session_of(self, model: nn.Module, part: str, times: Tensor) -> tuple[Session, bool]:
+    def session_of(self, model: nn.Module, part: str, scheduler: Any) -> tuple[Session, bool]:
         """The session of a call, and whether the call may be made one with others.
 
         A row stands for one prompt throughout. Guidance in separate calls has two, and its latent
@@ -55,21 +55,25 @@ class Generation:
         Args:
             model: The denoiser.
             part: Of guidance, which the call is.
-            times: Of all steps.
+            scheduler: Of its pipeline, set to the generation.
         """
         is_new = part not in self.parts
         self.parts.add(part)
         shares = len(self.parts) == 1
         if self.session is None or (is_new and not shares):
-            self.session = self._new_session(model, times if shares else None)
+            self.session = self._new_session(model, scheduler, shares)
         return self.session, shares
 
-    def _new_session(self, model: nn.Module, times: Tensor | None) -> Session:
-        options: dict[str, Any] = {} if self.quality is None else {"quality": self.quality}
-        try:
-            return specdiff.session(model, times, **options)
-        except OptionError:  # times in no order: they are read at every call
-            return specdiff.session(model, **options)
+    def _new_session(self, model: nn.Module, scheduler: Any, knows_times: bool) -> Session:
+        options: dict[str, Any] = {"scheduler": scheduler}
+        if self.quality is not None:
+            options["quality"] = self.quality
+        if knows_times:
+            try:
+                return specdiff.session(model, scheduler.timesteps, **options)
+            except OptionError:  # times in no order: they are read at every call
+                pass
+        return specdiff.session(model, **options)
 
     @property
     def is_cancelled(self) -> bool:

@@ -77,6 +77,6 @@ def pixels(entry: dict[str, Any]) -> Tensor:
 def alone(model: PictureModel, order: Order, quality: str = "balanced") -> Tensor:
     """What the model draws with nobody else about, [H, W, 3]."""
     pipeline = model.beside(model.denoiser)
-    with specdiff.session(model.denoiser, quality=quality):
+    with specdiff.session(model.denoiser, scheduler=pipeline.scheduler, quality=quality):
         picture = model.draw(order, pipeline)
     return (picture.clamp(0, 1) * 255).round().byte()

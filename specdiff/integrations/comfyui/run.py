@@ -22,6 +22,7 @@ from torch import Tensor
 from specdiff.integrations.comfyui.lane import Lane, Moment
 from specdiff.integrations.comfyui.steps import NEAR, Steps
 from specdiff.integrations.comfyui.watch import Watch
+from specdiff.runtime.sampler.weights import Weights
 from specdiff.runtime.tokens.schedule import Place, Schedule
 from specdiff.settings import Settings, why_off
 
@@ -152,8 +153,8 @@ class Run:
         strays = self._watch.strays(x)
         return _Evaluation(x.shape, moment, strays, PLANNED if is_dense else "")
 
-    def _weights(self, sigma: float) -> Sequence[float] | None:
-        """How the directions so far, that of the present evaluation the last, make the next latent.
+    def _weights(self, sigma: float) -> Weights | None:
+        """What the sampler makes of directions, if it is known.
 
         A sampler that goes elsewhere than foreseen is not known any longer.
         """
@@ -162,7 +163,7 @@ class Run:
             self._steps = None
         if self._steps is None or not self._settings.correction:
             return None
-        return self._steps.weights[index + 1][: index + 1]
+        return self._steps.weights
 
     def _why_computed(self, lane: Lane, active: Hashable, now: _Evaluation) -> str:
         """Why an answer is computed; empty if it is forecast."""

@@ -1,12 +1,7 @@
 """Steps: what a sampler makes of the answers it gets, found without the model.
 
-A sampler without noise moves the latent by sums: the latent of evaluation k is
-
-    x_k = a_k x_0 + sum over j < k of W[k, j] d_j
-
-with d_j = (x_j - D_j) / sigma_j the direction of answer D_j, whatever the solver's order. Handed
-directions of which each is an axis of its own, its latents are the rows of W. This takes
-milliseconds and draws no number that the run would have drawn.
+Predictions here are the directions d_j = (x_j - D_j) / sigma_j of the answers D_j
+(`specdiff.runtime.sampler.weights`).
 """
 
 from __future__ import annotations
@@ -17,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from specdiff.runtime.sampler.weights import Weights, axis
 
 NEAR = 1e-4
 """Share of a sigma within which another is the same."""
@@ -30,8 +27,8 @@ class Steps:
 
     sigmas: tuple[float, ...]
     """Of its E evaluations."""
-    weights: tuple[tuple[float, ...], ...]
-    """W, [E + 1, E]: its last row is the finished latent."""
+    weights: Weights
+    """Of the directions in the latents."""
 
     def is_at(self, index: int, sigma: float) -> bool:
         """Whether evaluation `index` is at this noise level."""
@@ -55,8 +52,7 @@ class _Axes:
     def __call__(self, x: Tensor, sigma: Tensor, **options: Any) -> Tensor:
         if len(self.latents) == self._size:
             raise _TooLong
-        direction = torch.zeros_like(x)
-        direction[..., len(self.latents)] = 1
+        direction = axis(x, len(self.latents))
         self.latents.append(x.clone())
         self.sigmas.append(float(sigma.flatten()[0]))
         answer = x - self.sigmas[-1] * direction
@@ -86,8 +82,5 @@ def steps_of(sampler: Any, guider: Any, sigmas: Tensor) -> Steps | None:
             end = function(axes, start, sigmas.cpu(), **more, **options)
     except Exception:
         return None  # it wants what only a real run has
-    rows = torch.cat([*axes.latents, end]).reshape(len(axes.latents) + 1, -1)
-    count = len(axes.latents)
-    if not count or not rows.isfinite().all() or (rows[:, count:] != 0).any():
-        return None
-    return Steps(tuple(axes.sigmas), tuple(map(tuple, rows[:, :count].tolist())))
+    weights = Weights.of([*axes.latents, end])
+    return Steps(tuple(axes.sigmas), weights) if weights is not None else None

@@ -30,8 +30,6 @@ class Course:
     """How the sampler moves the latent, once the host knows."""
     refusal: str = ""
     """Why its steps are not to be integrated."""
-    choice: Awaited | None = None
-    """The process, as the index that the fit has for it, on its way to the host; -1: none fits."""
     orders: deque[Awaited] = field(default_factory=deque)
     """What the sampler's latest steps leave of first order, on its way to the host."""
     _passed: list[Passed] = field(default_factory=list)

@@ -14,6 +14,8 @@ NEAR = 0.5
 ROUNDED = 50
 """How far time must have come, in units of its last significant bit, for the number of evaluations
 to be read off: rounding (bf16) makes it wild at first."""
+HARDLY = 1.0
+"""Evaluations that a last one which is hardly a step may count for less than one."""
 CLOSE = 0.3
 """Evaluations by which a number may differ from the usual one that it is then taken for."""
 
@@ -58,8 +60,9 @@ def evaluations_left(times: Sequence[float], given: Sequence[float] | None) -> f
 def evaluations_planned(times: Sequence[float], given: Sequence[float] | None, usual: int) -> float:
     """How many evaluations the generation has until time ends, those still to come included.
 
-    Times are taken to be evenly spaced up to a shift towards noise, as a flow's are. Not whole
-    where the last one is hardly a step away from the end (27.08 for 28 of Stable Diffusion 3).
+    Where they are not given, times are taken to be evenly spaced up to a shift towards noise, as a
+    flow's are. Not whole where the last one is hardly a step away from the end (27.08 for 28 of
+    Stable Diffusion 3).
 
     Args:
         times: of the evaluations so far, the current one included.
@@ -68,7 +71,7 @@ def evaluations_planned(times: Sequence[float], given: Sequence[float] | None, u
     """
     if given is not None:
         guess = _total(given)
-        return len(given) if math.isnan(guess) else guess
+        return guess if len(given) - HARDLY <= guess <= len(given) else len(given)
     distance = abs(times[-1] - times[0]) / time_unit(times) if times else 0.0
     if not distance:
         return usual
@@ -78,6 +81,16 @@ def evaluations_planned(times: Sequence[float], given: Sequence[float] | None, u
         whole = abs(times[0] - end_of(times)) / time_unit(times)
         return min(usual, (len(times) - 1) * whole / distance)
     return usual if abs(guess - usual) <= CLOSE else guess
+
+
+def of_steps(given: Sequence[float]) -> Sequence[float] | None:
+    """When steps of two evaluations begin, where `given` has such; None where it has others.
+
+    Heun's second evaluation is at the time of the next step's first: 900, 800, 800, 700, 700.
+    """
+    pairs = list(zip(given[1::2], given[2::2], strict=False))
+    paired = bool(pairs) and len(given) % 2 == 1 and all(a == b for a, b in pairs)
+    return given[::2] if paired else None
 
 
 def _bits(time: float) -> int:

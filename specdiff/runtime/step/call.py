@@ -13,6 +13,7 @@ from specdiff.runtime.records.recording import StepRecord
 from specdiff.runtime.sampler.noise import Process
 from specdiff.runtime.sampler.observation import Reading
 from specdiff.runtime.sampler.sampler_fit import POOR_FIT, Displacement, Scalar
+from specdiff.runtime.sampler.timeline import of_steps
 from specdiff.runtime.streams.caches import CachePool
 from specdiff.runtime.streams.registry import ModelState
 from specdiff.runtime.streams.stream import Stream
@@ -47,7 +48,7 @@ class Call:
 
     @property
     def given(self) -> tuple[float, ...] | None:
-        """All times of the run, if the session gave them."""
+        """All times of the run, if a session or a scheduler gave them."""
         return self.stream.given
 
     @property
@@ -55,12 +56,16 @@ class Call:
         """Whether the batch is the two halves of classifier-free guidance."""
         return self.settings.guidance_scale is not None
 
-    @property
+    @cached_property
     def clock(self) -> float | Tensor:
-        """Time of this evaluation; of each row, [B, 1], where they are at times of their own."""
-        if self.reading is None or not self.reading.times.differ:
-            return self.time
-        return self.reading.times.on_device
+        """Time of this evaluation; of each row, [B, 1], where they are at times of their own.
+
+        By the scheduler where one is followed: the model's time may be rounded.
+        """
+        if self.reading is not None and self.reading.times.differ:
+            return self.reading.times.on_device
+        run = self.stream.run
+        return self.time if run is None else run.times[len(self.stream.times)]
 
     def at_pace(self, moved: Scalar) -> Scalar:
         """How far the sampler moves each row, [B, 1], if it moves them by `moved` on average."""
@@ -75,12 +80,35 @@ class Call:
         return latent
 
     @property
+    def counted(self) -> tuple[float, ...] | None:
+        """As `given`, if a session gave them: nothing is read, and the times are exact."""
+        return None if self.stream.place is None else self.stream.place.given
+
+    @property
     def corrects(self) -> bool:
-        """Whether what forecasts cost the latent can be made good."""
+        """Whether what forecasts cost the latent is made good by what steps showed."""
+        two_a_step = self.given is not None and of_steps(self.given) is not None
+        first_order = self.stream.fit.first_order and not two_a_step
+        return self._may_correct and first_order and not self.has_weights
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether it is made good by a scheduler's weights: of whole predictions only."""
+        run = self.stream.run
+        return (
+            run is not None
+            and run.weights is not None
+            and self._may_correct
+            and not self.schedule.selects
+            and not self.integrates
+            and not isinstance(self.clock, Tensor)
+        )
+
+    @property
+    def _may_correct(self) -> bool:
         return (
             self.settings.correction
             and not (self.integrates and self.stream.fit.on_course)
-            and self.stream.fit.first_order
             and self.schedule.forecasts
             and self.programs.signature.additive
         )

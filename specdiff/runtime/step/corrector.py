@@ -1,7 +1,8 @@
 """Corrector: when the latent may be corrected, and with what.
 
-Only where the sampler's steps are of first order: a solver of higher order uses earlier predictions
-again, what was put on top of them too.
+By the sampler's weights where a scheduler at hand tells them, whatever its order. Else by what the
+sampler's steps showed, and only where they are of first order: a solver of higher order uses
+earlier predictions again, what was put on top of them too.
 """
 
 from __future__ import annotations
@@ -77,6 +78,16 @@ def corrected(
             tokens = (tokens.float() + more).to(tokens.dtype)
     stream.fit.correction.hand_out(newest, tokens, call.clock)
     return tokens
+
+
+def filled_up(call: Call, tokens: Tensor, *, computed: bool) -> Tensor:
+    """`tokens`, and on top what brings the next latent to where it should be, by known weights."""
+    run, fit = call.stream.run, call.stream.fit
+    assert run is not None and not isinstance(call.clock, Tensor)  # it has weights
+    index = run.first + len(call.stream.times)
+    if computed:
+        return fit.shortfall.computed(0, index, call.stream.history.computed, run.weights)
+    return fit.shortfall.forecast(0, index, call.clock, tokens, run.weights)
 
 
 def doubted(call: Call) -> bool:

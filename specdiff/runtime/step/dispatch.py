@@ -21,6 +21,7 @@ from specdiff.runtime.sampler.noise import processes
 from specdiff.runtime.step import fallbacks
 from specdiff.runtime.step.call import Call
 from specdiff.runtime.step.ownership import Inquiry
+from specdiff.runtime.step.scheduled import follow
 from specdiff.runtime.step.step import answer, owned, tokens_due
 from specdiff.runtime.streams.caches import CachePool
 from specdiff.runtime.streams.progress import Progress
@@ -31,6 +32,7 @@ from specdiff.runtime.streams.registry import (
     active_session,
     effective,
     named_rows,
+    scheduler_of,
     state_of_call,
 )
 from specdiff.runtime.streams.stream import Stream
@@ -145,6 +147,7 @@ class Runtime:
         if isinstance(whose, str):
             selects = schedule.selects
             return Due(True, partial(self._fall_back, inputs, state, whose, record, selects))
+        follow(whose.stream, scheduler_of(state, session), whose.time, state)
         call = Call(
             programs=self.programs,
             pool=self.pool,

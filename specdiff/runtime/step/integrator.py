@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specdiff.runtime.sampler.course import Course
 from specdiff.runtime.sampler.remains import Awaited, precision_of
-from specdiff.runtime.sampler.sampler_fit import Displacement, guided
+from specdiff.runtime.sampler.sampler_fit import POOR_FIT, Displacement, guided
 from specdiff.runtime.sampler.timeline import next_time
 from specdiff.runtime.step.call import Call
 from specdiff.runtime.step.corrector import FIRST_ORDER_FIT, doubted, is_of_first_order, note_proof
@@ -78,7 +78,7 @@ def _refusal(call: Call, course: Course) -> str:
         return NOT_ADDITIVE
     if call.reading is not None and call.reading.times.differ:
         return ROWS_DIFFER
-    if call.given is None and (rounded := _coarse_dtype(call)):
+    if call.counted is None and (rounded := _coarse_dtype(call)):
         return ROUNDED.format(dtype=rounded)
     if stream.times and not _follows(call, course):
         stream.fit.first_order, stream.fit.correction = False, None
@@ -121,18 +121,10 @@ def _left_of_first_order(call: Call) -> Tensor:
 def _learn_process(call: Call, course: Course) -> None:
     """Note how the sampler moves the latent, or that it is none that can be integrated."""
     sampler = call.stream.fit.sampler
-    if sampler is None or doubted(call):
+    if sampler is None or sampler.chosen is None or doubted(call):
         return
-    if sampler.on_host:
-        best = int(sampler.best) if sampler.trusted.item() else -1
-    elif course.choice is None:
-        course.choice = Awaited(torch.where(sampler.trusted, sampler.best, -1))
-        return  # it is read at the next evaluation: nothing queued since then is waited for
-    else:
-        best = int(course.choice.read())
-    candidate, way = divmod(best, sampler.rates.numel())
-    process = sampler.candidates[candidate] if best >= 0 else None
-    if process is None or process.clock(call.time) is None:
+    process, way = sampler.chosen
+    if not sampler.leaves_less(POOR_FIT) or process.clock(call.time) is None:
         course.refusal = NO_CLOCK
     else:
         course.process = process

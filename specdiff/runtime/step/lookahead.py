@@ -35,7 +35,7 @@ def look_ahead(call: Call, outputs: Sequence[object], tokens: Tensor) -> None:
     """
     stream, times = call.stream, call.stream.times
     watched = call.corrects or call.integrates
-    followed = watched or (call.schedule.forecasts and call.given is not None)
+    followed = watched or (call.schedule.forecasts and call.counted is not None)
     pending = call.wants_future or (followed and stream.fit.sampler is None)
     before = stream.latents, stream.predictions, stream.trail.model_time
     if pending or call.schedule.forecasts or call.integrates or call.reading is not None:
@@ -108,7 +108,7 @@ def _inferred(call: Call, latents: tuple[Tensor, ...], predictions: Ways) -> Pre
     seen = call.seen
     if seen is None:
         seen = Displacement.of(stream.latents, latents, predictions)
-    unit, exact = time_unit(call.given or stream.times), call.given is not None
+    unit, exact = time_unit(call.given or stream.times), call.counted is not None
     return Prediction.infer(seen, call.candidates, start, end, unit, exact=exact)
 
 

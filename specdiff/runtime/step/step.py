@@ -12,7 +12,7 @@ from torch import Tensor
 from specdiff.errors import Fault
 from specdiff.runtime.sampler.timeline import time_unit
 from specdiff.runtime.step.call import Call
-from specdiff.runtime.step.corrector import corrected, settle
+from specdiff.runtime.step.corrector import corrected, filled_up, settle
 from specdiff.runtime.step.integrator import integrated
 from specdiff.runtime.step.lookahead import look_ahead
 from specdiff.runtime.tokens.forecast import forecast
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 BUDGET = "cache budget exceeded"
 NEWS = "a condition changed"
+FEW = "few steps"
 STRAYED = "unexplained step"
 STRAYED_HINT = (
     "unexplained step: the latent moved where neither earlier latents nor predictions lead, as if"
@@ -44,6 +45,8 @@ def tokens_due(call: Call) -> int:
     if reason == UNSELECTABLE:
         call.state.counters.fallbacks[UNSELECTABLE] += 1
         call.state.say(logger, f"{UNSELECTABLE}: {call.programs.signature.unselectable}")
+    if call.given is not None and len(call.given) <= call.settings.few:
+        count, reason = tokens, FEW
     if 0 < count < tokens and not call.stream.selected.lease:
         count, reason = tokens, "no caches yet"
     if count < tokens and call.stream.conditions.news:
@@ -59,7 +62,7 @@ def tokens_due(call: Call) -> int:
         kind="dense" if count == tokens else "selective" if count else "skipped",
         reason=reason,
         generation=call.stream.number,
-        index=place.index,
+        index=len(times) - 1,
         time=call.time,
     )
     return count
@@ -85,7 +88,9 @@ def answer(call: Call, count: int) -> list[Tensor]:
         tokens = _skip(call)
         counters.skipped += 1
     plain = tokens
-    if call.corrects and before:
+    if call.has_weights:
+        tokens = filled_up(call, tokens, computed=count > 0)
+    elif call.corrects and before:
         tokens = corrected(call, before, tokens, computed=count > 0)
     if call.integrates:
         tokens = integrated(call, plain, tokens, computed=count > 0)
@@ -166,7 +171,7 @@ def _predicted(call: Call, scores: Tensor, active: Tensor) -> Tensor:
 
 def _with_computed(call: Call, predicted: Tensor, active: Tensor) -> Tensor:
     """`predicted` [B, N, C], and the active tokens computed."""
-    selected, programs, moment = call.stream.selected, call.programs, (call.given, call.time)
+    selected, programs, moment = call.stream.selected, call.programs, (call.counted, call.time)
     assert selected.lease is not None  # no name for it here: tracebacks would keep it
     caches, tables = selected.lease.caches, selected.lease.rows
     row = tables.look_up(programs, call.inputs, caches, moment, call.known)

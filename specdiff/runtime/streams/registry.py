@@ -21,6 +21,7 @@ from specdiff.options import Options, check_overrides
 from specdiff.runtime.records.recording import Recording
 from specdiff.runtime.records.stats import Counters
 from specdiff.runtime.sampler.remains import Seen
+from specdiff.runtime.sampler.scheduler import Scheduler
 from specdiff.runtime.streams.progress import Progress
 from specdiff.runtime.streams.stream import Stream
 from specdiff.runtime.streams.table import StreamTable
@@ -41,6 +42,8 @@ class StreamOwner:
 
     def __init__(self, *, keep_values: bool) -> None:
         self.overrides: dict[str, Any] = {}
+        self.scheduler: Scheduler | None = None
+        """What steps between the evaluations, if the user gave it."""
         self.resolved: tuple[Options, dict[str, Any], Settings] | None = None
         """What `effective` last made of which options and overrides."""
         self._keep_values = keep_values
@@ -121,12 +124,17 @@ class Session(StreamOwner):
     """
 
     def __init__(
-        self, state: ModelState, times: tuple[float, ...] | None, options: Mapping[str, Any]
+        self,
+        state: ModelState,
+        times: tuple[float, ...] | None,
+        options: Mapping[str, Any],
+        scheduler: Scheduler | None = None,
     ) -> None:
         super().__init__(keep_values=True)
         self.state = state
         self.progress = None if times is None else Progress(times)
         self.overrides = check_overrides(options)
+        self.scheduler = scheduler
         state.sessions.add(self)
 
     def __enter__(self) -> Session:
@@ -246,6 +254,12 @@ def state_of_call(
 def active_session(state: ModelState) -> Session | None:
     """The innermost session of this model that is entered in this thread or task."""
     return next((s for s in reversed(_ACTIVE.get()) if s.state is state), None)
+
+
+def scheduler_of(state: ModelState, session: Session | None) -> Scheduler | None:
+    """What steps between evaluations: the session's, over the model's."""
+    given = session.scheduler if session is not None else None
+    return given or state.scheduler
 
 
 def named_rows(state: ModelState) -> tuple[Session, ...]:

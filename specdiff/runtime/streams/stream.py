@@ -7,6 +7,7 @@
     selected     caches and scores of selective steps         step/step.py
     fit          the sampler, and what forecasts cost         step/lookahead.py, step/corrector.py,
                                                               step/integrator.py
+    run          its times and weights by a scheduler         step/scheduled.py
 
 On the right who writes each; the table takes caches back, and looking ahead adds its scores.
 """
@@ -29,12 +30,14 @@ from specdiff.runtime.sampler.noise import Process
 from specdiff.runtime.sampler.observation import Reading
 from specdiff.runtime.sampler.remains import ROUNDED, Awaited, Seen
 from specdiff.runtime.sampler.sampler_fit import Prediction, Ways
+from specdiff.runtime.sampler.scheduler import Run
 from specdiff.runtime.streams.caches import Lease
 from specdiff.runtime.streams.keys import Conditions
 from specdiff.runtime.streams.trail import EVALUATIONS, Trail
 from specdiff.runtime.tokens.correction import Correction
 from specdiff.runtime.tokens.history import DEPTH as HISTORY
 from specdiff.runtime.tokens.history import History
+from specdiff.runtime.tokens.shortfall import Shortfall
 
 CORRECTIONS = 2
 """Values for each number of an output that a correction holds: what is missing and withheld."""
@@ -99,6 +102,8 @@ class SamplerState:
     sampler: Prediction | None = None
     """Inferred once two evaluations have shown it."""
     correction: Correction | None = None
+    shortfall: Shortfall = field(default_factory=Shortfall)
+    """What forecasts have cost, where the sampler's weights are known."""
     course: Course | None = None
     """On the way to the solution, if that is the target."""
     first_order: bool = True
@@ -111,7 +116,7 @@ class SamplerState:
     def learn(self, sampler: Prediction, evaluations: int) -> None:
         """The sampler was inferred after so many evaluations."""
         self.sampler = sampler
-        self._sent = None if sampler.on_host else (evaluations, Awaited(sampler.numbers))
+        self._sent = None if sampler.host else (evaluations, Awaited(sampler.numbers))
 
     def receive(self, evaluations: int) -> None:
         """Know the sampler on the host, an evaluation after its numbers were sent there."""
@@ -136,7 +141,7 @@ class SamplerState:
     def known_step(self, before: Seen, end: float) -> KnownStep | None:
         """Where the sampler goes, if the host knows it as one that adds no noise of its own."""
         sampler, start = self.sampler, before.time
-        if sampler is None or sampler.chosen is None or sampler.left > FOLLOWED:
+        if sampler is None or sampler.chosen is None or not sampler.leaves_less(FOLLOWED):
             return None
         process, way = sampler.chosen
         if way >= len(before.predictions) or process.step(start, end)[2]:
@@ -165,6 +170,8 @@ class Stream:
         self.number = number
         self.place: Place | None = None
         """None outside of sessions with times."""
+        self.run: Run | None = None
+        """By a scheduler at hand, if there is one."""
         self.trail = Trail()
         self.selected = Selected()
         self.fit = SamplerState()
@@ -183,8 +190,10 @@ class Stream:
 
     @property
     def given(self) -> tuple[float, ...] | None:
-        """Times of all evaluations, those to come included, if the session gave them."""
-        return None if self.place is None else self.place.given
+        """Times of all evaluations, those to come included, if a session or scheduler gave them."""
+        if self.place is not None:
+            return self.place.given
+        return None if self.run is None else self.run.times
 
     @property
     def latents(self) -> tuple[Tensor, ...]:
@@ -241,3 +250,4 @@ class Stream:
         """What was computed before the present evaluation is no ground for forecasts."""
         self.history.break_off()
         self.fit.correction = self.fit.course = None
+        self.fit.shortfall.break_off()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from specdiff.plan import Plan
-from specdiff.runtime.sampler.timeline import evaluations_left, evaluations_planned
+from specdiff.runtime.sampler.timeline import evaluations_left, evaluations_planned, of_steps
 from specdiff.settings import Settings
 
 ROWS = 8
@@ -31,7 +31,7 @@ def active_tokens(tokens: int, ratio: float) -> int:
 
 @dataclass(frozen=True)
 class Place:
-    """Where in its generation an evaluation is."""
+    """Where in its generation an evaluation is, in steps where those take two (Heun)."""
 
     index: int
     """From 0."""
@@ -44,13 +44,16 @@ class Place:
 
     @classmethod
     def of(cls, times: Sequence[float], given: Sequence[float] | None, usual: int) -> Place:
-        """From the times so far, this evaluation's included.
+        """From the times so far, this evaluation's included; the two of a step are at one place.
 
         Args:
             times: of the evaluations.
             given: all times of the run, if known.
             usual: evaluations to expect while the times do not tell; 0: the total is not needed.
         """
+        steps = of_steps(given) if given is not None else None
+        if steps is not None:
+            given, times = steps, steps[: (len(times) + 1) // 2]
         left, seen = evaluations_left(times, given), (times, times[:-1])
         totals = (evaluations_planned(s, given, usual) if usual else 0 for s in seen)
         return cls(len(times) - 1, left, *totals)
