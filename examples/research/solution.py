@@ -174,18 +174,16 @@ SOLVERS = {
 TARGETS = ("dense", "solution")
 
 
-def rows() -> list[list[tuple[str, int]]]:
-    """Name and evaluations of all that is measured; first what matters most."""
-    first = [("Euler", STEPS)]
-    first += [(f"specdiff, {target}", count) for count in (15, 10) for target in TARGETS[::-1]]
-    first += [("specdiff, solution", STEPS)]
+def tiers() -> list[list[tuple[str, int]]]:
+    """Names and evaluations of all that is measured; first what matters most."""
     some = ("Adams-Bashforth 2", "DPM-Solver++ 2M", "UniPC")
-    first += [(solver, count) for count in (10, 15) for solver in some]
-    second = [("specdiff, solution", count) for count in OURS]
-    second += [(solver, count) for count in FEWER for solver in some]
-    third = [("specdiff, dense", count) for count in (8, 21)]
-    third += [(solver, count) for count in FEWER for solver in SOLVERS]
-    return [first, second, third]
+    rivals = [("Euler", STEPS), ("specdiff, dense", 10), ("specdiff, dense", 15)]
+    rivals += [(solver, count) for count in (10, 15) for solver in some]
+    goals = [("specdiff, solution", count) for count in (10, 15, STEPS)]
+    ours = [("specdiff, solution", count) for count in OURS]
+    few = [(solver, count) for count in FEWER for solver in some]
+    rest = [(solver, count) for solver in SOLVERS for count in FEWER]
+    return [rivals, goals, ours, few, rest + [("specdiff, dense", count) for count in OURS]]
 
 
 class Drawer:
@@ -222,7 +220,7 @@ def measure(
     """Fill in what is missing; begin no picture after `until`."""
     drawer, found = Drawer(model), known.setdefault(model, {})
     references.mkdir(parents=True, exist_ok=True)
-    for tier, index in itertools.product(rows(), range(pictures)):
+    for tier, index in itertools.product(tiers(), range(pictures)):
         if all(str(index) in found.get(_key(*row), {}) for row in tier):
             continue
         if time.monotonic() > until:
