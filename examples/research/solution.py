@@ -191,10 +191,8 @@ class Drawer:
 
     def __init__(self, name: str) -> None:
         load, self.picture, self.to_pixels, options = MODELS[name]
-        self.model = load()
-        self.compiled: Any = torch.compile(
-            self.model, backend="specdiff", options={"inner_backend": "eager", **options}
-        )
+        self.model: Any = torch.compile(load())
+        self.compiled: Any = torch.compile(load(), backend="specdiff", options=options)
 
     def draw(self, index: int, method: str, evaluations: int) -> Tensor:
         """The picture [3, H, W], in 0..1."""

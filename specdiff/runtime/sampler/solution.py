@@ -10,7 +10,7 @@ the tangent. It ends on the solution if p is the mean of f over the step instead
 
 No evaluation is added (Adams-Bashforth and Adams-Moulton, in the mode PEC). How far line and
 parabola are trusted is seen from the values themselves: which share of the line would have told the
-newest ones best. Nothing waits for the device.
+newest one best. Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from torch import Tensor
 
 NODES = 3
 """Computed values that are looked back to."""
-MEMORY = 0.5
-"""Weight of what was seen of line and last value before, each time a value is computed."""
+TINY = torch.finfo(torch.float32).tiny
 
 
 class Node(NamedTuple):
@@ -54,9 +53,6 @@ class Solution:
     """How far the line is followed, float32 [B, 1, ...], from 0 to 1."""
     _handed: Node | None = None
     """What the sampler was handed last, and when."""
-    _seen: tuple[Tensor, Tensor] | None = None
-    """Products of what the line told with what came, and with itself, [B]; those of earlier values
-    at less weight."""
 
     def arrive(self, clock: float, value: Tensor | None) -> None:
         """The sampler has come to `clock`, where `value` was computed, or None."""
@@ -106,12 +102,7 @@ class Solution:
         came, told = (
             self.guidance(each).flatten(1) for each in (value.float() - newest.value.float(), told)
         )
-        seen = (came * told).sum(1), told.square().sum(1)
-        if self._seen is not None:
-            pairs = zip(seen, self._seen, strict=True)
-            seen = tuple(torch.add(now, then, alpha=MEMORY) for now, then in pairs)
-        self._seen = (seen[0], seen[1])
-        share = seen[0] / seen[1].clamp_min(torch.finfo(torch.float32).tiny)
+        share = (came * told).sum(1) / told.square().sum(1).clamp_min(TINY)
         self.share = share.clamp(0, 1).reshape(-1, *[1] * (value.dim() - 1))
 
 
