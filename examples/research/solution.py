@@ -31,8 +31,7 @@ from diffusers import (
 from torch import Tensor
 
 import specdiff
-from specdiff.evaluation.measures import worst_tenth
-from specdiff.measure.comparison import psnr
+from specdiff.measure.comparison import psnr, worst_tenth
 from specdiff.models import demo, textures
 from specdiff.models.subject import TUNED_ON
 from specdiff.plan import Plan
