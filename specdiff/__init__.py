@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from specdiff.passes.rules.attention_ops import register_attention
     from specdiff.passes.rules.rowwise import register_rowwise
     from specdiff.plan import Plan
-    from specdiff.runtime.api import attach, configure, detach, record, reset, session, stats
+    from specdiff.runtime.api import attach, configure, detach, record, reset, rows, session, stats
     from specdiff.runtime.blocks.attach import Attachment
     from specdiff.runtime.records.recording import Recording, StepRecord
     from specdiff.runtime.records.stats import Stats
@@ -38,6 +38,7 @@ _HOMES = {
     "register_attention": "specdiff.passes.rules.attention_ops",
     "register_rowwise": "specdiff.passes.rules.rowwise",
     "reset": "specdiff.runtime.api",
+    "rows": "specdiff.runtime.api",
     "session": "specdiff.runtime.api",
     "stats": "specdiff.runtime.api",
     "tune": "specdiff.tuning.tuner",
@@ -67,6 +68,7 @@ __all__ = [
     "register_attention",
     "register_rowwise",
     "reset",
+    "rows",
     "session",
     "stats",
     "tune",

@@ -84,7 +84,7 @@ def specdiff_backend(
         )
     if part is None:
         note_variant(inputs)
-    symbolic, floats = torch_adapter.symbolic_inputs(inputs), floats_of(module)
+    symbolic, floats = torch_adapter.symbolic_inputs(module, inputs), floats_of(module)
     reason = refusal(inputs)
     if (symbolic or floats) and reason is None:
         specialised = partial(at_shape, module, is_state, known, inductor_settings, part)

@@ -159,7 +159,7 @@ def whole_steps(
         Leaf(short_name(source), value, held, is_item(source))
         for source, value, held in zip(torch_adapter.sources(module), inputs, is_state, strict=True)
     ]
-    outputs = torch_adapter.example_outputs(module)
+    outputs = torch_adapter.example_outputs(module, inputs)
     return step_signature(leaves, outputs, timestep_arg, unselectable)
 
 

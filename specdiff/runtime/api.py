@@ -18,6 +18,7 @@ from specdiff.runtime.records.stats import Counters, Stats
 from specdiff.runtime.step.dispatch import Runtime
 from specdiff.runtime.streams.registry import (
     ModelState,
+    Rows,
     Session,
     find_or_create,
     require_module,
@@ -108,8 +109,8 @@ def attach(model: torch.nn.Module, **options: Any) -> Attachment:
         specdiff.attach(model, cache_ratio=0.75)
 
     Attach before or after compiling in place (`model.compile()`) and before or after hooks; where
-    `torch.compile(model)` returned another module, attach that one. `stats`, `reset`, `configure`
-    and `session` take `model`. Each call shape is looked at once, by one forward more.
+    `torch.compile(model)` returned another module, attach that one. `stats`, `reset`, `configure`,
+    `session` and `rows` take `model`. Each call shape is looked at once, by one forward more.
 
     Args:
         model: the module that is called at every step.
@@ -159,6 +160,38 @@ def session(
     """
     times = None if timesteps is None else _checked(timesteps)
     return Session(find_or_create(compiled), times, options)
+
+
+def rows(compiled: torch.nn.Module, sessions: Sequence[Session]) -> Rows:
+    """A context that names the rows of the model's calls, for servers that batch by step.
+
+        requests = [specdiff.session(model, timesteps=times, quality="fast"), ...]
+        with specdiff.rows(model, requests):
+            velocities = model(latents, times)  # a row for each request, each at its own step
+
+    Each session is one trajectory with its own plan, settings and history: the rows of a batch may
+    be at any steps, join, leave and change places. Rows that are due are computed together, in
+    batches of 1, 2, 4, 8 ... rows, and the others forecast, so that skipping is throughput. The
+    batch is the first axis of the inputs. Both halves of guidance are two rows of one session. The
+    model has to be attached (`specdiff.attach(model)`), compiled or not. Inputs may be overwritten
+    after the call. A call that the model ends with an exception may be repeated. A session that
+    nobody holds any more leaves nothing behind.
+
+    Args:
+        compiled: the attached model.
+        sessions: of each row, made by `specdiff.session`; with `timesteps`, or times are read.
+
+    Raises:
+        OptionError: no sessions, or one of another model; in a call: not as many as rows.
+        NotCompiledError: the module has no parameters to be known by.
+    """
+    state = find_or_create(compiled)
+    if not sessions:
+        raise OptionError("rows: give one session for each row of the batch")
+    for place, each in enumerate(sessions):
+        if getattr(each, "state", None) is not state:
+            raise OptionError(f"rows: item {place} is no session of this model")
+    return Rows(state, sessions)
 
 
 def _known_state(compiled: torch.nn.Module) -> ModelState:

@@ -33,12 +33,46 @@ def sources(module: fx.GraphModule) -> list[str]:
     return [source_name(node) for node in module.graph.find_nodes(op="placeholder")]
 
 
-def example_outputs(module: fx.GraphModule) -> list[Any]:
-    """A fake of each flat output of a Dynamo graph; None of what is no tensor."""
+def example_outputs(module: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
+    """A fake of each flat output of a Dynamo graph for such inputs; None of what is no tensor."""
     (output,) = module.graph.find_nodes(op="output")
     values = pytree.tree_leaves(output.args[0])
     metas = [value.meta if isinstance(value, fx.Node) else {} for value in values]
-    return [meta.get("example_value", meta.get("val")) for meta in metas]
+    noted = [meta.get("example_value", meta.get("val")) for meta in metas]
+    if not any(map(_is_symbolic, noted)):
+        return noted
+    sizes = _sizes(module, inputs)  # what was noted holds for other sizes
+    with FakeTensorMode():
+        return [_of_sizes(value, sizes) if _is_symbolic(value) else value for value in noted]
+
+
+def _sizes(module: fx.GraphModule, inputs: Sequence[Any]) -> dict[Any, int]:
+    """What the symbols among the sizes of placeholders are for these inputs."""
+    sizes: dict[Any, int] = {}
+    pairs: list[tuple[Any, Any]]
+    for node, value in zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        example = node.meta.get("example_value")
+        if isinstance(example, Tensor) and isinstance(value, Tensor):
+            pairs = list(zip(example.shape, value.shape, strict=True))
+        else:
+            pairs = [(example, value)]
+        sizes |= {
+            symbol.node.expr: int(size)
+            for symbol, size in pairs
+            if isinstance(symbol, torch.SymInt)
+        }
+    return sizes
+
+
+def _of_sizes(value: Any, sizes: dict[Any, int]) -> Tensor | None:
+    if not isinstance(value, Tensor):
+        return None
+    symbols: list[Any] = list(value.shape)
+    shape = [
+        int(size.node.expr.subs(sizes)) if isinstance(size, torch.SymInt) else size
+        for size in symbols
+    ]
+    return torch.empty(shape, dtype=value.dtype, device=value.device)
 
 
 def is_module_state(placeholder: fx.Node, value: Any) -> bool:
@@ -49,9 +83,16 @@ def is_module_state(placeholder: fx.Node, value: Any) -> bool:
     return "_parameters'" in name or "_buffers'" in name
 
 
-def symbolic_inputs(inputs: Sequence[Any]) -> tuple[int, ...]:
-    """Positions of inputs that are symbolic sizes, or have some."""
-    return tuple(i for i, value in enumerate(inputs) if _is_symbolic(value))
+def symbolic_inputs(module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[int, ...]:
+    """Positions of inputs that are symbolic sizes, or have some.
+
+    What Dynamo knows of a tensor is asked, where it has noted it: it may hand over a real one.
+    """
+    nodes = module.graph.find_nodes(op="placeholder")
+    examples = [
+        node.meta.get("example_value", value) for node, value in zip(nodes, inputs, strict=True)
+    ]
+    return tuple(i for i, value in enumerate(examples) if _is_symbolic(value))
 
 
 def symbolic_shapes(module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[int, ...]:
@@ -61,9 +102,8 @@ def symbolic_shapes(module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[int,
     `timesteps[i].expand(batch)` has another one at each step.
     """
     nodes = module.graph.find_nodes(op="placeholder")
-    return tuple(
-        i for i in symbolic_inputs(inputs) if isinstance(inputs[i], Tensor) or nodes[i].users
-    )
+    symbolic = symbolic_inputs(module, inputs)
+    return tuple(i for i in symbolic if isinstance(inputs[i], Tensor) or nodes[i].users)
 
 
 def _is_symbolic(value: Any) -> bool:

@@ -14,7 +14,7 @@ import inspect
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,16 +37,18 @@ from specdiff.program import (
 from specdiff.runtime.blocks.block import Diverged, RootCall, Visit, identities, under
 from specdiff.runtime.blocks.patchify import Patches, possible
 from specdiff.runtime.blocks.root_programs import Own, RootPrograms, forward
+from specdiff.runtime.blocks.row_batch import RowBatches, Supply
 from specdiff.runtime.blocks.watched import answer_of, unwatch, watch
 from specdiff.runtime.step.dispatch import Runtime
 from specdiff.runtime.step.shapes import remember
 from specdiff.runtime.step.step_programs import StepPrograms
-from specdiff.runtime.streams.registry import ModelState
+from specdiff.runtime.streams.registry import ModelState, named_rows
 
 logger = logging.getLogger(__name__)
 
 OTHER_BLOCKS = "the model calls other blocks each time"
 NO_BLOCKS = "no block of the model is compiled by specdiff"
+ROWS = "rows that were named are computed or forecast whole"
 MAX_SHAPES = 8
 """Call shapes that are remembered, each with caches of its own."""
 MAX_LOOKS = 4
@@ -77,6 +79,7 @@ class Attachment:
         self._known_places: dict[Hashable, list[tuple[str, bool]]] = {}
         self._lost: defaultdict[Hashable, float] = defaultdict(float)
         """How often of late calls of a shape went through other blocks than before."""
+        self._rows = RowBatches(state, self._key, self._of_rows)
         watch(root, self._answer)
 
     def __deepcopy__(self, memo: object) -> Attachment:
@@ -98,6 +101,12 @@ class Attachment:
         leaves, arguments = pytree.tree_flatten((args, kwargs))
         if torch.is_grad_enabled() and self._is_trained(leaves):
             return own(*args, **kwargs)
+        if named := named_rows(self._state):
+            try:
+                return self._rows.answer(own, (args, kwargs), named)
+            except Unsupported as error:
+                self._state.count_dense(self._dense(str(error)))
+                return own(*args, **kwargs)
         key = self._key(leaves, arguments)
         for _ in range(2):  # blocks may not be those of the last look
             if key not in self._forms:
@@ -166,17 +175,45 @@ class Attachment:
         reason: str,
     ) -> Runtime:
         """What forecasts whole steps of a model of which one call is known."""
-        known = [
-            Leaf(name, value, in_list=item)
-            for (name, item), value in zip(self._places(arguments), leaves, strict=True)
-        ]
-        signature = step_signature(known, outputs, self._options.timestep_arg, reason)
+        signature = self._step_signature(leaves, arguments, outputs, reason)
 
         def model(inputs: Sequence[object]) -> Sequence[Any]:
             return forward(own, inputs, arguments, RootCall("whole"))[0]
 
         programs = StepPrograms(model, signature)
         return self._runtime(programs, lambda *inputs: model(inputs))
+
+    def _of_rows(
+        self,
+        own: Own,
+        leaves: Sequence[Any],
+        arguments: pytree.TreeSpec,
+        outputs: Sequence[Any],
+        supply: Supply,
+    ) -> Runtime:
+        """What forecasts whole steps of rows that their session tells from others."""
+        signature = self._step_signature(leaves, arguments, outputs, ROWS)
+
+        def model(inputs: Sequence[object]) -> Sequence[Any]:
+            computed = supply.take(inputs)
+            return computed or forward(own, inputs, arguments, RootCall("whole"))[0]
+
+        # rows are copies, made anew for each call: as conditions they would tell nothing
+        named = [
+            replace(each, role="scalar") if each.role == "condition" else each
+            for each in signature.inputs
+        ]
+        programs = StepPrograms(model, replace(signature, inputs=tuple(named)))
+        return self._runtime(programs, lambda *inputs: model(inputs))
+
+    def _step_signature(
+        self, leaves: Sequence[Any], arguments: pytree.TreeSpec, outputs: Sequence[Any], reason: str
+    ) -> Signature:
+        known = [
+            Leaf(name, value, in_list=item)
+            for (name, item), value in zip(self._places(arguments), leaves, strict=True)
+        ]
+        return step_signature(known, outputs, self._options.timestep_arg, reason)
 
     def _runtime(self, programs: Programs, plain: Callable[..., Any]) -> Runtime:
         return Runtime(programs, self._options, plain, self._state)

@@ -177,17 +177,26 @@ class Recording:
         return "\n".join(lines)
 
 
+def begun(recordings: list[Recording], device: torch.device) -> StepRecord | None:
+    """The record of an evaluation that begins, if anybody wants it."""
+    return StepRecord(Clock(device)) if recordings else None
+
+
+def ended(recordings: list[Recording], record: StepRecord | None) -> None:
+    """The evaluation has ended, and its record is filled in."""
+    if record is not None:
+        record.clock.stop()
+        for recording in recordings:
+            recording.steps.append(record)
+
+
 def recorded(
     recordings: list[Recording],
     device: torch.device,
     answer: Callable[[StepRecord | None], Result],
 ) -> Result:
     """What `answer` returns; it fills in the record of this evaluation if anybody wants it."""
-    if not recordings:
-        return answer(None)
-    record = StepRecord(Clock(device))
+    record = begun(recordings, device)
     result = answer(record)
-    record.clock.stop()
-    for recording in recordings:
-        recording.steps.append(record)
+    ended(recordings, record)
     return result

@@ -7,6 +7,7 @@ import itertools
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -21,14 +22,16 @@ from specdiff.runtime.sampler.noise import processes
 from specdiff.runtime.step import fallbacks
 from specdiff.runtime.step.call import Call
 from specdiff.runtime.step.ownership import Inquiry
-from specdiff.runtime.step.step import answer, owned
+from specdiff.runtime.step.step import answer, owned, tokens_due
 from specdiff.runtime.streams.caches import CachePool
+from specdiff.runtime.streams.progress import Progress
 from specdiff.runtime.streams.registry import (
     ModelState,
     Session,
     StreamOwner,
     active_session,
     effective,
+    named_rows,
     state_of_call,
 )
 from specdiff.runtime.streams.stream import Stream
@@ -39,6 +42,20 @@ from specdiff.runtime.tokens.schedule import Schedule
 from specdiff.settings import Settings, why_off
 
 logger = logging.getLogger(__name__)
+
+ROWS_UNATTACHED = (
+    "specdiff.rows names the rows of an attached model: specdiff.attach(model), compiled or not"
+)
+
+
+@dataclass(frozen=True)
+class Due:
+    """One evaluation, decided but not made."""
+
+    computes: bool
+    """Whether the model is run for it."""
+    make: Callable[[], list[Tensor]]
+    """Makes it, once: the graph's outputs."""
 
 
 class Runtime:
@@ -92,35 +109,44 @@ class Runtime:
         device = self.programs.signature.tokens.device
         with self._turn:
             state = self._state or state_of_call(self, inputs, self._parameters, self._nameless)
-            return recorded(state.recordings, device, partial(self._answer, inputs, state))
+            session = active_session(state)
+            return recorded(
+                state.recordings,
+                device,
+                lambda record: self.due(inputs, state, session, record).make(),
+            )
 
-    def _answer(
-        self, inputs: Sequence[object], state: ModelState, record: StepRecord | None
-    ) -> list[Tensor]:
-        """Off: the graph as it came. Refused, or of no trajectory: dense. Else by its stream."""
-        session = active_session(state)
-        progress = session.progress if session is not None else None
+    def due(
+        self,
+        inputs: Sequence[object],
+        state: ModelState,
+        session: Session | None,
+        record: StepRecord | None,
+    ) -> Due:
+        """Decide an evaluation, to be made before the next of its stream is decided.
+
+        Off: the graph as it came. Refused, or of no trajectory: dense. Else by its stream.
+        """
         settings = self._settings(state, session)
         if off := why_off(settings):
-            return self._untouched(inputs, state, session, off, record)
-        signature, budget = self.programs.signature, settings.max_cache_bytes
-        schedule = Schedule.of(settings, signature.lengths, selectable=not signature.unselectable)
-        refusal = self._fault or fallbacks.of_graph(
-            signature, schedule, budget, timed=progress is not None
-        )
+            return Due(True, partial(self._untouched, inputs, state, session, off, record))
+        progress = session.progress if session is not None else None
+        schedule = self._schedule(settings)
+        refusal = self._refusal(state, schedule, settings, timed=progress is not None)
         if refusal:
-            return self._fall_back(inputs, state, refusal, record)
+            return Due(True, partial(self._fall_back, inputs, state, refusal, record))
         owner: StreamOwner = state if session is None else session
         table = owner.table(self)
         candidates = processes(settings.prediction, settings.alphas_cumprod)
         whose = Inquiry(
-            signature, inputs, owner, table, progress, schedule, candidates,
+            self.programs.signature, inputs, owner, table, progress, schedule, candidates,
             begin=partial(self._begin, table),
         ).owner()  # fmt: skip
         if table.begun == fallbacks.IDLE_AFTER and schedule.forecasts:
             state.say(logger, fallbacks.IDLE)
         if isinstance(whose, str):
-            return self._fall_back(inputs, state, whose, record, schedule.selects)
+            selects = schedule.selects
+            return Due(True, partial(self._fall_back, inputs, state, whose, record, selects))
         call = Call(
             programs=self.programs,
             pool=self.pool,
@@ -137,23 +163,39 @@ class Runtime:
             learned=self._learned_times,
             record=record,
         )
-        outputs = self._run(call)
-        if progress is not None:
-            progress.advance(call.stream, self._time_input(inputs))
-        return outputs
+        count = tokens_due(call)
+        return Due(count > 0, partial(self._make, call, count, progress))
 
-    def _run(self, call: Call) -> list[Tensor]:
+    def _make(self, call: Call, count: int, progress: Progress | None) -> list[Tensor]:
         try:
-            return answer(call)
+            outputs = answer(call, count)
         except Fault as error:
             self._fault = f"internal error: {error}"
             call.table.drop(call.stream)
             logger.warning("specdiff failed on a graph, which runs dense", exc_info=True)
-            return self._fall_back(call.inputs, call.state, self._fault, call.record)
+            outputs = self._fall_back(call.inputs, call.state, self._fault, call.record)
         except BaseException:
             # Half an evaluation leaves caches and history that belong to no point in time.
             call.table.drop(call.stream)
             raise
+        if progress is not None:
+            progress.advance(call.stream, self._time_input(call.inputs))
+        return outputs
+
+    def _schedule(self, settings: Settings) -> Schedule:
+        signature = self.programs.signature
+        return Schedule.of(settings, signature.lengths, selectable=not signature.unselectable)
+
+    def _refusal(
+        self, state: ModelState, schedule: Schedule, settings: Settings, *, timed: bool
+    ) -> str | None:
+        """Why no call can be anything but dense, if so."""
+        if self._state is None and named_rows(state):
+            return ROWS_UNATTACHED
+        budget = settings.max_cache_bytes
+        return self._fault or fallbacks.of_graph(
+            self.programs.signature, schedule, budget, timed=timed
+        )
 
     def _begin(
         self, table: StreamTable, before: Stream | None, conditions: Sequence[object]

@@ -16,6 +16,10 @@ from specdiff.runtime.tokens.schedule import Schedule
 NO_TIME = "no time input"
 FEW_TOKENS = "too few tokens"
 ROWS_DIFFER = "time differs between batch rows"
+ROWS_APART = "rows at times of their own in a session that was given one list of times"
+ROWS_APART_HINT = (
+    f"{ROWS_APART}: give each row a session, and name them with specdiff.rows(model, sessions)"
+)
 TOKENS_DIFFER = "time differs between tokens of a row"
 NOT_FINITE = "latent is not finite"
 TIME_NOT_FINITE = "time is not finite"
@@ -34,7 +38,11 @@ IDLE = (
 )
 STILL = "latent does not move with time"
 CROWDED = f"more than {MAX_STREAMS} generations at once"
-HINTS = {AMBIGUOUS: AMBIGUOUS_HINT, CROWDED: f"{CROWDED}: give each a session"}
+HINTS = {
+    AMBIGUOUS: AMBIGUOUS_HINT,
+    CROWDED: f"{CROWDED}: give each a session",
+    ROWS_APART: ROWS_APART_HINT,
+}
 
 
 def of_graph(

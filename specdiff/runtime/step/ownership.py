@@ -3,6 +3,7 @@
 The first line that holds decides; each is a condition and what comes of it.
 
     in a session with times
+      rows at times of their own                      nobody's: ROWS_APART
       conditions of a stream, or its latent goes on   that stream, its time by count
       by count it begins, or nobody is known          a new stream
     by what is read of time and latent
@@ -126,7 +127,7 @@ class Inquiry:
             return self._counted(lanes[-1] if lanes else None, self._progress)
         return self._read(lanes)
 
-    def _counted(self, stream: Stream | None, progress: Progress) -> Owned:
+    def _counted(self, stream: Stream | None, progress: Progress) -> Owned | str:
         """The owner in a session with times: nothing is read while calls keep their order."""
         index = progress.start(stream, self._time)
         if index is not None:
@@ -135,6 +136,8 @@ class Inquiry:
         else:
             assert stream is not None  # where there is none, one begins
             self._go_on(stream)
+        if stream.trail.rows_apart(self._time, self._signature.batch):
+            return fallbacks.ROWS_APART
         assert stream.given is not None
         return Owned(stream, stream.given[len(stream.times)])
 

@@ -36,11 +36,44 @@ STRAYED_HINT = (
 )
 
 
-def answer(call: Call) -> list[Tensor]:
-    """Answer the call: the graph's outputs, safe from later evaluations."""
+def tokens_due(call: Call) -> int:
+    """Tokens to compute; all of them if a selective step would have no caches."""
+    tokens, times = call.schedule.tokens, [*call.stream.times, call.time]
+    place = Place.of(times, call.given, call.schedule.usual)
+    count, reason = call.schedule.decide(place)
+    if reason == UNSELECTABLE:
+        call.state.counters.fallbacks[UNSELECTABLE] += 1
+        call.state.say(logger, f"{UNSELECTABLE}: {call.programs.signature.unselectable}")
+    if 0 < count < tokens and not call.stream.selected.lease:
+        count, reason = tokens, "no caches yet"
+    if count < tokens and call.stream.conditions.news:
+        count, reason = tokens, NEWS
+        call.state.counters.fallbacks[NEWS] += 1
+    if count < tokens and call.strays:
+        count, reason = tokens, STRAYED
+        call.state.counters.fallbacks[STRAYED] += 1
+        call.state.say(logger, STRAYED_HINT)
+    call.keep(
+        batch=call.programs.signature.batch,
+        tokens=tokens,
+        kind="dense" if count == tokens else "selective" if count else "skipped",
+        reason=reason,
+        generation=call.stream.number,
+        index=place.index,
+        time=call.time,
+    )
+    return count
+
+
+def answer(call: Call, count: int) -> list[Tensor]:
+    """Answer the call: the graph's outputs, safe from later evaluations.
+
+    Args:
+        call: an evaluation of a stream.
+        count: tokens to compute, as decided by `tokens_due`.
+    """
     stream, counters = call.stream, call.state.counters
-    batch, count = call.programs.signature.batch, _decide(call)
-    before = stream.history.computed
+    batch, before = call.programs.signature.batch, stream.history.computed
     settle(call)
     if count == call.schedule.tokens:
         tokens = _dense(call)
@@ -72,35 +105,6 @@ def answer(call: Call) -> list[Tensor]:
 def owned(outputs: Sequence[Any]) -> list[Any]:
     """Copies of those that are tensors."""
     return [value.clone() if isinstance(value, Tensor) else value for value in outputs]
-
-
-def _decide(call: Call) -> int:
-    """Tokens to compute; all of them if a selective step would have no caches."""
-    tokens, times = call.schedule.tokens, [*call.stream.times, call.time]
-    place = Place.of(times, call.given, call.schedule.usual)
-    count, reason = call.schedule.decide(place)
-    if reason == UNSELECTABLE:
-        call.state.counters.fallbacks[UNSELECTABLE] += 1
-        call.state.say(logger, f"{UNSELECTABLE}: {call.programs.signature.unselectable}")
-    if 0 < count < tokens and not call.stream.selected.lease:
-        count, reason = tokens, "no caches yet"
-    if count < tokens and call.stream.conditions.news:
-        count, reason = tokens, NEWS
-        call.state.counters.fallbacks[NEWS] += 1
-    if count < tokens and call.strays:
-        count, reason = tokens, STRAYED
-        call.state.counters.fallbacks[STRAYED] += 1
-        call.state.say(logger, STRAYED_HINT)
-    call.keep(
-        batch=call.programs.signature.batch,
-        tokens=tokens,
-        kind="dense" if count == tokens else "selective" if count else "skipped",
-        reason=reason,
-        generation=call.stream.number,
-        index=place.index,
-        time=call.time,
-    )
-    return count
 
 
 def _dense(call: Call) -> Tensor:

@@ -141,13 +141,33 @@ class Session(StreamOwner):
         else:
             self.state.say(logger, ELSEWHERE)
         if kind is not None:  # an aborted generation is not gone on with
-            self.forget_streams()
-            self.progress = self.progress and Progress(self.progress.times)
+            self.abort()
+
+    def abort(self) -> None:
+        """Forget the generation: the next evaluation begins another."""
+        self.forget_streams()
+        self.progress = self.progress and Progress(self.progress.times)
+
+
+class Rows:
+    """A context that names the rows of a model's calls by their sessions. See `specdiff.rows`."""
+
+    def __init__(self, state: ModelState, sessions: Sequence[Session]) -> None:
+        self.state = state
+        self.sessions = tuple(sessions)
+
+    def __enter__(self) -> Rows:
+        _ROWS.set((*_ROWS.get(), self))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _ROWS.set(tuple(each for each in _ROWS.get() if each is not self))
 
 
 _STATES: WeakIdKeyDictionary = WeakIdKeyDictionary()
 # Per thread and per asyncio task, so that concurrent users do not see each other's sessions.
 _ACTIVE: ContextVar[tuple[Session, ...]] = ContextVar("specdiff_sessions", default=())
+_ROWS: ContextVar[tuple[Rows, ...]] = ContextVar("specdiff_rows", default=())
 
 
 def state_of(owned: Iterable[object]) -> ModelState | None:
@@ -226,6 +246,12 @@ def state_of_call(
 def active_session(state: ModelState) -> Session | None:
     """The innermost session of this model that is entered in this thread or task."""
     return next((s for s in reversed(_ACTIVE.get()) if s.state is state), None)
+
+
+def named_rows(state: ModelState) -> tuple[Session, ...]:
+    """The session of each row of this model's calls; none if they are not named."""
+    named = (rows.sessions for rows in reversed(_ROWS.get()) if rows.state is state)
+    return next(named, ())
 
 
 def effective(options: Options, state: ModelState, session: Session | None) -> Settings:

@@ -11,7 +11,7 @@ from torch import Tensor
 from specdiff.runtime.sampler.guidance_pair import Joint
 from specdiff.runtime.sampler.observation import Reading
 from specdiff.runtime.sampler.remains import DEPTH, UNEXPLAINED, Awaited, Seen
-from specdiff.runtime.sampler.row_times import RowTimes
+from specdiff.runtime.sampler.row_times import RowTimes, UnreadTimes
 from specdiff.runtime.sampler.sampler_fit import Ways
 
 CHECK_LAG = 2
@@ -37,6 +37,9 @@ class Trail:
         self.strays = False
         """Whether the latest step that was looked at is unexplained."""
         self._checks: deque[Awaited] = deque()
+        self._spreads: deque[Awaited] = deque()
+        """How far apart the times of rows are."""
+        self._rows_apart = False
 
     @property
     def latents(self) -> tuple[Tensor, ...]:
@@ -69,6 +72,21 @@ class Trail:
         self._checks.append(Awaited(remains))
         while len(self._checks) > (CHECK_LAG if timed else 0):
             self.strays = self._checks.popleft().read() > UNEXPLAINED
+
+    def rows_apart(self, time: object, batch: int) -> bool:
+        """Whether rows were found at times of their own, two evaluations later off the CPU.
+
+        Args:
+            time: the model's time input.
+            batch: how many rows there are.
+        """
+        if isinstance(time, Tensor) and time.numel() > 1 and batch > 1 and any(time.stride()):
+            rows = UnreadTimes.of(time, batch, time.device).rows
+            self._spreads.append(Awaited(rows.amax() - rows.amin()))
+            lag = CHECK_LAG if time.device.type != "cpu" else 0
+            if len(self._spreads) > lag:
+                self._rows_apart |= self._spreads.popleft().read() > 0
+        return self._rows_apart
 
     def arrive(self, time: float, reading: Reading | None) -> None:
         """The present evaluation has its tokens."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import specdiff
 from specdiff.plan import Plan
+from specdiff.runtime.step.fallbacks import ROWS_APART
 from tests.runtime.blocks.test_whole_steps import CONDITION, DENSE, STEPS, Denoiser, Forms, latents
 
 
@@ -61,6 +62,25 @@ def test_rows_that_move_against_each_other_are_computed():
     specdiff.attach(model)
     torch.testing.assert_close(drawn_apart(model, times), expected)
     assert specdiff.stats(model).fallbacks == {"time differs between batch rows": STEPS // 2}
+
+
+def test_rows_apart_in_a_session_with_one_list_of_times_are_computed(caplog):
+    model, times = Denoiser(), times_of([1.0, 0.6])
+    expected = drawn_apart(model, times)
+    specdiff.attach(model)
+    with specdiff.session(model, timesteps=times[:-1, 0]):
+        torch.testing.assert_close(drawn_apart(model, times), expected)
+    assert set(specdiff.stats(model).fallbacks) == {ROWS_APART}
+    assert "specdiff.rows(model, sessions)" in caplog.text
+
+
+def test_rows_together_in_a_session_with_times_are_forecast():
+    model, times = Denoiser(), times_of([1.0, 1.0])
+    specdiff.attach(model)
+    with specdiff.session(model, timesteps=times[:-1, 0]):
+        drawn_apart(model, times)
+    stats = specdiff.stats(model)
+    assert stats.skipped == STEPS - DENSE and not stats.fallbacks
 
 
 def test_a_row_that_begins_again_begins_the_batch_again():

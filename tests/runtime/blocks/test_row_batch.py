@@ -1,0 +1,343 @@
+"""Rows of one call that belong to trajectories of their own: `specdiff.rows`."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import specdiff
+from specdiff.plan import Plan
+from specdiff.runtime.blocks.row_batch import bucket
+from specdiff.runtime.blocks.row_parts import joined, taken
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+class Velocity(nn.Module):
+    """A velocity [B, 6, 8] of all that it is given; counts the rows that it computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mix = nn.Linear(8, 8)
+        self.batches: list[int] = []
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            self.batches.append(len(hidden_states))
+        sigma = timestep.reshape(-1, 1, 1)
+        return torch.sin(self.mix(hidden_states) + condition + 2 * sigma)
+
+
+class MixedRows(Velocity):
+    """One whose rows depend on each other."""
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
+        own = super().forward(hidden_states, timestep, condition)
+        return own + 0.1 * hidden_states.mean(0, keepdim=True)
+
+
+class Listed(Velocity):
+    """One that takes and returns a list of latents, in a dict."""
+
+    def forward(self, x: list[Tensor], timestep: Tensor, condition: Tensor) -> Any:
+        return {"sample": list(super().forward(torch.stack(x), timestep, condition)), "none": None}
+
+
+@dataclass
+class Request:
+    """One generation by Euler on a flow."""
+
+    seed: int
+    steps: int
+    joins: int = 0
+    """Tick of its first evaluation."""
+    quality: str = "balanced"
+    shift: float = 3.0
+    rows: int = 1
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        start = torch.randn(1, 6, 8, generator=generator)
+        self.latent = start.expand(self.rows, 6, 8).clone()
+        self.condition = torch.randn(self.rows, 1, 8, generator=generator)
+        even = torch.linspace(1, 0, self.steps + 1)
+        self.times = self.shift * even / (1 + (self.shift - 1) * even)
+        self.done = 0
+
+    def session(self, model: nn.Module, **options: Any) -> specdiff.Session:
+        times = self.times[:-1]
+        return specdiff.session(model, timesteps=times, quality=self.quality, **options)
+
+    @property
+    def now(self) -> Tensor:
+        return self.times[self.done].expand(self.rows)
+
+    def step(self, velocity: Tensor) -> None:
+        if self.rows == 2:  # guided
+            velocity = velocity[:1] + 3 * (velocity[1:] - velocity[:1])
+        self.latent = self.latent + (self.times[self.done + 1] - self.times[self.done]) * velocity
+        self.done += 1
+
+
+def requests() -> list[Request]:
+    return [
+        Request(1, 28),
+        Request(2, 20, joins=3, quality="fast"),
+        Request(3, 28, joins=7, shift=1.0),
+        Request(4, 24, joins=9, quality="near-lossless"),
+        Request(5, 12, joins=12, quality="dense"),
+        Request(6, 28, joins=20),
+    ]
+
+
+@torch.no_grad()
+def alone(model: nn.Module, request: Request, **options: Any) -> list[str]:
+    """Draw one by itself; the kinds of its steps."""
+    with request.session(model, **options), specdiff.record(model) as recording:
+        while request.done < request.steps:
+            request.step(model(request.latent, request.now, request.condition))
+    return [step.kind for step in recording.steps]
+
+
+@torch.no_grad()
+def batched(model: nn.Module, waiting: list[Request], **options: Any) -> list[list[str]]:
+    """Draw all in one batch that they join and leave; the kinds of the steps of each."""
+    sessions = {id(each): each.session(model, **options) for each in waiting}
+    kinds: dict[int, list[str]] = {id(each): [] for each in waiting}
+    tick = 0
+    while any(each.done < each.steps for each in waiting):
+        running = [each for each in waiting if each.joins <= tick and each.done < each.steps]
+        tick += 1
+        if not running:
+            continue
+        running = running[tick % len(running) :] + running[: tick % len(running)]
+        named = [sessions[id(each)] for each in running for _ in range(each.rows)]
+        with specdiff.rows(model, named), specdiff.record(model) as recording:
+            velocities = model(
+                torch.cat([each.latent for each in running]),
+                torch.cat([each.now for each in running]),
+                torch.cat([each.condition for each in running]),
+            )
+        parts = velocities.split([each.rows for each in running])
+        for each, velocity, step in zip(running, parts, recording.steps, strict=True):
+            each.step(velocity)
+            kinds[id(each)].append(step.kind)
+    return [kinds[id(each)] for each in waiting]
+
+
+def test_rows_take_the_decisions_and_values_that_they_take_alone():
+    model = Velocity()
+    specdiff.attach(model)
+    apart, together = requests(), requests()
+    kinds = [alone(model, each) for each in apart]
+    assert batched(model, together) == kinds
+    assert sum(each.count("skipped") for each in kinds) > 50
+    for one, other in zip(apart, together, strict=True):
+        torch.testing.assert_close(other.latent, one.latent, **CLOSE)
+
+
+def test_rows_that_skip_leave_the_batch():
+    """The model computes the rows that are due, padded to a power of two, and one look more."""
+    model = Velocity()
+    specdiff.attach(model)
+    kinds = [alone(model, each) for each in requests()]
+    due = sum(each.count("dense") + each.count("fallback") for each in kinds)
+    model.batches.clear()
+    batched(model, requests())
+    assert due <= sum(model.batches) < 1.6 * due
+    assert set(model.batches) <= {1, 2, 3, 4, 5, 6}
+
+
+@pytest.mark.slow  # 20 s: the same of 64
+def test_64_requests():
+    model = Velocity()
+    specdiff.attach(model)
+    qualities = ("fast", "balanced", "near-lossless", "dense")
+
+    def drawn() -> list[Request]:
+        return [
+            Request(i, 10 + i % 23, i * 7 % 40, qualities[i % 4], 1.0 + i % 3, 1 + i % 2)
+            for i in range(64)
+        ]
+
+    apart, together = drawn(), drawn()
+    assert batched(model, together) == [alone(model, each) for each in apart]
+    for one, other in zip(apart, together, strict=True):
+        torch.testing.assert_close(other.latent, one.latent, **CLOSE)
+
+
+def test_halves_of_guidance_are_rows_of_one_session():
+    model = Velocity()
+    specdiff.attach(model)
+    apart = [Request(1, 28, rows=2), Request(2, 28, joins=5, rows=2)]
+    together = [Request(1, 28, rows=2), Request(2, 28, joins=5, rows=2)]
+    kinds = [alone(model, each, guidance_scale=3.0) for each in apart]
+    assert batched(model, together, guidance_scale=3.0) == kinds
+    for one, other in zip(apart, together, strict=True):
+        torch.testing.assert_close(other.latent, one.latent, **CLOSE)
+
+
+def test_rows_that_depend_on_each_other_are_computed_together(caplog):
+    model = MixedRows()
+    specdiff.attach(model, plan=Plan.every(2, warmup=2), cache_ratio=1.0)
+    batched(model, [Request(1, 13), Request(2, 12, joins=1)])  # they take turns to be due
+    assert "depend on each other" in caplog.text
+    first, *later = model.batches
+    assert (first, later.count(1)) == (1, 1)  # alone at first, and looked at alone once
+    assert later.count(2) >= 10
+
+
+def test_inputs_may_be_overwritten_after_the_call():
+    model = Velocity()
+    specdiff.attach(model)
+    expected = Request(1, 28)
+    alone(model, expected)
+    request, buffers = Request(1, 28), [torch.zeros(2, 6, 8), torch.zeros(2), torch.zeros(2, 1, 8)]
+    session, other = request.session(model), Request(2, 28)
+    beside = other.session(model)
+    with torch.no_grad():
+        while request.done < request.steps:
+            for row, each in enumerate((request, other)):
+                buffers[0][row] = each.latent[0]
+                buffers[1][row] = each.now[0]
+                buffers[2][row] = each.condition[0]
+            with specdiff.rows(model, [session, beside]):
+                velocity = model(*buffers)
+            request.step(velocity[:1].clone())
+            other.step(velocity[1:].clone())
+            for buffer in (*buffers, velocity):
+                buffer.fill_(7.0)
+    torch.testing.assert_close(request.latent, expected.latent, **CLOSE)
+
+
+def test_lists_of_latents_and_outputs_in_dicts():
+    model, request, other = Listed(), Request(1, 28), Request(2, 28)
+    plain = Listed()
+    expected = Request(1, 28)
+    with torch.no_grad():
+        for _ in range(28):
+            latent, now, condition = expected.latent, expected.now, expected.condition
+            expected.step(plain([latent[0]], now, condition)["sample"][0][None])
+        specdiff.attach(model)
+        sessions = [request.session(model), other.session(model)]
+        for _ in range(28):
+            with specdiff.rows(model, sessions):
+                output = model(
+                    [request.latent[0], other.latent[0]],
+                    torch.cat([request.now, other.now]),
+                    torch.cat([request.condition, other.condition]),
+                )
+            assert output["none"] is None
+            request.step(output["sample"][0][None])
+            other.step(output["sample"][1][None])
+    assert specdiff.stats(model).skipped > 28
+    assert ((request.latent - expected.latent).norm() / expected.latent.norm()).item() < 5e-3
+
+
+def test_compiled_inside():
+    """By specdiff itself: its graph answers as it came."""
+    torch._dynamo.reset()
+    model = Velocity()
+    model.compile(backend="specdiff", options={"inner_backend": "eager"})
+    specdiff.attach(model)
+    apart, together = requests()[:3], requests()[:3]
+    for each in apart:
+        alone(model, each)
+    batched(model, together)
+    for one, other in zip(apart, together, strict=True):
+        torch.testing.assert_close(other.latent, one.latent, **CLOSE)
+
+
+def test_a_call_that_failed_may_be_repeated():
+    model = Velocity()
+    specdiff.attach(model)
+    expected = Request(1, 28)
+    kinds = alone(model, expected)
+    request = Request(1, 28)
+    session = request.session(model)
+    broken = {0, 1, 5, 11}
+
+    def fail(*_: object) -> None:
+        if broken and request.done == min(broken):
+            broken.remove(min(broken))
+            raise MemoryError("out of memory")
+
+    model.mix.register_forward_pre_hook(fail)
+    with torch.no_grad(), specdiff.record(model) as recording:
+        while request.done < request.steps:
+            try:
+                with specdiff.rows(model, [session]):
+                    velocity = model(request.latent, request.now, request.condition)
+            except MemoryError:
+                continue
+            request.step(velocity)
+    assert [step.kind for step in recording.steps] == kinds
+    torch.testing.assert_close(request.latent, expected.latent, **CLOSE)
+
+
+def test_a_request_that_is_dropped_leaves_nothing_behind():
+    model = Velocity()
+    specdiff.attach(model)
+    request, other = Request(1, 28), Request(2, 28)
+    session, beside = request.session(model), other.session(model)
+    with torch.no_grad(), specdiff.rows(model, [session, beside]):
+        for _ in range(3):
+            model(
+                torch.cat([request.latent, other.latent]),
+                torch.cat([request.now, other.now]),
+                torch.cat([request.condition, other.condition]),
+            )
+            request.done += 1
+            other.done += 1
+    dropped = weakref.ref(session)
+    del session
+    gc.collect()
+    assert dropped() is None
+
+
+def test_rows_and_sessions_have_to_fit():
+    model, stranger = Velocity(), Velocity()
+    specdiff.attach(model)
+    request = Request(1, 28)
+    session = request.session(model)
+    with pytest.raises(specdiff.OptionError, match="one session for each row"):
+        specdiff.rows(model, [])
+    with pytest.raises(specdiff.OptionError, match="item 1 is no session of this model"):
+        specdiff.rows(model, [session, request.session(stranger)])
+    with (
+        torch.no_grad(),
+        specdiff.rows(model, [session] * 3),
+        pytest.raises(specdiff.OptionError, match=r"3 sessions, but no input has as many rows"),
+    ):
+        model(request.latent, request.now, request.condition)
+
+
+def test_a_model_that_is_not_attached_says_how():
+    model, request = Velocity(), Request(1, 28)
+    model.compile(backend="specdiff", options={"inner_backend": "eager"})
+    with torch.no_grad(), specdiff.rows(model, [request.session(model)]):
+        model(request.latent, request.now, request.condition)
+    (reason,) = specdiff.stats(model).fallbacks
+    assert "specdiff.attach(model)" in reason
+
+
+def test_parts_of_calls():
+    value = {"x": torch.arange(8.0).reshape(4, 2), "many": [torch.zeros(1)] * 4, "one": (None, 3)}
+    part = taken(value, [2, 0], 4)
+    assert part["x"].tolist() == [[4.0, 5.0], [0.0, 1.0]]
+    assert len(part["many"]) == 2 and part["one"] == (None, 3)
+    parts = [taken(value, rows, 4) for rows in ([2, 0], [3, 1])]
+    whole = joined(parts, [[2, 0], [3, 1]], 4)
+    assert torch.equal(whole["x"], value["x"]) and len(whole["many"]) == 4
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1, 1), (2, 2), (3, 4), (5, 6), (6, 6)])
+def test_buckets(rows, size):
+    assert bucket(rows, 6) == size
