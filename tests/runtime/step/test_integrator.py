@@ -47,6 +47,13 @@ def test_closer_than_all_steps_of_euler(plan, target, caplog):
     assert not caplog.messages
 
 
+def test_with_every_step_computed_it_costs_nothing():
+    """Each evaluation is one run of the model's own program: as many as of a dense run."""
+    model = toy(plan=Plan.every(1), target="solution")
+    drawn(model)
+    assert model.runtime.programs.names() == ["probe"] * STEPS
+
+
 def test_a_session_that_gives_the_times_leads_there_too():
     model = toy(plan=SKIPPING, target="solution")
     read = drawn(model)
