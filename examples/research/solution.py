@@ -299,8 +299,8 @@ def report(known: Known) -> str:
         "PSNR to the solution of the sampling equation (150 steps of Adams-Bashforth 2), dB: mean"
         " and mean of the worst tenth, by evaluations of the model. specdiff runs under Euler's 28"
         " steps; the others take as many steps of their own. None of the pictures was tuned on.",
-        'In "specdiff, solution" at 28 nothing is skipped: it costs what the dense run does, Euler at'
-        " 28.",
+        'In "specdiff, solution" at 28 nothing is skipped: it costs what the dense run does, which'
+        " is Euler at 28.",
         "![Closeness by evaluations](solution.png)",
     ]
     for model in known:
