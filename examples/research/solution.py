@@ -11,37 +11,32 @@ Goes on where it stopped: solution.json holds what is known, of each picture apa
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import json
 import math
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import (
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     UniPCMultistepScheduler,
 )
-from matplotlib.figure import Figure
+from solution_report import FEWER, STEPS, Known, draw_plot, key_of, report
 from torch import Tensor
 
 import specdiff
-from specdiff.measure.comparison import psnr, worst_tenth
+from specdiff.measure.comparison import psnr
 from specdiff.models import demo, textures
 from specdiff.models.subject import TUNED_ON
 from specdiff.plan import Plan
 
 HERE = Path(__file__).parent
 WEIGHTS = HERE.parent / "training" / "textures" / "textures.safetensors"
-SEED, STEPS, REFERENCE = 100, 28, 150
-FEWER = (6, 8, 10, 12, 15, 20, 28)
-"""Evaluations of the rivals."""
+SEED, REFERENCE = 100, 150
 OURS = {
     6: Plan.of(STEPS, (0, 5, 11, 17, 23, 27)),
     8: "fast",
@@ -171,7 +166,6 @@ SOLVERS = {
     "UniPC": of_diffusers(UniPCMultistepScheduler, 2),
     "DEIS": of_diffusers(DEISMultistepScheduler, 2),
 }
-METHODS = ("specdiff, solution", "specdiff, dense", *SOLVERS)
 
 
 def tiers() -> list[list[tuple[str, int]]]:
@@ -208,10 +202,6 @@ class Drawer:
         return self.to_pixels(found)[0]
 
 
-Known = dict[str, dict[str, dict[str, float]]]
-"""model, then "method, evaluations", then picture: PSNR"""
-
-
 def measure(
     known: Known, model: str, pictures: int, file: Path, references: Path, until: float
 ) -> None:
@@ -219,7 +209,7 @@ def measure(
     drawer, found = Drawer(model), known.setdefault(model, {})
     references.mkdir(parents=True, exist_ok=True)
     for tier, index in itertools.product(tiers(), range(pictures)):
-        if all(str(index) in found.get(_key(*row), {}) for row in tier):
+        if all(str(index) in found.get(key_of(*row), {}) for row in tier):
             continue
         if time.monotonic() > until:
             return
@@ -228,110 +218,11 @@ def measure(
             torch.save(drawer.draw(index, "Adams-Bashforth 2", REFERENCE), kept)
         exact = torch.load(kept)
         for row in tier:
-            values = found.setdefault(_key(*row), {})
+            values = found.setdefault(key_of(*row), {})
             if str(index) not in values:
                 values[str(index)] = round(psnr(drawer.draw(index, *row), exact), 3)
         file.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
         print(model, index, flush=True)
-
-
-def _key(method: str, evaluations: int) -> str:
-    return f"{method}, {evaluations}"
-
-
-def table(known: Known, model: str) -> str:
-    """A row for each method, a column for each number of evaluations."""
-    found: dict[str, dict[int, list[float]]] = {}
-    for key, values in known[model].items():
-        method, _, count = key.rpartition(", ")
-        found.setdefault(method, {})[int(count)] = [*values.values()]
-    counts = sorted({count for row in found.values() for count in row})
-    lines = ["| | " + " | ".join(map(str, counts)) + " |", "|" + "---|" * (len(counts) + 1)]
-    for method in sorted(found, key=_place):
-        cells = [_cell(found[method].get(count, [])) for count in counts]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _place(method: str) -> tuple[bool, str]:
-    """Specdiff first."""
-    return not method.startswith("specdiff"), method
-
-
-def _cell(values: list[float]) -> str:
-    return f"{statistics.fmean(values):.1f}, {worst_tenth(values):.1f}" if values else ""
-
-
-def gains(known: Known, model: str) -> str:
-    """By how much `target="solution"` is closer than the dense run, and than the best solver."""
-    lines = [
-        "| evaluations | pictures | than the dense run | than the best solver |",
-        "|---|---|---|---|",
-    ]
-    for count in FEWER:
-        ours = known[model].get(_key("specdiff, solution", count), {})
-        rivals = [known[model].get(_key(solver, count), {}) for solver in SOLVERS]
-        rivals = [rival for rival in rivals if ours.keys() <= rival.keys()]
-        dense = known[model].get(_key("Euler", STEPS), {})
-        if ours and rivals and ours.keys() <= dense.keys():
-            cells = (_gain(ours, [dense]), _gain(ours, rivals))
-            lines.append(f"| {count} | {len(ours)} | {cells[0]} | {cells[1]} |")
-    return "\n".join(lines)
-
-
-def _gain(ours: dict[str, float], rivals: list[dict[str, float]]) -> str:
-    """In the mean and the worst tenth, each against the best of the rivals in it."""
-    measures: tuple[Callable[[list[float]], float], ...] = (statistics.fmean, worst_tenth)
-    differences = [
-        of([*ours.values()]) - max(of([rival[index] for index in ours]) for rival in rivals)
-        for of in measures
-    ]
-    return ", ".join(f"{each:+.1f}" for each in differences)
-
-
-def report(known: Known) -> str:
-    """The page of the tables."""
-    parts = [
-        "# How close to the solution",
-        "`python examples/research/solution.py`, "
-        f"{datetime.date.today():%d %B %Y}, torch {torch.__version__.partition('+')[0]},"
-        f" diffusers {diffusers.__version__}, one CPU core, float32.",
-        "PSNR to the solution of the sampling equation (150 steps of Adams-Bashforth 2), dB: mean"
-        " and mean of the worst tenth, by evaluations of the model. specdiff runs under Euler's 28"
-        " steps; the others take as many steps of their own. None of the pictures was tuned on.",
-        'In "specdiff, solution" at 28 nothing is skipped: it costs what the dense run does, which'
-        " is Euler at 28.",
-        "![Closeness by evaluations](solution.png)",
-    ]
-    for model in known:
-        sizes = sorted({len(values) for values in known[model].values()})
-        counted = " to ".join(str(size) for size in dict.fromkeys((sizes[0], sizes[-1])))
-        parts += [f"## {model}, {counted} pictures", table(known, model)]
-        parts += ['How much closer `target="solution"` is, dB:', gains(known, model)]
-    return "\n\n".join(parts) + "\n"
-
-
-def draw_plot(known: Known, file: Path) -> None:
-    """Closeness by evaluations: means as lines, worst tenths as dots below."""
-    figure = Figure(figsize=(4.5 * len(known), 3.4), dpi=90, layout="constrained")
-    every = figure.subplots(1, len(known), sharey=True, squeeze=False)[0]
-    for axes, (model, found) in zip(every, known.items(), strict=True):
-        for method in sorted(METHODS, key=_place):
-            points = [(n, [*found.get(_key(method, n), {}).values()]) for n in FEWER]
-            points = [(n, values) for n, values in points if values]
-            means = [statistics.fmean(values) for _, values in points]
-            counts, ours = [n for n, _ in points], method == "specdiff, solution"
-            (line,) = axes.plot(counts, means, "o-", ms=4, lw=2.5 if ours else 1, label=method)
-            worst = [worst_tenth(values) for _, values in points]
-            axes.plot(counts, worst, ".", ms=4, color=line.get_color())
-        dense = statistics.fmean(found[_key("Euler", STEPS)].values())
-        axes.axhline(dense, color="0.5", ls="--", lw=1, label="dense run, Euler's 28 steps")
-        axes.set(title=model, xlabel="evaluations", ylim=(24, None))
-        axes.grid(alpha=0.3)
-    every[0].set_ylabel("PSNR to the solution, dB")
-    handles, labels = every[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", fontsize=8)
-    figure.savefig(file)
 
 
 def main() -> None:
