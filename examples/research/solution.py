@@ -15,7 +15,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -170,14 +170,15 @@ SOLVERS = {
 
 def tiers() -> list[list[tuple[str, int]]]:
     """Names and evaluations of all that is measured; first what matters most."""
+    ours, dense = "specdiff, solution", "specdiff, dense"
     some = ("Adams-Bashforth 2", "DPM-Solver++ 2M", "UniPC")
-    rivals = [("Euler", STEPS), ("specdiff, dense", 10), ("specdiff, dense", 15)]
-    rivals += [(solver, count) for count in (10, 15) for solver in some]
-    goals = [("specdiff, solution", count) for count in (10, 15, STEPS)]
-    others = [("specdiff, solution", count) for count in OURS]
-    others += [(solver, count) for count in FEWER for solver in some]
+    goals = [("Euler", STEPS), (ours, 10), (ours, 15)]
+    rivals = [(solver, count) for count in (10, 15) for solver in some]
+    more = [(ours, STEPS), (dense, 10), (dense, 15)]
+    few = [(ours, count) for count in OURS]
+    few += [(solver, count) for count in FEWER for solver in some]
     rest = [(solver, count) for solver in SOLVERS for count in FEWER]
-    return [rivals, goals, others, [*rest, ("specdiff, dense", 8)]]
+    return [goals, rivals, more, few, [*rest, (dense, 8)]]
 
 
 class Drawer:
@@ -203,26 +204,24 @@ class Drawer:
 
 
 def measure(
-    known: Known, model: str, pictures: int, file: Path, references: Path, until: float
-) -> None:
-    """Fill in what is missing; begin no picture after `until`."""
-    drawer, found = Drawer(model), known.setdefault(model, {})
+    known: Known, drawers: dict[str, Drawer], pictures: int, references: Path
+) -> Iterator[None]:
+    """Fill in what is missing; yields after each picture."""
     references.mkdir(parents=True, exist_ok=True)
-    for tier, index in itertools.product(tiers(), range(pictures)):
-        if all(str(index) in found.get(key_of(*row), {}) for row in tier):
+    for tier, index, model in itertools.product(tiers(), range(pictures), drawers):
+        found, drawer = known.setdefault(model, {}), drawers[model]
+        missing = [row for row in tier if str(index) not in found.get(key_of(*row), {})]
+        if not missing:
             continue
-        if time.monotonic() > until:
-            return
         kept = references / f"{model}-{index}.pt"
         if not kept.exists():
             torch.save(drawer.draw(index, "Adams-Bashforth 2", REFERENCE), kept)
         exact = torch.load(kept)
-        for row in tier:
-            values = found.setdefault(key_of(*row), {})
-            if str(index) not in values:
-                values[str(index)] = round(psnr(drawer.draw(index, *row), exact), 3)
-        file.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        for row in missing:
+            value = psnr(drawer.draw(index, *row), exact)
+            found.setdefault(key_of(*row), {})[str(index)] = round(value, 3)
         print(model, index, flush=True)
+        yield
 
 
 def main() -> None:
@@ -239,10 +238,13 @@ def main() -> None:
     torch.set_grad_enabled(False)
     file = wanted.out / f"{wanted.name}.json"
     known: Known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    for model in wanted.model:
-        measure(known, model, wanted.pictures, file, wanted.references, until)
-        file.with_suffix(".md").write_text(report(known), encoding="utf-8")
-        draw_plot(known, file.with_suffix(".png"))
+    drawers = {model: Drawer(model) for model in wanted.model}
+    for _ in measure(known, drawers, wanted.pictures, wanted.references):
+        file.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        if time.monotonic() > until:
+            break
+    file.with_suffix(".md").write_text(report(known), encoding="utf-8")
+    draw_plot(known, file.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -56,29 +56,32 @@ def _cell(values: list[float]) -> str:
 
 def gains(known: Known, model: str) -> str:
     """By how much `target="solution"` is closer than the dense run, and than the best solver."""
-    lines = [
-        "| evaluations | pictures | than the dense run | than the best solver |",
-        "|---|---|---|---|",
-    ]
+    heading = "| evaluations | than the dense run | pictures | than the best solver | pictures |"
+    lines = [heading, "|---|---|---|---|---|"]
     for count in FEWER:
-        ours = known[model].get(key_of("specdiff, solution", count), {})
-        rivals = [known[model].get(key_of(rival, count), {}) for rival in solvers_of(known)]
-        rivals = [rival for rival in rivals if ours.keys() <= rival.keys()]
-        dense = known[model].get(key_of("Euler", STEPS), {})
-        if ours and rivals and ours.keys() <= dense.keys():
-            cells = (_gain(ours, [dense]), _gain(ours, rivals))
-            lines.append(f"| {count} | {len(ours)} | {cells[0]} | {cells[1]} |")
+        ours, *rivals = (
+            known[model].get(key_of(method, count), {})
+            for method in ("specdiff, solution", *solvers_of(known))
+        )
+        dense = known[model][key_of("Euler", STEPS)]
+        if ours:
+            lines.append(f"| {count} | {_gain(ours, [dense])} | {_gain(ours, rivals)} |")
     return "\n".join(lines)
 
 
 def _gain(ours: dict[str, float], rivals: list[dict[str, float]]) -> str:
-    """In the mean and the worst tenth, each against the best of the rivals in it."""
+    """In the mean and the worst tenth, each against the best of the rivals in it; and pictures."""
+    rivals = [rival for rival in rivals if rival]
+    if not rivals:
+        return " | "
+    common = [index for index in ours if all(index in rival for rival in rivals)]
     measures: tuple[Callable[[list[float]], float], ...] = (statistics.fmean, worst_tenth)
     differences = [
-        of([*ours.values()]) - max(of([rival[index] for index in ours]) for rival in rivals)
+        of([ours[index] for index in common])
+        - max(of([rival[index] for index in common]) for rival in rivals)
         for of in measures
     ]
-    return ", ".join(f"{each:+.1f}" for each in differences)
+    return ", ".join(f"{each:+.1f}" for each in differences) + f" | {len(common)}"
 
 
 def report(known: Known) -> str:
