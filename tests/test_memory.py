@@ -18,6 +18,7 @@ import specdiff
 from specdiff.options import KV_CACHE_DTYPES
 from specdiff.plan import Plan
 from specdiff.program import CacheSlot
+from specdiff.runtime.streams.stream import Stream
 from tests.models import Inputs, flux, sd3
 from tests.oracles import trace
 from tests.passes.emit.test_lower import allocations, executed, inductor_code
@@ -261,3 +262,27 @@ def _collected():
     yield
     torch.compiler.reset()
     gc.collect()
+
+
+def held(stream: Stream) -> int:
+    """Bytes of what a stream keeps for its step plan."""
+    history, correction = stream.history, stream.fit.correction
+    tensors = [output.tokens for output in (*history.steps, *history.computed)]
+    for seen in stream.trail.seen:
+        tensors += [*seen.latents, *sum(seen.predictions, ())]
+    tensors += [correction.missing, correction.withheld] if correction else []
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize(("build", "guidance"), [(flux, None), (sd3, 4.0)], ids=["flux", "sd3"])
+def test_a_step_plan_keeps_what_explain_says_at_most(build, guidance):
+    model, inputs = build()
+    said = specdiff.explain(model, **inputs, options={"guidance_scale": guidance})
+    assert f"keeps at most {said.kept_bytes / 2**20:.1f} MiB a generation" in str(said)
+    specdiff.attach(model, guidance_scale=guidance)
+    times = torch.linspace(1, 0, 13)[:-1]
+    with specdiff.session(model, timesteps=times) as session:
+        generation(model, inputs, steps=12)
+        ((stream,),) = session._tables.values()
+        assert said.kept_bytes / 2 < held(stream) <= said.kept_bytes

@@ -15,6 +15,7 @@ from specdiff.inspect.publish import publish
 from specdiff.inspect.report import Report, report_of
 from specdiff.options import Options
 from specdiff.pipeline import Analysis, module_states, trace_and_analyse, whole_steps
+from specdiff.program import Signature
 
 UNTRACED = "the model was not traced: Dynamo found no tensor operation"
 BROKEN = "the model breaks into graphs (specdiff.attach(model) forecasts its whole steps)"
@@ -43,7 +44,7 @@ def explain(
 
     def collect(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         analysis = trace_and_analyse(module, inputs, known, publish=publish)
-        reports.append(report_of(analysis, known, _no_step_plan(module, inputs, known, analysis)))
+        reports.append(report_of(analysis, known, _whole_steps(module, inputs, known, analysis)))
         return module.forward
 
     with torch.no_grad():
@@ -53,18 +54,17 @@ def explain(
     best = next((report for report in reports if report.selective), reports[0])
     if best.selective or len(reports) == 1:
         return best
-    return dataclasses.replace(best, no_step_plan=BROKEN)
+    return dataclasses.replace(best, no_step_plan=BROKEN, kept_bytes=0)
 
 
-def _no_step_plan(
+def _whole_steps(
     module: fx.GraphModule, inputs: Sequence[Any], options: Options, analysis: Analysis | str
-) -> str:
-    """Why no whole steps of a graph can be forecast; empty if they can."""
+) -> Signature | str | None:
+    """Of a graph without analysis: what forecasting its whole steps takes, or why it cannot be."""
     if not isinstance(analysis, str):
-        return ""
+        return None
     try:
         is_state = module_states(module, inputs)
-        whole_steps(module, inputs, is_state, options.timestep_arg, analysis)
+        return whole_steps(module, inputs, is_state, options.timestep_arg, analysis)
     except Unsupported as error:
         return str(error)
-    return ""

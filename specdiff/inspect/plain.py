@@ -23,6 +23,7 @@ def to_json(report: Report, rates: MachineRates | None = None, steps: int = 28) 
             "selective": False,
             "reason": report.reason,
             "no_step_plan": report.no_step_plan,
+            "kept_bytes": report.kept_bytes,
         }
     settings = dataclasses.asdict(report.settings)
     settings["alphas_cumprod"] = settings["alphas_cumprod"] and list(settings["alphas_cumprod"])
@@ -31,6 +32,7 @@ def to_json(report: Report, rates: MachineRates | None = None, steps: int = 28) 
         "selective": True,
         "reason": "",
         "no_step_plan": "",
+        "kept_bytes": report.kept_bytes,
         "denoises": list(report.latents),
         "segments": [dataclasses.asdict(segment) for segment in report.segments],
         "sizes": {"B": report.sizes.batch, "N": report.sizes.tokens, "T": report.sizes.text},

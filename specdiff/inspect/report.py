@@ -19,8 +19,9 @@ from specdiff.passes.select.regions import Region, dense_work, selective_work
 from specdiff.passes.select.selection import Selection
 from specdiff.passes.select.signature import module_path
 from specdiff.pipeline import Analysis
-from specdiff.program import Segment
+from specdiff.program import Segment, Signature
 from specdiff.runtime.records.stats import in_words
+from specdiff.runtime.streams.stream import kept_bytes
 from specdiff.runtime.tokens.schedule import Place, Schedule, active_tokens
 from specdiff.settings import Settings
 
@@ -73,6 +74,8 @@ class Report:
     """Why no tokens can be selected; empty if they can."""
     no_step_plan: str | None = None
     """Why no whole steps can be forecast; empty if they can, None if nobody looked."""
+    kept_bytes: int = 0
+    """Bytes that a step plan keeps of one generation at most, caches apart."""
     latents: tuple[str, ...] = ()
     """Inputs that are denoised, by their names in the caller's frame."""
     segments: tuple[Segment, ...] = ()
@@ -160,10 +163,15 @@ class Report:
             for work in works
         )
 
+    @property
+    def _kept(self) -> str:
+        size = f"{self.kept_bytes / 2**20:.1f} MiB"
+        return f", keeps at most {size} a generation" if self.kept_bytes else ""
+
     def __str__(self) -> str:
         """A page for a person."""
         lines = [
-            f"step plan: {in_words(self.no_step_plan)}",
+            f"step plan: {in_words(self.no_step_plan)}{self._kept}",
             f"token selection: {in_words(self.reason)}",
         ]
         if not self.selective:
@@ -188,25 +196,32 @@ class Report:
 
 
 def report_of(
-    analysis: Analysis | str, options: Options | None = None, no_step_plan: str | None = None
+    analysis: Analysis | str,
+    options: Options | None = None,
+    whole_steps: Signature | str | None = None,
 ) -> Report:
     """What `explain` says of one graph.
 
     Args:
         analysis: of the graph, or why it has none.
         options: of the backend.
-        no_step_plan: why whole steps cannot be forecast, empty if they can; None if nobody looked.
+        whole_steps: of a graph without analysis, what forecasting whole steps takes, or why it
+            cannot be done; None if nobody looked.
     """
+    known = options or Options()
+    ways = 1 if known.guidance_scale is None else 2
     if isinstance(analysis, str):
-        return Report(False, analysis, no_step_plan)
+        if isinstance(whole_steps, Signature):
+            return Report(False, analysis, "", kept_bytes(whole_steps, ways))
+        return Report(False, analysis, whole_steps)
     if analysis.signature.time is None:
         return Report(False, NO_TIME, NO_TIME)
-    known = options or Options()
     code = known.kv_cache_code
     return Report(
         selective=True,
         reason="",
         no_step_plan="",
+        kept_bytes=kept_bytes(analysis.signature, ways),
         latents=tuple(
             analysis.signature.inputs[pair.latent].name for pair in analysis.signature.denoised
         ),

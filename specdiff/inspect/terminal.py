@@ -83,6 +83,7 @@ def _formulas(report: Report) -> Iterator[Text]:
     for name, work in (("dense", report.dense_work), ("selective", report.selective_work)):
         yield Text(f"FLOPs {name}: {pretty_formula(work.flops)}")
         yield Text(f"bytes {name}: {pretty_formula(work.moved)}")
+    yield Text(f"a step plan keeps at most {short_count(report.kept_bytes, 'B')} a generation")
     formula = pretty_formula(report.cache_formula)
     yield Text(f"caches: {short_count(report.cache_bytes, 'B')} a generation, {formula} bytes\n")
 

@@ -50,7 +50,7 @@ def stats(compiled: torch.nn.Module) -> Stats:
         graphs=len(state.graphs),
         recompiles=len(state.graphs) - len(set(state.graphs.values())),
         compile_seconds=dict(seconds),
-        token_counts=counters.token_counts,
+        token_counts=counters.token_counts and counters.token_counts(),
         no_step_plan=state.why_no("unplanned"),
         no_selection=state.why_no("unselectable"),
         last_variant=state.last_variant,

@@ -107,7 +107,7 @@ def test_record_is_strict_json_and_its_formulas_are_those_of_the_report(report):
     assert kinds == ["dense"] * 2 + ["selective"] * 6
     refused = to_json(Report(False, "no attention", "no time"))
     reasons = {"reason": "no attention", "no_step_plan": "no time"}
-    assert refused == {"schema": 1, "selective": False, **reasons}
+    assert refused == {"schema": 1, "selective": False, **reasons, "kept_bytes": 0}
 
 
 def test_prediction_is_bound_by_the_slower_of_work_and_traffic(report):

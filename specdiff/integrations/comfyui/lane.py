@@ -117,7 +117,7 @@ class Lane:
 
 def _between(computed: Sequence[ComputedOutput], clock: float) -> Tensor:
     """The direction at a time before the newest computed one, by the parabola through three."""
-    times = [float(each.times.flatten()[0]) for each in computed]
+    times = [each.times for each in computed]
     (newest, before, *older), (t0, t1, *rest) = [each.tokens for each in computed], times
     if t0 == t1:
         return newest

@@ -109,9 +109,10 @@ class Attachment:
                 return own(*args, **kwargs)
         key = self._key(leaves, arguments)
         for _ in range(2):  # blocks may not be those of the last look
-            if key not in self._forms:
-                remember(self._forms, key, self._look(own, leaves, arguments), MAX_SHAPES)
-            form = self._forms[key]
+            form = self._forms.get(key)
+            if form is None:
+                form = self._look(own, leaves, arguments)
+                remember(self._forms, key, form, MAX_SHAPES)
             if isinstance(form, str):
                 break
             try:
@@ -119,7 +120,8 @@ class Attachment:
             except Diverged as error:
                 self._forget(key, str(error))
                 continue
-            self._lost[key] = max(0.0, self._lost[key] - 1 / FORGIVEN)
+            if self._lost:
+                self._lost[key] = max(0.0, self._lost[key] - 1 / FORGIVEN)
             return form.restored(outputs)
         reason = self._forms.get(key)
         self._state.count_dense(reason if isinstance(reason, str) else OTHER_BLOCKS)
@@ -262,11 +264,13 @@ class Attachment:
 
     def _places(self, arguments: pytree.TreeSpec) -> list[tuple[str, bool]]:
         """What each leaf is called, and whether it is an item of a list."""
-        if arguments not in self._known_places:
+        places = self._known_places.get(arguments)
+        if places is None:
             flat = pytree.tree_unflatten([0] * arguments.num_leaves, arguments)
             paths, _ = pytree.tree_flatten_with_path(flat)
-            remember(self._known_places, arguments, [self._place(p) for p, _ in paths], MAX_SHAPES)
-        return self._known_places[arguments]
+            places = [self._place(path) for path, _ in paths]
+            remember(self._known_places, arguments, places, MAX_SHAPES)
+        return places
 
     def _place(self, path: tuple[Any, ...]) -> tuple[str, bool]:
         """By the last key in dicts, or else by the argument; `path` begins in (args, kwargs)."""

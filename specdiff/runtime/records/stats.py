@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -25,7 +26,8 @@ class Counters:
     tokens_computed: int = 0
     tokens_total: int = 0
     fallbacks: Counter[str] = field(default_factory=Counter)
-    token_counts: Tensor | None = None
+    token_counts: Callable[[], Tensor] | None = None
+    """Gives those of the latest stream, int32 [B, N]."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ RIDGE = 1e-13
 
 
 class Awaited:
-    """A number on its way to the host: reading it waits for nothing that was queued later."""
+    """Numbers on their way to the host: reading them waits for nothing that was queued later."""
 
     def __init__(self, value: Tensor) -> None:
         self._value = value
@@ -47,11 +48,11 @@ class Awaited:
             self._arrived = torch.Event(value.device)
             self._arrived.record()
 
-    def read(self) -> float:
-        """The number."""
+    def read(self) -> Any:
+        """A number, or lists of them as of `Tensor.tolist`."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        return self._value.item()
+        return self._value.tolist()
 
 
 @dataclass(frozen=True)

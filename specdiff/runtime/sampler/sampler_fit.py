@@ -47,7 +47,7 @@ Ways = tuple[tuple[Tensor, ...], ...]
 
 
 def guided(prediction: Tensor, scale: float | None) -> list[Tensor]:
-    """Copies of what moves the latent, float32, guided where a scale is given.
+    """What moves the latent, float32, guided where a scale is given.
 
     Args:
         prediction: the model's output; with a scale, the halves of classifier-free guidance.
@@ -57,10 +57,15 @@ def guided(prediction: Tensor, scale: float | None) -> list[Tensor]:
         One tensor, or two: for the unconditional half first, as most pipelines have it, and last.
     """
     if scale is None:
-        return [prediction.to(torch.float32, copy=True)]
+        return [as_float32(prediction)]
     first, second = prediction.float().chunk(2)
     pairs = ((first, second), (second, first))
     return [torch.cat([torch.lerp(u, c, scale)] * 2) for u, c in pairs]
+
+
+def as_float32(tensor: Tensor) -> Tensor:
+    """As `Tensor.float`, which costs an operation even where there is nothing to do."""
+    return tensor if tensor.dtype is torch.float32 else tensor.float()
 
 
 Scalar = float | Tensor
@@ -128,6 +133,11 @@ class Displacement:
         """The same on the host, in float64."""
         cells = torch.tensor(products, dtype=torch.float64, device="cpu")
         return Displacement(cells.reshape(self.products.shape), self.size, on_host=True)
+
+    @property
+    def ways(self) -> int:
+        """W."""
+        return len(self.products) - 2
 
     @property
     def change(self) -> Tensor:
@@ -251,6 +261,16 @@ class Prediction:
         return cls(candidates, best, rates, residual, seen.on_host)
 
     @property
+    def numbers(self) -> Tensor:
+        """What to fetch from the device, float32 [2 + W], for `fetched`."""
+        return torch.cat([torch.stack([self.best.float(), self.residual]), self.rates])
+
+    def fetched(self, numbers: Sequence[float]) -> Prediction:
+        """The same on the host."""
+        best, residual, *rates = (torch.tensor(number, device="cpu") for number in numbers)
+        return Prediction(self.candidates, best.long(), torch.stack(rates), residual, on_host=True)
+
+    @property
     def trusted(self) -> Tensor:
         """Whether the best fits at all, a bool scalar."""
         return self.residual < POOR_FIT
@@ -295,11 +315,21 @@ class Prediction:
         self, process: Process, way: int, start: float, end: float, seen: Displacement | None
     ) -> tuple[float, float]:
         kept, moved, _ = process.step(start, end)
-        if not self.trusted:
+        if self.left >= POOR_FIT:
             return kept, 0.0
         if process.free and seen is not None and end != start and seen.well_explained(way):
             return kept, seen.factor(way)
-        return kept, moved * (self.rates[way].item() if process.free else 1.0)
+        return kept, moved * (self._rates[way] if process.free else 1.0)
+
+    @cached_property
+    def left(self) -> float:
+        """The residual of the best, where the host knows it."""
+        return self.residual.item()
+
+    @cached_property
+    def _rates(self) -> list[float]:
+        rates: list[float] = self.rates.tolist()
+        return rates
 
     @cached_property
     def chosen(self) -> tuple[Process, int] | None:

@@ -13,6 +13,7 @@ from specdiff.runtime.sampler.sampler_fit import Displacement, Prediction, Ways,
 from specdiff.runtime.sampler.timeline import time_unit
 from specdiff.runtime.step.call import Call
 from specdiff.runtime.step.speculation import landings, model_time, speculate
+from specdiff.runtime.streams.keys import is_plain
 
 logger = logging.getLogger(__name__)
 
@@ -24,22 +25,43 @@ NO_FIT = (
 )
 
 
-def look_ahead(call: Call, outputs: Sequence[Tensor]) -> None:
-    """Keep what the next evaluation's fit needs, and speculate once time has moved."""
+def look_ahead(call: Call, outputs: Sequence[object], tokens: Tensor) -> None:
+    """Keep what the next evaluation's fit needs, and speculate once time has moved.
+
+    Args:
+        call: of an evaluation that was made.
+        outputs: what the tail returned, which its next run may overwrite.
+        tokens: what it was made from, which nobody does.
+    """
     stream, times = call.stream, call.stream.times
     watched = call.corrects or call.integrates
-    pending = call.wants_future or (watched and stream.fit.sampler is None)
+    followed = watched or (call.schedule.forecasts and call.given is not None)
+    pending = call.wants_future or (followed and stream.fit.sampler is None)
     before = stream.latents, stream.predictions, stream.trail.model_time
     if pending or call.schedule.forecasts or call.integrates or call.reading is not None:
         signature = call.programs.signature
         latents = tuple(p.clone() for p in signature.moving_parts(call.inputs))
-        predicted = signature.moved_by(outputs)
         scale = call.settings.guidance_scale
-        predictions = tuple(zip(*(guided(p, scale) for p in predicted), strict=True))
+        predicted = [_kept(guided(p, scale), p, tokens) for p in signature.moved_by(outputs)]
+        predictions = tuple(zip(*predicted, strict=True))
         seen, time = Seen(call.time, latents, predictions), _model_time(call) if pending else None
         stream.trail.keep(seen, time)
     if pending and len(times) > 1 and times[-1] != times[-2]:
         _infer(call, *before)
+
+
+def _kept(ways: Sequence[Tensor], prediction: Tensor, tokens: Tensor) -> list[Tensor]:
+    """Ways to read a prediction, none of which is overwritten: copies, but of views of `tokens`."""
+    if _shares(prediction, tokens):
+        return list(ways)
+    return [way.clone() if _shares(way, prediction) else way for way in ways]
+
+
+def _shares(tensor: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have their numbers in the same memory."""
+    if not is_plain(tensor) or not is_plain(other):
+        return tensor is other
+    return tensor.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def _model_time(call: Call) -> Tensor:
@@ -56,12 +78,13 @@ def _infer(call: Call, latents: tuple[Tensor, ...], predictions: Ways, time: Ten
         return
     if len(predictions) != len(stream.predictions):
         return  # guidance was set or unset in between
-    stream.fit.sampler = _inferred(call, latents, predictions)
-    if call.reading is not None and not stream.fit.sampler.trusted:
+    sampler = _inferred(call, latents, predictions)
+    stream.fit.learn(sampler, len(stream.times))
+    if call.reading is not None and not sampler.trusted:
         call.state.say(logger, NO_FIT)
     elif call.wants_future:
         stream.selected.looked_ahead = True
-        _speculate(call, stream.fit.sampler, time)
+        _speculate(call, sampler, time)
 
 
 def _speculate(call: Call, prediction: Prediction, time: Tensor) -> None:

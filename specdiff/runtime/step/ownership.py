@@ -27,16 +27,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from specdiff.program import Signature
 from specdiff.runtime.sampler.guidance_pair import Joint
+from specdiff.runtime.sampler.known_step import lengths
 from specdiff.runtime.sampler.noise import Process
 from specdiff.runtime.sampler.observation import Reading, read
-from specdiff.runtime.sampler.remains import EXPLAINED, remains
+from specdiff.runtime.sampler.remains import (
+    DEPTH,
+    EXPLAINED,
+    UNEXPLAINED,
+    Awaited,
+    Seen,
+    precision_of,
+    remains,
+)
 from specdiff.runtime.sampler.row_times import UnreadTimes, paced
 from specdiff.runtime.sampler.sampler_fit import Displacement
 from specdiff.runtime.step import fallbacks
@@ -157,7 +166,7 @@ class Inquiry:
             return Owned(self._new(stream, lanes, reading), reading.time, reading)
         self._table.begun = 0
         stream.doubtful &= reading.time == stream.times[-1] or len(asked) > 1
-        self._go_on(stream)
+        self._go_on(stream, reading)
         return Owned(stream, reading.time, reading)
 
     def _verdict(self, stream: Stream | None) -> Verdict:
@@ -180,11 +189,31 @@ class Inquiry:
         new.doubtful = before is not None and (before.ambiguous or not before.trail.direction)
         return new
 
-    def _go_on(self, stream: Stream) -> None:
+    def _go_on(self, stream: Stream, reading: Reading | None = None) -> None:
         """The call is this stream's."""
         self._table.go_on(stream, self._conditions, self._changed[stream])
-        if stream.latents and self._schedule.forecasts:
-            stream.trail.check(self._remains_of(stream), timed=self._progress is not None)
+        if not stream.latents or not self._schedule.forecasts:
+            return
+        if reading is None:
+            self._check_later(stream)
+        elif stream.fit.explains(reading, stream.times[-1], self._signature.batch):
+            stream.trail.strays = False
+        else:
+            stream.trail.strays = self._remains_of(stream).item() > UNEXPLAINED
+
+    def _check_later(self, stream: Stream) -> None:
+        """Send to the host what tells whether the step to this call is explained."""
+        trail, known, precision = stream.trail, None, None
+        stream.fit.receive(len(stream.times))
+        if trail.steady and stream not in self._remains:
+            assert stream.given is not None  # its times are known
+            now = stream.given[len(stream.times)]
+            known = stream.fit.known_step(trail.seen[0], now)
+        if known is not None:
+            sent, precision = lengths(self._parts, trail.seen[0], known), precision_of(self._parts)
+        else:
+            sent = self._remains_of(stream)
+        trail.check(Awaited(sent), precision, partial(self._remains_before, stream))
 
     def _abandon(self, verdict: Verdict, asked: Sequence[Stream]) -> None:
         """Leave no state of suspicious trajectories but that they are ambiguous, and since when."""
@@ -214,11 +243,18 @@ class Inquiry:
     def _remains_of(self, stream: Stream) -> Tensor:
         """What of the step to the present evaluation nothing explains that the stream saw."""
         if stream not in self._remains:
-            others = self._owner.seen_beside(stream)
-            self._remains[stream] = remains(
-                self._parts, stream.trail.seen, others, self._signature.batch
-            )
+            self._remains[stream] = self._left(stream, self._parts, stream.trail.seen)
         return self._remains[stream]
+
+    def _remains_before(self, stream: Stream, ago: int) -> Tensor:
+        """The same of the step to an evaluation before the present one."""
+        now, *past = stream.trail.seen[ago - 1 :]
+        return self._left(stream, now.latents, past)
+
+    def _left(self, stream: Stream, latents: Sequence[Tensor], past: Sequence[Seen]) -> Tensor:
+        past = past[:DEPTH]
+        others = self._owner.seen_beside(stream, past)
+        return remains(latents, past, others, self._signature.batch)
 
     def _reading(self, stream: Stream | None) -> Reading:
         times = self._unread_times

@@ -95,11 +95,11 @@ def answer(call: Call, count: int) -> list[Tensor]:
     call.table.touch(stream)
     counters.tokens_computed += batch * count
     counters.tokens_total += batch * call.schedule.tokens
-    counters.token_counts = stream.history.counts
+    counters.token_counts = stream.history.counted
+    found = call.programs.tail(call.inputs, tokens)
+    look_ahead(call, found, tokens)
     # Tail may return a view of the history, or a buffer that its next run overwrites.
-    outputs = owned(call.programs.tail(call.inputs, tokens))
-    look_ahead(call, outputs)
-    return outputs
+    return owned(found)
 
 
 def owned(outputs: Sequence[Any]) -> list[Any]:
@@ -206,6 +206,7 @@ def _with_invalid_rows(call: Call, tokens: Tensor) -> Tensor:
     """`tokens` [B, N, C], NaN where the model would be: in rows whose latent is not finite."""
     if call.reading is not None:
         return tokens  # the latent was read and is finite
-    batch, latent = len(tokens), call.latent.float()
-    rows = latent.reshape(batch if len(latent) == batch else 1, -1).sum(1) * 0
-    return tokens + rows.to(tokens.dtype)[:, None, None]
+    latent = call.latent
+    apart = len(latent) == len(tokens)
+    rows = latent.sum(tuple(range(apart, latent.dim())), dtype=torch.float32).reshape(-1, 1, 1)
+    return torch.add(tokens, rows, alpha=0).to(tokens.dtype)

@@ -78,10 +78,16 @@ class StepPrograms:
     def tail(self, inputs: Sequence[object], tokens: Tensor) -> list[Any]:
         """The model's flat outputs with the prediction [B, 1, n]."""
         outputs = list(self._latest)
-        sizes = [shape.numel() // len(tokens) for shape, _ in self._shapes]
-        parts = tokens.split(1) if self.signature.samples_apart else tokens.split(sizes, dim=2)
-        for pair, part, (shape, dtype) in zip(
-            self.signature.denoised, parts, self._shapes, strict=True
-        ):
-            outputs[pair.velocity] = part.to(dtype).reshape(shape)
+        pairs = zip(self.signature.denoised, self._cut(tokens), self._shapes, strict=True)
+        for pair, part, (shape, dtype) in pairs:
+            own = part if part.dtype is dtype else part.to(dtype)
+            outputs[pair.velocity] = own.reshape(shape)
         return outputs
+
+    def _cut(self, tokens: Tensor) -> Sequence[Tensor]:
+        """The predictions, each [1, 1, n] or [B, 1, n]."""
+        if len(self._shapes) == 1:
+            return (tokens,)
+        if self.signature.samples_apart:
+            return tokens.split(1)
+        return tokens.split([shape.numel() // len(tokens) for shape, _ in self._shapes], dim=2)

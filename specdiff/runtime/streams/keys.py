@@ -90,9 +90,12 @@ State = tuple[int | None, int | None]
 def _state(tensor: Tensor) -> State:
     # Inference tensors track no version: their writes in place cannot be seen.
     version = None if tensor.is_inference() else tensor._version
-    # subclasses and sparse tensors may have no address
-    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
-    return version, tensor.data_ptr() if plain else None
+    return version, tensor.data_ptr() if is_plain(tensor) else None
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor has an address: subclasses and sparse tensors may have none."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
 
 
 def _mark(condition: object) -> tuple[object, State | None]:

@@ -52,9 +52,9 @@ class StreamOwner:
             self._tables[graph] = StreamTable(keep_values=self._keep_values)
         return self._tables[graph]
 
-    def seen_beside(self, stream: Stream) -> list[Seen]:
-        """What other streams saw when this one did: they may guide the same latent."""
-        times = [seen.time for seen in stream.trail.seen]
+    def seen_beside(self, stream: Stream, past: Sequence[Seen]) -> list[Seen]:
+        """What other streams saw when this one saw `past`: they may guide the same latent."""
+        times = [seen.time for seen in past]
         shapes = [latent.shape for latent in stream.latents]
         seen = [
             seen

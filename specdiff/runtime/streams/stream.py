@@ -13,25 +13,46 @@ On the right who writes each; the table takes caches back, and looking ahead add
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from specdiff.program import Signature
 from specdiff.runtime.sampler.course import Course
 from specdiff.runtime.sampler.guidance_pair import Joint
+from specdiff.runtime.sampler.known_step import FOLLOWED, KnownStep
 from specdiff.runtime.sampler.noise import Process
 from specdiff.runtime.sampler.observation import Reading
+from specdiff.runtime.sampler.remains import ROUNDED, Awaited, Seen
 from specdiff.runtime.sampler.sampler_fit import Prediction, Ways
 from specdiff.runtime.streams.caches import Lease
 from specdiff.runtime.streams.keys import Conditions
-from specdiff.runtime.streams.trail import Trail
+from specdiff.runtime.streams.trail import EVALUATIONS, Trail
 from specdiff.runtime.tokens.correction import Correction
+from specdiff.runtime.tokens.history import DEPTH as HISTORY
 from specdiff.runtime.tokens.history import History
 
+CORRECTIONS = 2
+"""Values for each number of an output that a correction holds: what is missing and withheld."""
 LARGE_CHANGE = 0.5
 """Relative change of the latent in one evaluation that only a very long step explains."""
+
+
+def kept_bytes(signature: Signature, ways: int) -> int:
+    """What forecasting whole steps keeps of one generation at most, caches apart.
+
+    Args:
+        signature: of the graph.
+        ways: to read guidance from the batch: 2 with a guidance scale, else 1.
+    """
+    tokens = signature.tokens
+    single = math.prod(tokens.shape) * max(tokens.dtype.itemsize, torch.float32.itemsize)
+    watched = EVALUATIONS * (1 + ways)  # a latent and its predictions
+    return (watched + CORRECTIONS) * single + 2 * HISTORY * tokens.nbytes
 
 
 @dataclass(frozen=True)
@@ -76,7 +97,7 @@ class SamplerState:
     """How the sampler moves the latent, and what forecasts have cost it."""
 
     sampler: Prediction | None = None
-    """Known once two evaluations have shown it."""
+    """Inferred once two evaluations have shown it."""
     correction: Correction | None = None
     course: Course | None = None
     """On the way to the solution, if that is the target."""
@@ -84,6 +105,43 @@ class SamplerState:
     """Whether each step seen so far followed from its own prediction alone."""
     proven: bool = False
     """Whether a step that followed a new prediction has shown such a sampler's order."""
+    _sent: tuple[int, Awaited] | None = None
+    """After how many evaluations the sampler's numbers were sent to the host."""
+
+    def learn(self, sampler: Prediction, evaluations: int) -> None:
+        """The sampler was inferred after so many evaluations."""
+        self.sampler = sampler
+        self._sent = None if sampler.on_host else (evaluations, Awaited(sampler.numbers))
+
+    def receive(self, evaluations: int) -> None:
+        """Know the sampler on the host, an evaluation after its numbers were sent there."""
+        if self._sent is not None and self.sampler is not None and evaluations > self._sent[0]:
+            self.sampler = self.sampler.fetched(self._sent[1].read())
+            self._sent = None
+
+    def explains(self, reading: Reading, start: float, batch: int) -> bool:
+        """Whether the step that was read went where the sampler leads, in every row of a batch."""
+        seen = reading.joint.moved if reading.joint is not None else reading.moved
+        if seen is None or self.sampler is None or self.sampler.chosen is None:
+            return False
+        process, way = self.sampler.chosen
+        known = way < seen.ways and not process.step(start, reading.time)[2]
+        if not known or reading.times.differ or not reading.change:
+            return False
+        rounding = ROUNDED * reading.precision / reading.change
+        misfit = seen.misfit(process, way, start, reading.time)
+        # as if one row alone missed
+        return misfit * math.sqrt(batch) <= FOLLOWED + rounding
+
+    def known_step(self, before: Seen, end: float) -> KnownStep | None:
+        """Where the sampler goes, if the host knows it as one that adds no noise of its own."""
+        sampler, start = self.sampler, before.time
+        if sampler is None or sampler.chosen is None or sampler.left > FOLLOWED:
+            return None
+        process, way = sampler.chosen
+        if way >= len(before.predictions) or process.step(start, end)[2]:
+            return None
+        return KnownStep(way, *map(float, sampler.step(start, end)))
 
     @property
     def on_course(self) -> bool:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 from specdiff.runtime.sampler.guidance_pair import Joint
+from specdiff.runtime.sampler.known_step import follows
 from specdiff.runtime.sampler.observation import Reading
 from specdiff.runtime.sampler.remains import DEPTH, UNEXPLAINED, Awaited, Seen
 from specdiff.runtime.sampler.row_times import RowTimes, UnreadTimes
@@ -16,6 +17,8 @@ from specdiff.runtime.sampler.sampler_fit import Ways
 
 CHECK_LAG = 2
 """Evaluations from one to the reading of what it showed, where nothing may wait for a device."""
+EVALUATIONS = DEPTH + CHECK_LAG
+"""Evaluations that are kept: as many as a step may follow from, and those since one was checked."""
 
 
 class Trail:
@@ -36,7 +39,9 @@ class Trail:
         """float32 scalar: the time input of the previous evaluation, if it will be asked for."""
         self.strays = False
         """Whether the latest step that was looked at is unexplained."""
-        self._checks: deque[Awaited] = deque()
+        self.steady = True
+        """Whether all steps so far went where they were known to go."""
+        self._checks: deque[tuple[Awaited, float | None]] = deque()
         self._spreads: deque[Awaited] = deque()
         """How far apart the times of rows are."""
         self._rows_apart = False
@@ -64,14 +69,27 @@ class Trail:
         """Whether an evaluation at this time is no later than the first of those so far."""
         return (time - self.times[0]) * self.direction <= 0 and time != self.times[-1]
 
-    def check(self, remains: Tensor, timed: bool) -> None:
-        """Note what nothing explains of the step to the present evaluation.
+    def check(
+        self, sent: Awaited, precision: float | None, remains_of: Callable[[int], Tensor]
+    ) -> None:
+        """Read of an earlier step whether it is explained, and later the same of the present one.
 
-        It is read at once, or, in a session with times, where nothing waits, two evaluations later.
+        Args:
+            sent: what nothing explains of a step; or its lengths, if it was known where it leads.
+            precision: relative rounding of the latents of a known step, else None.
+            remains_of: what nothing explains of the step to an evaluation so many ago.
         """
-        self._checks.append(Awaited(remains))
-        while len(self._checks) > (CHECK_LAG if timed else 0):
-            self.strays = self._checks.popleft().read() > UNEXPLAINED
+        self._checks.append((sent, precision))
+        if len(self._checks) <= CHECK_LAG:
+            return
+        sent, precision = self._checks.popleft()
+        if precision is None:
+            self.strays = sent.read() > UNEXPLAINED
+        elif follows(sent.read(), precision):
+            self.strays = False
+        else:  # this once it is waited for; from here on more is looked at
+            self.steady = False
+            self.strays = Awaited(remains_of(CHECK_LAG)).read() > UNEXPLAINED
 
     def rows_apart(self, time: object, batch: int) -> bool:
         """Whether rows were found at times of their own, two evaluations later off the CPU.
@@ -96,7 +114,7 @@ class Trail:
 
     def keep(self, seen: Seen, model_time: Tensor | None) -> None:
         """What the present evaluation saw and gave."""
-        self.seen = (seen, *self.seen)[:DEPTH]
+        self.seen = (seen, *self.seen)[:EVALUATIONS]
         self.model_time = model_time
 
     def forget(self) -> None:

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specdiff.runtime.sampler.sampler_fit import Scalar
-from specdiff.runtime.tokens.forecast import nonzero
-from specdiff.runtime.tokens.history import Clock, ComputedOutput
+from specdiff.runtime.sampler.sampler_fit import as_float32
+from specdiff.runtime.tokens.clock import Clock, chosen, of_values, plus, ratio, scaled
+from specdiff.runtime.tokens.history import ComputedOutput
 
 
 @dataclass
@@ -30,28 +30,27 @@ class Correction:
 
     missing: Tensor
     """float32 [B, N, C]"""
-    lag: Tensor
-    """float32 [B, N], in time."""
-    lag_squared: Tensor
-    """float32 [B, N], in time squared: the same of the distance to the last computed output,
-    squared, for how the output bends."""
+    lag: Clock
+    """In time."""
+    lag_squared: Clock
+    """In time squared: the same of the distance to the last computed output, squared, for how the
+    output bends."""
     withheld: Tensor
     """float32 [B, N, C]: last computed output less what was handed out, at the last evaluation."""
-    behind: Tensor
-    """float32 [B, N]: time of the last evaluation less that of the last computed output."""
+    behind: Clock
+    """Time of the last evaluation less that of the last computed output."""
 
     @classmethod
     def none(cls, newest: ComputedOutput) -> Correction:
         """Of a trajectory whose first evaluation gave `newest`."""
         zeros = torch.zeros_like(newest.tokens, dtype=torch.float32)
-        times = torch.zeros_like(newest.times)
-        return cls(zeros, times, times, zeros, times)
+        return cls(zeros, 0.0, 0.0, zeros, 0.0)
 
-    def settle(self, kept: Scalar, moved: Scalar) -> None:
+    def settle(self, kept: Clock, moved: Clock) -> None:
         """The sampler has stepped: x' = kept x + moved p, each row as far as it was, [B, 1]."""
-        self.missing = self.missing * kept + self.withheld * _over_channels(moved)
+        self.missing = plus(scaled(self.missing, kept), self.withheld, moved)
         self.lag = self.lag * kept + self.behind * moved
-        self.lag_squared = self.lag_squared * kept + self.behind.square() * moved
+        self.lag_squared = self.lag_squared * kept + self.behind * self.behind * moved
 
     def collect(
         self, before: ComputedOutput, older: ComputedOutput | None, after: ComputedOutput
@@ -67,48 +66,39 @@ class Correction:
             float32 [B, N, C].
         """
         span = after.times - before.times
-        fresh = (span != 0).unsqueeze(-1)
+        fresh = span != 0
         on_newer, on_older = self._weights(span, before, older)
-        missing = torch.addcmul(self.missing, after.tokens - before.tokens, on_newer.unsqueeze(-1))
+        missing = plus(self.missing, after.tokens - before.tokens, on_newer)
         if older is not None:
-            missing.addcmul_(before.tokens - older.tokens, on_older.unsqueeze(-1))
-        missing = torch.where(fresh, missing, 0.0)
-        self.missing = torch.where(fresh, missing, self.missing)
-        self.lag = self.lag.masked_fill(span != 0, 0.0)
-        self.lag_squared = self.lag_squared.masked_fill(span != 0, 0.0)
-        return missing
+            missing = plus(missing, before.tokens - older.tokens, on_older)
+        whole = of_values(fresh)
+        found = chosen(whole, missing, torch.zeros_like(missing))
+        self.missing = chosen(whole, missing, self.missing)
+        self.lag = chosen(fresh, 0.0, self.lag)
+        self.lag_squared = chosen(fresh, 0.0, self.lag_squared)
+        return found
 
     def _weights(
-        self, span: Tensor, before: ComputedOutput, older: ComputedOutput | None
-    ) -> tuple[Tensor, Tensor]:
-        """[B, N] of the change over `span` and of the one before it, in what is missing.
+        self, span: Clock, before: ComputedOutput, older: ComputedOutput | None
+    ) -> tuple[Clock, Clock]:
+        """Of the change over `span` and of the one before it, in what is missing.
 
         The parabola through three outputs, Newton's form, summed over the steps in between: the
         line's share is `lag` times the slope, the bend's is known by `lag_squared`.
         """
-        line = torch.where(span != 0, self.lag / nonzero(span), 0.0)
+        line = ratio(self.lag, span)
         if older is None:
             return line, line
         earlier = before.times - older.times
-        known = (earlier != 0) & (span != 0)
-        bend = (self.lag_squared - span * self.lag) / nonzero(span + earlier)
-        bend = torch.where(known, bend, 0.0)
-        return line + bend / nonzero(span), -bend / nonzero(earlier)
+        bend = ratio(self.lag_squared - span * self.lag, span + earlier) * (earlier != 0)
+        return line + ratio(bend, span), -ratio(bend, earlier)
 
     def hand_out(self, newest: ComputedOutput, handed: Tensor, time: Clock) -> None:
         """Remember that `handed` [B, N, C] goes to the sampler at `time`."""
-        self.withheld = newest.tokens.float() - handed
+        self.withheld = as_float32(newest.tokens) - handed
         self.behind = time - newest.times
 
 
-def on_top(missing: Tensor, kept: Scalar, moved: Scalar) -> Tensor:
+def on_top(missing: Tensor, kept: Clock, moved: Clock) -> Tensor:
     """What to add to a prediction so that x' = kept x + moved p gains kept times `missing`."""
-    if not isinstance(moved, Tensor):
-        return missing * (kept / moved if moved else 0.0)
-    weight = torch.where(moved == 0, 0.0, kept / torch.where(moved == 0, 1.0, moved))
-    return missing * _over_channels(weight)
-
-
-def _over_channels(moved: Scalar) -> Scalar:
-    """To multiply [B, N, C] by: a number, or one of each row, [B, 1]."""
-    return moved.unsqueeze(-1) if isinstance(moved, Tensor) and moved.dim() else moved
+    return missing * of_values(ratio(kept, moved))

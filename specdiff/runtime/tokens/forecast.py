@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from specdiff.runtime.tokens.history import Clock, ComputedOutput, History
+from specdiff.runtime.tokens.clock import Clock, beyond, ratio, within
+from specdiff.runtime.tokens.history import History
 
 Forecaster = Callable[[History, Clock, float], Tensor]
 """(history, time, time unit) -> [B, N, C]; the unit is the time at which sigma is 1."""
@@ -40,7 +41,7 @@ def forecast(name: str, history: History, time: Clock, unit: Literal[1, 1000]) -
     Returns:
         [B, N, C] in the dtype of the outputs.
     """
-    return FORECASTERS[name](history, time, unit).to(history.steps[0].tokens.dtype)
+    return FORECASTERS[name](history, time, unit)
 
 
 @_register("reuse")
@@ -55,8 +56,9 @@ def _linear(history: History, time: Clock, unit: float) -> Tensor:
         return newest.tokens
     # A slope measured over a short span is mostly curvature and noise: follow it no further than a
     # share of that span (sigmas of a shifted schedule start close together and end far apart).
-    reach = REACH * (newest.times - older[0].times).abs()
-    return _along(newest, older[0], (time - newest.times).clamp(-reach, reach))
+    span = newest.times - older[0].times
+    ahead = within(time - newest.times, REACH * abs(span))
+    return beyond(newest.tokens, older[0].tokens, ratio(ahead, span))
 
 
 @_register("mean")
@@ -70,7 +72,7 @@ def _mean(history: History, time: Clock, unit: float) -> Tensor:
         step.tokens.float() * (weight / total)
         for weight, step in zip(weights, history.steps, strict=True)
     ]
-    return torch.stack(terms).sum(0)
+    return torch.stack(terms).sum(0).to(history.steps[0].tokens.dtype)
 
 
 def _decayed(span: Clock, rate: float) -> float | Tensor:
@@ -78,15 +80,3 @@ def _decayed(span: Clock, rate: float) -> float | Tensor:
     if isinstance(span, Tensor):
         return torch.exp(-rate * span.abs()).unsqueeze(-1)
     return math.exp(-rate * abs(span))
-
-
-def _along(newer: ComputedOutput, older: ComputedOutput, ahead: Tensor) -> Tensor:
-    """The line through two outputs, `ahead` (float32 [B, N], in time) of the newer."""
-    span, start = newer.times - older.times, newer.tokens.float()
-    share = torch.where(span != 0, ahead / nonzero(span), 0.0)
-    return torch.addcmul(start, start - older.tokens.float(), share.unsqueeze(-1))
-
-
-def nonzero(span: Tensor) -> Tensor:
-    """`span` to divide by, 1 where it is 0."""
-    return torch.where(span == 0, 1.0, span)

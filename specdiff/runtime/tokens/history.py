@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-DEPTH = 3
+from specdiff.runtime.tokens.clock import Clock
 
-Clock = float | Tensor
-"""A time, or that of each row, float32 [B, 1]."""
+DEPTH = 3
 
 
 class StepOutput(NamedTuple):
     """The merged output of one evaluation."""
 
     time: Clock
+    """One, or that of each row, [B, 1]."""
     tokens: Tensor
     """[B, N, C]"""
 
@@ -24,8 +26,8 @@ class StepOutput(NamedTuple):
 class ComputedOutput(NamedTuple):
     """For each token, one of the last outputs that the network computed for it."""
 
-    times: Tensor
-    """float32 [B, N]: when it was computed."""
+    times: Clock
+    """When: one time, that of each row, [B, 1], or of each token, [B, N]."""
     tokens: Tensor
     """[B, N, C]"""
 
@@ -33,28 +35,30 @@ class ComputedOutput(NamedTuple):
 class History:
     """Outputs of the current generation, newest first, at most `DEPTH` of each kind.
 
-    No tensor is changed after it was stored: every record makes new ones.
+    No tensor is changed after it was stored: every record makes new ones. While all tokens are
+    computed together, what is counted of them is counted on the host.
     """
 
     def __init__(self, batch: int, tokens: int, device: torch.device) -> None:
         self.evaluations = 0
         self.steps: tuple[StepOutput, ...] = ()
         self.computed: tuple[ComputedOutput, ...] = ()
-        self.counts = torch.zeros(batch, tokens, dtype=torch.int32, device=device)
-        """int32 [B, N]: how often each token was computed."""
-        self.age = torch.zeros_like(self.counts)
-        """int32 [B, N]: evaluations since each token was last computed."""
+        self._shape, self._device = (batch, tokens), device
+        self._counts: int | Tensor = 0
+        self._age: int | Tensor = 0
+        self._apart = False
+        """Whether some tokens were computed without the others."""
 
     def record_dense(self, time: Clock, tokens: Tensor) -> None:
         """Every token was computed: `tokens` [B, N, C], owned by the history from now on."""
-        newest = ComputedOutput(self._of_each(time), tokens)
+        newest = ComputedOutput(self._of_each(time) if self._apart else time, tokens)
         self.computed = (newest, *self.computed)[:DEPTH]
-        self.counts = self.counts + 1
-        self.age = torch.zeros_like(self.age)
+        self._counts, self._age = self._counts + 1, self._age * 0
         self._record_step(time, tokens)
 
     def record_selective(self, time: Clock, merged: Tensor, active: Tensor) -> None:
         """`merged` [B, N, C] holds new outputs at `active` (int64 [B, K]), forecasts elsewhere."""
+        self._take_apart()
         fresh = torch.zeros_like(self.counts, dtype=torch.bool).scatter(1, active, True)
         newest = ComputedOutput(self._of_each(time), merged)
         # A token that stays behind keeps its entries; where the record is shorter than DEPTH its
@@ -68,13 +72,13 @@ class History:
             )
             for new, old in zip(shifted, kept, strict=False)
         )
-        self.counts = self.counts + fresh
-        self.age = (self.age + 1).masked_fill(fresh, 0)
+        self._counts = self.counts + fresh
+        self._age = (self.age + 1).masked_fill(fresh, 0)
         self._record_step(time, merged)
 
     def record_skipped(self, time: Clock, forecast: Tensor) -> None:
         """No token was computed: `forecast` [B, N, C] was handed out."""
-        self.age = self.age + 1
+        self._age = self._age + 1
         self._record_step(time, forecast)
 
     def break_off(self) -> None:
@@ -82,16 +86,46 @@ class History:
         self.computed = ()
 
     @property
+    def counts(self) -> Tensor:
+        """int32 [B, N]: how often each token was computed."""
+        return self.counted()
+
+    @property
+    def counted(self) -> Callable[[], Tensor]:
+        """Gives `counts` as they are now."""
+        return partial(_of_all, self._counts, self._shape, self._device, torch.int32)
+
+    @property
+    def age(self) -> Tensor:
+        """int32 [B, N]: evaluations since each token was last computed."""
+        return _of_all(self._age, self._shape, self._device, torch.int32)
+
+    @property
     def cached(self) -> Tensor:
         """int32 [B, N]: how often each token was served from cache (the paper's cf)."""
         return self.evaluations - self.counts
 
+    def _take_apart(self) -> None:
+        """Know each token by itself from here on."""
+        if not self._apart:
+            self._apart = True
+            self.computed = tuple(
+                ComputedOutput(self._of_each(times), tokens) for times, tokens in self.computed
+            )
+
     def _of_each(self, time: Clock) -> Tensor:
         """float32 [B, N]: a time, of each token."""
-        if isinstance(time, Tensor):
-            return time.expand(self.counts.shape)
-        return torch.full_like(self.counts, time, dtype=torch.float32)
+        return _of_all(time, self._shape, self._device, torch.float32)
 
     def _record_step(self, time: Clock, tokens: Tensor) -> None:
         self.steps = (StepOutput(time, tokens), *self.steps)[:DEPTH]
         self.evaluations += 1
+
+
+def _of_all(
+    value: Clock, shape: tuple[int, int], device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """[B, N]: a value, of each token."""
+    if isinstance(value, Tensor):
+        return value.expand(shape)
+    return torch.full(shape, value, dtype=dtype, device=device)

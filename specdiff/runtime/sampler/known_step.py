@@ -1,0 +1,70 @@
+"""Known step: what the sampler's step leaves of x' = a x + b p, where the host knows a and b.
+
+A few operations tell a step that goes on as before, which is nearly every one. Only of the others
+`remains` looks at all that may explain them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from specdiff.runtime.sampler.remains import ROUNDED, UNEXPLAINED, Seen
+from specdiff.runtime.sampler.sampler_fit import as_float32
+
+FOLLOWED = UNEXPLAINED / 2
+"""What a row may leave, relative to its step, to be explained: `remains` finds no more in it, for
+all that it looks at has x and p in it."""
+
+
+class KnownStep(NamedTuple):
+    """x' = kept x + moved p."""
+
+    way: int
+    """In which p is read from the batch."""
+    kept: float
+    moved: float
+
+
+def lengths(latents: Sequence[Tensor], before: Seen, known: KnownStep) -> Tensor:
+    """Of each row of all R: what a step leaves, the step, and the latents before it.
+
+    Args:
+        latents: of the present evaluation.
+        before: the previous one.
+        known: the step from there.
+
+    Returns:
+        float32 [3, R], on the device.
+    """
+    predictions = before.predictions[known.way]
+    triples = zip(latents, before.latents, predictions, strict=True)
+    found = [_lengths(*triple, known) for triple in triples]
+    return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+
+
+def _lengths(now: Tensor, before: Tensor, prediction: Tensor, known: KnownStep) -> Tensor:
+    before = as_float32(before)
+    step = as_float32(now) - before
+    left = torch.add(step, prediction, alpha=-known.moved)
+    if known.kept != 1:
+        left.add_(before, alpha=1 - known.kept)
+    vectors = torch.stack([left, step, before])
+    return torch.linalg.vector_norm(vectors, dim=tuple(range(2, vectors.dim())))
+
+
+def follows(lengths: Sequence[Sequence[float]], precision: float) -> bool:
+    """Whether every row of a step, of such lengths, went where it was known to go.
+
+    Args:
+        lengths: as of `lengths`, on the host.
+        precision: relative rounding of the latents.
+    """
+    rounding = ROUNDED * precision
+    return all(
+        left <= FOLLOWED * step + rounding * before
+        for left, step, before in zip(*lengths, strict=True)
+    )
