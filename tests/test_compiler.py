@@ -258,6 +258,7 @@ def test_training_runs_plain_with_gradients(small, caplog):
     assert counts(trained) == (2, 0, 0, 0)
 
 
+@pytest.mark.slow
 def test_sampling_between_training_steps_is_selective(small):
     model, inputs = small
     mixed = torch.compile(
@@ -410,6 +411,7 @@ def test_explain(build, tokens, text):
     assert report.step_flops(tokens // 10) < report.step_flops() / 2
 
 
+@pytest.mark.slow
 def test_explain_leaves_a_compiled_model_alone(small):
     model, inputs = small
     selective = compiled(model)
