@@ -39,7 +39,7 @@ def verdict(
     monkeypatch: pytest.MonkeyPatch, folder: Path, prompts: Path, *arguments: object
 ) -> tuple[int, dict[str, Any]]:
     file = prompts.parent / "verdict.json"
-    usual = (folder, "--prompts", prompts, "--size", "32x32", "--steps", 8, "--json", file)
+    usual = (folder, "--prompts", prompts, "--size", "32x32", "--steps", 12, "--json", file)
     return verify(monkeypatch, *usual, *arguments), json.loads(file.read_text())
 
 
@@ -53,7 +53,7 @@ def test_a_pipeline_passes_a_floor_that_it_reaches(
     assert found["oracles"]["selective"]
     assert [each["prompt"] for each in found["pictures"]] == ["a red apple", "a frog"]
     assert found["steps"]["skipped"] > 0
-    assert found["steps"]["dense"] + found["steps"]["skipped"] == 2 * 8
+    assert found["steps"]["dense"] + found["steps"]["skipped"] == 2 * 12
     assert 20 <= found["psnr_db"]["worst"] <= found["psnr_db"]["mean"]
 
 
