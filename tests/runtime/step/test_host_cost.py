@@ -67,7 +67,7 @@ def drawn(model: nn.Module, overwrite: bool = False, edit: Any = None) -> Tensor
     ("batch", "dtype", "most"),
     [
         (1, torch.float32, MOST_OPS),
-        (4, torch.float32, MOST_OPS + 4),  # whether its rows share their times is looked at
+        (4, torch.float32, MOST_OPS),
         (1, torch.bfloat16, MOST_OPS + 4),  # cast to be compared
     ],
 )
