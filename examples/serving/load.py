@@ -283,10 +283,11 @@ def arrivals_table(part: Mapping[str, Any]) -> Iterator[str]:
 def faults_text(part: Mapping[str, Any]) -> Iterator[str]:
     """As a paragraph."""
     f = part["found"]
-    yield f"Faults: of {f['good']} good requests {f['answered']} were answered, {f['equal_to_alone']}"
-    yield f"with the bytes drawn alone and all within {f['most_levels_apart']} levels of 255, among"
-    yield f"{f['malformed']} malformed ones, of which {f['refused_with_reason']} were refused with a"
-    yield f"reason, and {f['left']} clients that left; {f['still_running']:g} generations were left."
+    yield f"Faults: of {f['good']} good requests {f['answered']} were answered,"
+    yield f"{f['equal_to_alone']} with the bytes drawn alone and all within"
+    yield f"{f['most_levels_apart']} levels of 255, among {f['malformed']} malformed ones, of which"
+    yield f"{f['refused_with_reason']} were refused with a reason, and {f['left']} clients that"
+    yield f"left; {f['still_running']:g} generations were left."
 
 
 def memory_text(part: Mapping[str, Any]) -> Iterator[str]:
