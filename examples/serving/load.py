@@ -284,10 +284,10 @@ def faults_text(part: Mapping[str, Any]) -> Iterator[str]:
     """As a paragraph."""
     f = part["found"]
     yield f"Faults: of {f['good']} good requests {f['answered']} were answered,"
-    yield f"{f['equal_to_alone']} with the bytes drawn alone and all within"
-    yield f"{f['most_levels_apart']} levels of 255, among {f['malformed']} malformed ones, of which"
-    yield f"{f['refused_with_reason']} were refused with a reason, and {f['left']} clients that"
-    yield f"left; {f['still_running']:g} generations were left."
+    yield f"{f['equal_to_alone']} with the bytes drawn alone, and none further off than"
+    yield f"{f['most_levels_apart']} of 255; of {f['malformed']} malformed ones among them"
+    yield f"{f['refused_with_reason']} were refused with a reason; {f['left']} clients left, and"
+    yield f"{f['still_running']:g} generations were left of them."
 
 
 def memory_text(part: Mapping[str, Any]) -> Iterator[str]:
