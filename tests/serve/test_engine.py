@@ -87,6 +87,27 @@ def test_guidance_in_one_batch_has_two_rows(tmp_path: Path) -> None:
     engine.close()
 
 
+def test_a_batch_that_fails_is_evaluated_one_by_one(
+    flux: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = of_pipeline(load_folder(flux, CPU), "flux")
+    engine = Engine(model, running=2)
+    forward, batches = model.denoiser.forward, []
+
+    def small(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        batches.append(len(hidden_states))
+        if len(hidden_states) > 1:
+            raise torch.OutOfMemoryError("too large")
+        return forward(hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(model.denoiser, "forward", small)
+    orders = [Order("a red apple", 32, 32, 10, seed) for seed in (1, 2)]
+    assert all(isinstance(events[-1], Picture) for events in drawn(engine, *orders))
+    assert max(batches) == 2
+    assert not engine.why_broken()
+    engine.close()
+
+
 def test_closing_ends_what_is_under_way_and_leaves_the_model_as_it_was(flux: Path) -> None:
     model: PictureModel = of_pipeline(load_folder(flux, CPU), "flux")
     kind = type(model.denoiser)
