@@ -110,7 +110,8 @@ class Scheduler:
 
     def _fresh(self, timesteps: Tensor, times: Sequence[float]) -> Fresh | None:
         """The noise that it draws, where models of flows get their times as they are."""
-        levels = flow_levels(self._scheduler, timesteps.tolist(), self._unit)
+        unit = self._unit if float(timesteps[0]) > 1 else 1.0
+        levels = flow_levels(self._scheduler, timesteps.tolist(), unit)
         if levels is None or not (_near(levels[0], times[0]) or times[0] == timesteps[0]):
             return None
         return fresh_noise(_copied(self._scheduler), timesteps.cpu(), levels)

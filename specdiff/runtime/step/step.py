@@ -53,14 +53,14 @@ def tokens_due(call: Call) -> int:
     if count < tokens and call.stream.conditions.news:
         count, reason = tokens, NEWS
         call.state.counters.fallbacks[NEWS] += 1
-    if count < tokens and call.strays:
-        count, reason = tokens, STRAYED
-        call.state.counters.fallbacks[STRAYED] += 1
-        call.state.say(logger, STRAYED_HINT)
     if count < tokens and (noise := why_dense(call)):
         count, reason = tokens, noise
         call.state.counters.fallbacks[noise] += 1
         call.state.say(logger, f"running dense: {noise}")
+    if count < tokens and call.strays:
+        count, reason = tokens, STRAYED
+        call.state.counters.fallbacks[STRAYED] += 1
+        call.state.say(logger, STRAYED_HINT)
     call.keep(
         batch=call.programs.signature.batch,
         tokens=tokens,
