@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from specdiff.runtime.records.recording import Recording, StepRecord
     from specdiff.runtime.records.stats import Stats
     from specdiff.runtime.streams.registry import Session
-    from specdiff.tuning import Tuned, tune
+    from specdiff.tuning.tuner import Tuned, tune
 
     __version__: str
 
@@ -41,7 +41,7 @@ _HOMES = {
     "rows": "specdiff.runtime.api",
     "session": "specdiff.runtime.api",
     "stats": "specdiff.runtime.api",
-    "tune": "specdiff.tuning",
+    "tune": "specdiff.tuning.tuner",
     "verify": "specdiff.oracles.verification",
     "Attachment": "specdiff.runtime.blocks.attach",
     "Options": "specdiff.options",
@@ -51,7 +51,7 @@ _HOMES = {
     "Session": "specdiff.runtime.streams.registry",
     "StepRecord": "specdiff.runtime.records.recording",
     "Stats": "specdiff.runtime.records.stats",
-    "Tuned": "specdiff.tuning",
+    "Tuned": "specdiff.tuning.tuner",
     "Verification": "specdiff.oracles.verification",
     "NotCompiledError": "specdiff.errors",
     "OptionError": "specdiff.errors",

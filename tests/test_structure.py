@@ -29,6 +29,7 @@ WALLS = [
     ("passes.select", "passes.emit", "what to compute is decided before it is written down"),
     ("models", "measure", "a model is drawn with, whoever measures it"),
     ("inspect", "evaluation", "what is shown of a model is not what was measured of many methods"),
+    ("runtime", "serve", "a server is one of many who call a model"),
     ("evaluation", "cli", "commands hand work on; who does it knows no command line"),
 ]
 

@@ -15,7 +15,8 @@ from specdiff.models.demo import held_out_prompts
 from specdiff.models.subject import MODELS, TUNING_SEED, emoji, find_subject
 from specdiff.models.textures import CLASSES
 from specdiff.plan import Plan
-from specdiff.tuning import Search, Spent, Tuned, spaced, tune
+from specdiff.tuning.search import Search, Spent, spaced
+from specdiff.tuning.tuner import Tuned, tune
 from tests.runtime.toy import Euler, toy
 
 
@@ -116,6 +117,27 @@ def test_a_model_is_tuned_without_touching_its_settings():
         found = [psnr(drawn(model)(i), reference[i]) for i in range(2)]
     assert sum(found) / 2 == pytest.approx(tuned.score)
     assert specdiff.stats(model).recompiles == 0
+
+
+@pytest.mark.parametrize("target", [None, 30])
+def test_a_model_is_tuned_to_the_solution(target):
+    """As close to it as the dense run is, in fewer evaluations."""
+    model = toy()
+    tuned = tune(
+        model, drawn(model), solve=drawn(model, steps=90), target=target, prompts=2, held_back=1,
+        budget=600,
+    )  # fmt: skip
+    assert len(tuned.plan.dense) < 12 and tuned.score >= tuned.plan.notes["target"]
+    assert tuned.closeness.to_solution.mean == tuned.checked
+    if target is None:
+        assert tuned.closeness.to_solution.mean > tuned.dense_to_solution.mean - 1
+        assert tuned.closeness.to_dense.mean < tuned.score  # which has an error of its own
+    with specdiff.session(model, plan=tuned.plan, target="solution"):
+        found = drawn(model)(2)
+    with specdiff.session(model, quality="dense"):
+        assert psnr(found, drawn(model)(2)) == pytest.approx(tuned.closeness.to_dense.mean)
+    said = {"to_dense", "to_solution", "dense_to_solution"}
+    assert all(tuned.plan.notes[name].keys() == {"mean", "worst tenth"} for name in said)
 
 
 def test_what_is_measured_is_what_is_saved():
@@ -222,6 +244,8 @@ def test_a_target_is_a_number(target):
     model = toy()
     with pytest.raises(OptionError, match=r"target=.*: must be a finite number"):
         tune(model, drawn(model), target=target)
+    with pytest.raises(OptionError, match="target=None: must be a finite number"):
+        tune(model, drawn(model))
 
 
 def test_a_budget_below_the_dense_pictures_is_refused():

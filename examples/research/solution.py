@@ -11,27 +11,24 @@ Goes on where it stopped: solution.json holds what is known, of each picture apa
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import json
 import math
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import (
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     UniPCMultistepScheduler,
 )
+from solution_report import FEWER, STEPS, Known, draw_plot, key_of, report
 from torch import Tensor
 
 import specdiff
-from specdiff.evaluation.measures import worst_tenth
 from specdiff.measure.comparison import psnr
 from specdiff.models import demo, textures
 from specdiff.models.subject import TUNED_ON
@@ -39,16 +36,14 @@ from specdiff.plan import Plan
 
 HERE = Path(__file__).parent
 WEIGHTS = HERE.parent / "training" / "textures" / "textures.safetensors"
-SEED, STEPS, REFERENCE = 100, 28, 150
-FEWER = (6, 8, 10, 12, 15, 20, 28)
-"""Evaluations of the rivals."""
+SEED, REFERENCE = 100, 150
 OURS = {
     6: Plan.of(STEPS, (0, 5, 11, 17, 23, 27)),
     8: "fast",
     10: "balanced",
-    12: Plan.of(STEPS, (0, 2, 4, 6, 9, 12, 15, 18, 21, 24, 26, 27)),
+    12: Plan.of(STEPS, (0, 2, 5, 8, 11, 14, 17, 20, 22, 24, 26, 27)),
     15: "near-lossless",
-    21: "closest",
+    20: Plan.of(STEPS, (*range(0, 14, 2), *range(14, 26), 27)),
     28: Plan.every(1),
 }
 """Qualities and plans by their evaluations."""
@@ -171,21 +166,19 @@ SOLVERS = {
     "UniPC": of_diffusers(UniPCMultistepScheduler, 2),
     "DEIS": of_diffusers(DEISMultistepScheduler, 2),
 }
-TARGETS = ("dense", "solution")
 
 
-def rows() -> list[list[tuple[str, int]]]:
-    """Name and evaluations of all that is measured; first what matters most."""
-    first = [("Euler", STEPS)]
-    first += [(f"specdiff, {target}", count) for count in (15, 10) for target in TARGETS[::-1]]
-    first += [("specdiff, solution", STEPS)]
+def tiers() -> list[list[tuple[str, int]]]:
+    """Names and evaluations of all that is measured; first what matters most."""
+    ours, dense = "specdiff, solution", "specdiff, dense"
     some = ("Adams-Bashforth 2", "DPM-Solver++ 2M", "UniPC")
-    first += [(solver, count) for count in (10, 15) for solver in some]
-    second = [("specdiff, solution", count) for count in OURS]
-    second += [(solver, count) for count in FEWER for solver in some]
-    third = [("specdiff, dense", count) for count in (8, 21)]
-    third += [(solver, count) for count in FEWER for solver in SOLVERS]
-    return [first, second, third]
+    goals = [("Euler", STEPS), (ours, 10), (ours, 15)]
+    rivals = [(solver, count) for count in (10, 15) for solver in some]
+    more = [(ours, STEPS), (dense, 10), (dense, 15)]
+    few = [(ours, count) for count in OURS]
+    few += [(solver, count) for count in FEWER for solver in some]
+    rest = [(solver, count) for solver in SOLVERS for count in FEWER]
+    return [goals, rivals, more, few, [*rest, (dense, 8)]]
 
 
 class Drawer:
@@ -193,10 +186,8 @@ class Drawer:
 
     def __init__(self, name: str) -> None:
         load, self.picture, self.to_pixels, options = MODELS[name]
-        self.model = load()
-        self.compiled: Any = torch.compile(
-            self.model, backend="specdiff", options={"inner_backend": "eager", **options}
-        )
+        self.model: Any = torch.compile(load())
+        self.compiled: Any = torch.compile(load(), backend="specdiff", options=options)
 
     def draw(self, index: int, method: str, evaluations: int) -> Tensor:
         """The picture [3, H, W], in 0..1."""
@@ -212,73 +203,25 @@ class Drawer:
         return self.to_pixels(found)[0]
 
 
-Known = dict[str, dict[str, dict[str, float]]]
-"""model, then "method, evaluations", then picture: PSNR"""
-
-
 def measure(
-    known: Known, model: str, pictures: int, file: Path, references: Path, until: float
-) -> None:
-    """Fill in what is missing; begin no picture after `until`."""
-    drawer, found = Drawer(model), known.setdefault(model, {})
+    known: Known, drawers: dict[str, Drawer], pictures: int, references: Path
+) -> Iterator[None]:
+    """Fill in what is missing; yields after each picture."""
     references.mkdir(parents=True, exist_ok=True)
-    for tier, index in itertools.product(rows(), range(pictures)):
-        if all(str(index) in found.get(_key(*row), {}) for row in tier):
+    for tier, index, model in itertools.product(tiers(), range(pictures), drawers):
+        found, drawer = known.setdefault(model, {}), drawers[model]
+        missing = [row for row in tier if str(index) not in found.get(key_of(*row), {})]
+        if not missing:
             continue
-        if time.monotonic() > until:
-            return
         kept = references / f"{model}-{index}.pt"
         if not kept.exists():
             torch.save(drawer.draw(index, "Adams-Bashforth 2", REFERENCE), kept)
         exact = torch.load(kept)
-        for row in tier:
-            values = found.setdefault(_key(*row), {})
-            if str(index) not in values:
-                values[str(index)] = round(psnr(drawer.draw(index, *row), exact), 3)
-        file.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        for row in missing:
+            value = psnr(drawer.draw(index, *row), exact)
+            found.setdefault(key_of(*row), {})[str(index)] = round(value, 3)
         print(model, index, flush=True)
-
-
-def _key(method: str, evaluations: int) -> str:
-    return f"{method}, {evaluations}"
-
-
-def table(known: Known, model: str) -> str:
-    """A row for each method, a column for each number of evaluations."""
-    found: dict[str, dict[int, list[float]]] = {}
-    for key, values in known[model].items():
-        method, _, count = key.rpartition(", ")
-        found.setdefault(method, {})[int(count)] = [*values.values()]
-    counts = sorted({count for row in found.values() for count in row})
-    lines = ["| | " + " | ".join(map(str, counts)) + " |", "|" + "---|" * (len(counts) + 1)]
-    for method in sorted(found, key=lambda name: (not name.startswith("specdiff"), name)):
-        cells = [_cell(found[method].get(count, [])) for count in counts]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _cell(values: list[float]) -> str:
-    return f"{statistics.fmean(values):.1f}, {worst_tenth(values):.1f}" if values else ""
-
-
-def report(known: Known) -> str:
-    """The page of the tables."""
-    pictures = {
-        model: sorted({len(values) for values in rows.values()}) for model, rows in known.items()
-    }
-    parts = [
-        "# How close to the solution",
-        "`python examples/research/solution.py`, "
-        f"{datetime.date.today():%d %B %Y}, torch {torch.__version__.partition('+')[0]},"
-        f" diffusers {diffusers.__version__}, one CPU core, float32.",
-        "PSNR to the solution of the sampling equation (150 steps of Adams-Bashforth 2), dB: mean"
-        " and mean of the worst tenth, by evaluations of the model. specdiff runs under Euler's 28"
-        " steps; the others take as many steps of their own. None of the pictures was tuned on.",
-    ]
-    for model in known:
-        counted = " to ".join(str(n) for n in {pictures[model][0]: 0, pictures[model][-1]: 0})
-        parts += [f"## {model}, {counted} pictures", table(known, model)]
-    return "\n\n".join(parts) + "\n"
+        yield
 
 
 def main() -> None:
@@ -295,9 +238,13 @@ def main() -> None:
     torch.set_grad_enabled(False)
     file = wanted.out / f"{wanted.name}.json"
     known: Known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    for model in wanted.model:
-        measure(known, model, wanted.pictures, file, wanted.references, until)
-        file.with_suffix(".md").write_text(report(known), encoding="utf-8")
+    drawers = {model: Drawer(model) for model in wanted.model}
+    for _ in measure(known, drawers, wanted.pictures, wanted.references):
+        file.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        if time.monotonic() > until:
+            break
+    file.with_suffix(".md").write_text(report(known), encoding="utf-8")
+    draw_plot(known, file.with_suffix(".png"))
 
 
 if __name__ == "__main__":

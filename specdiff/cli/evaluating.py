@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -82,8 +82,16 @@ def tune_plan(
         Path | None, typer.Option(help="Of the textures model, which has none in the package.")
     ] = None,
     target: Annotated[
-        float | None, typer.Option(help="What to keep: 40 dB, or a feature distance of 0.15.")
+        float | None,
+        typer.Option(
+            help="What to keep: 40 dB, or a feature distance of 0.15; with --solution what the"
+            " dense pictures have."
+        ),
     ] = None,
+    solution: Annotated[
+        bool,
+        typer.Option(help='Tune for target="solution": closeness to where very many steps lead.'),
+    ] = False,
     measure: Annotated[str, typer.Option(help="psnr, or features.")] = "psnr",
     prompts: Annotated[int, typer.Option(min=1, help="Pictures to tune on.")] = 3,
     held_back: Annotated[int, typer.Option(min=0, help="More, to check the result on.")] = 3,
@@ -100,6 +108,9 @@ def tune_plan(
 ) -> None:
     """Find the fastest plan that keeps pictures this close to the dense ones, and save it.
 
+    Says how close its pictures come to the dense ones, and with --solution to the solution of the
+    sampling equation, in the mean and the worst tenth.
+
     Tunes on seeds that `specdiff eval` does not use, and on emoji on other prompts, too; textures
     has the same classes for both. For a pipeline of your own, see specdiff.tune.
     """
@@ -111,8 +122,9 @@ def tune_plan(
 
     quiet_libraries()
     wanted = Tuning(
-        model, weights, device, measure, target, prompts, held_back, budget, steps, options
-    )
+        model, weights, device, measure, target, prompts, held_back, budget, steps, options,
+        solution,
+    )  # fmt: skip
     tuned = tune_subject(wanted, console)
     skips = len(tuned.plan.ratios) - len(tuned.plan.dense)
     if not skips:
@@ -123,5 +135,11 @@ def tune_plan(
     tuned.plan.save(out)
     console.print(f"dense: {tuned.plan.dense}, {skips} skipped", highlight=False)
     for name, value in tuned.plan.notes.items():
-        console.print(f"{name}: {value}", highlight=False)
+        console.print(f"{name}: {_note(value)}", highlight=False)
     console.print(f"plan: {out}", highlight=False)
+
+
+def _note(value: Any) -> str:
+    if not isinstance(value, dict):
+        return str(value)
+    return ", ".join(f"{name} {number}" for name, number in value.items())

@@ -13,6 +13,8 @@ from specdiff.cli.common import console, errors
 from specdiff.cli.demo import demo
 from specdiff.cli.evaluating import evaluate_methods, tune_plan
 from specdiff.cli.explaining import explain
+from specdiff.cli.serving import serve
+from specdiff.cli.verifying import verify
 from specdiff.errors import SpecdiffError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -39,6 +41,8 @@ app.command("explain")(explain)
 app.command("bench")(bench)
 app.command("eval")(evaluate_methods)
 app.command("tune")(tune_plan)
+app.command("serve")(serve)
+app.command("verify")(verify)
 
 
 def main() -> None:

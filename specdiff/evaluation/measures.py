@@ -56,11 +56,6 @@ def closeness(
     )
 
 
-def worst_tenth(values: Sequence[float]) -> float:
-    """Mean of the lowest tenth, one value at least."""
-    return statistics.fmean(sorted(values)[: max(1, round(len(values) / 10))])
-
-
 def time_ratio(dense: Sequence[float], other: Sequence[float]) -> float:
     """Speedup: the median over rounds of dense time over the method's, in the same round."""
     return statistics.median(a / b for a, b in zip(dense, other, strict=True))

@@ -24,10 +24,9 @@ from specdiff.evaluation.measures import (
     flop_counter,
     flops_share,
     time_ratio,
-    worst_tenth,
 )
 from specdiff.evaluation.method import DENSE, Candidate, Prepared, Refused
-from specdiff.measure.comparison import psnr
+from specdiff.measure.comparison import psnr, worst_tenth
 from specdiff.measure.timing import in_turns, timed
 from specdiff.models.subject import STEPS, Request, Subject
 

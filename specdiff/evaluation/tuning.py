@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from rich.console import Console
 from torch import Tensor
 
 from specdiff.errors import SpecdiffError
+from specdiff.evaluation.candidates import REFERENCE_STEPS
 from specdiff.evaluation.features import feature_distance, features
 from specdiff.measure.comparison import psnr
 from specdiff.measure.machine import usable_device
 from specdiff.measure.progress import progress_bar
 from specdiff.models.subject import Subject, find_subject
-from specdiff.tuning import TUNED_OPTIONS, Likeness, Tell, Tuned, tune
+from specdiff.tuning.trials import Likeness, Tell
+from specdiff.tuning.tuner import TUNED_OPTIONS, Tuned, tune
 
 
 def _negative_distance(picture: Tensor, reference: Tensor) -> float:
@@ -47,6 +50,7 @@ class Tuning:
     budget: int
     steps: int
     options: Mapping[str, Any]
+    solution: bool = False
 
 
 def tune_subject(wanted: Tuning, console: Console) -> Tuned:
@@ -58,7 +62,8 @@ def tune_subject(wanted: Tuning, console: Console) -> Tuned:
     if wanted.measure not in MEASURES:
         raise SpecdiffError(f"no measure {wanted.measure!r}: choose from {', '.join(MEASURES)}")
     likeness, sign, usual = MEASURES[wanted.measure]
-    target = sign * (usual if wanted.target is None else wanted.target)
+    usual_target = None if wanted.solution else sign * usual
+    target = usual_target if wanted.target is None else sign * wanted.target
     subject = find_subject(wanted.model, wanted.weights, usable_device(wanted.device))
     with progress_bar(console, wanted.budget, "compiling") as update:
 
@@ -68,7 +73,9 @@ def tune_subject(wanted: Tuning, console: Console) -> Tuned:
         return _tune(wanted, subject, likeness, target, tell)
 
 
-def _tune(wanted: Tuning, subject: Subject, likeness: Likeness, target: float, tell: Tell) -> Tuned:
+def _tune(
+    wanted: Tuning, subject: Subject, likeness: Likeness, target: float | None, tell: Tell
+) -> Tuned:
     pipeline = subject.load()
     requests = subject.tuning_requests(wanted.prompts + wanted.held_back)
     options = {**subject.options, **wanted.options}
@@ -78,13 +85,14 @@ def _tune(wanted: Tuning, subject: Subject, likeness: Likeness, target: float, t
     )
     pipeline.transformer = compiled
 
-    def draw(index: int) -> Tensor:
-        return subject.picture(subject.draw(pipeline, requests[index], wanted.steps))
+    def draw(index: int, steps: int = wanted.steps) -> Tensor:
+        return subject.picture(subject.draw(pipeline, requests[index], steps))
 
     return tune(
         compiled,
         draw,
         target=target,
+        solve=partial(draw, steps=REFERENCE_STEPS) if wanted.solution else None,
         prompts=wanted.prompts,
         held_back=wanted.held_back,
         likeness=likeness,

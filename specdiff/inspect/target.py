@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import inspect
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +12,7 @@ from torch import nn
 from specdiff.errors import SpecdiffError
 from specdiff.inspect.explaining import explain
 from specdiff.inspect.report import Report
+from specdiff.models.named import function_named
 
 DEMO = "demo"
 
@@ -42,10 +38,15 @@ def load_target(target: str, device: torch.device) -> ModelCall:
     """
     if target == DEMO:
         return demo_call(device)
-    function = _function(target)
-    if not _takes_nothing(function):
-        raise SpecdiffError(f"{target}: must be a function that needs no arguments")
-    returned = function()
+    return returned_call(target, function_named(target)())
+
+
+def returned_call(target: str, returned: object) -> ModelCall:
+    """What the function of that name returned: a model, and its inputs by name.
+
+    Raises:
+        SpecdiffError: It is something else.
+    """
     if not (isinstance(returned, tuple) and len(returned) == 2):
         raise SpecdiffError(f"{target}: must return a model and a dict of its inputs")
     model, inputs = returned
@@ -53,46 +54,6 @@ def load_target(target: str, device: torch.device) -> ModelCall:
         kinds = f"{type(model).__name__} and {type(inputs).__name__}"
         raise SpecdiffError(f"{target}: must return a torch module and a dict, not {kinds}")
     return ModelCall(type(model).__name__, model, inputs)
-
-
-def _function(target: str) -> Callable[[], Any]:
-    origin, separator, name = target.rpartition(":")
-    if not separator or not origin or not name:
-        raise SpecdiffError(
-            f"{target!r}: expected demo, package.module:function or file.py:function"
-        )
-    try:
-        module = _from_file(Path(origin)) if origin.endswith(".py") else _by_name(origin)
-    except (ImportError, OSError) as error:
-        raise SpecdiffError(f"cannot import {origin}: {error}") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise SpecdiffError(f"{origin} has no function {name}")
-    checked: Callable[[], Any] = function
-    return checked
-
-
-def _takes_nothing(function: Callable[..., Any]) -> bool:
-    try:
-        inspect.signature(function).bind()
-    except (TypeError, ValueError):  # the latter of built-in functions that do not say
-        return False
-    return True
-
-
-def _by_name(name: str) -> Any:
-    if "" not in sys.path:  # a console script does not look where it was called
-        sys.path.insert(0, "")
-    return importlib.import_module(name)
-
-
-def _from_file(file: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    if spec is None or spec.loader is None:
-        raise ImportError("not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def explain_call(call: ModelCall, options: Mapping[str, Any]) -> Report:

@@ -142,6 +142,11 @@ class Comparison:
         return share * trials.method.steps / self.reference.method.steps
 
 
+def worst_tenth(values: Sequence[float]) -> float:
+    """Mean of the lowest tenth, one value at least."""
+    return statistics.fmean(sorted(values)[: max(1, round(len(values) / 10))])
+
+
 def psnr(image: Tensor, reference: Tensor) -> float:
     """Peak signal-to-noise ratio in dB of pictures with data range 1, computed in float64."""
     error = (image.double() - reference.double()).square().mean().item()

@@ -35,6 +35,8 @@ PATCH = 4
 """Pixels a side of the patch that one latent token holds."""
 TOKEN_SIDE = 32
 """Latent tokens a side: 1,024 tokens, 128 pixels a side."""
+SIDE = PATCH * TOKEN_SIDE
+"""Pixels a side of the pictures that it was trained on."""
 PIPELINE_SIDE = 16 * TOKEN_SIDE
 """What `FluxPipeline` must be given as height and width: it counts 16 pixels a token."""
 TIME_SHIFT = 3.0
@@ -150,10 +152,15 @@ def encode_text(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
     return states, states.sum(1) / real.sum(1)
 
 
+def has_text_encoder() -> bool:
+    """Whether prompts can be embedded that are not stored."""
+    return all(map(importlib.util.find_spec, (TEXT_ENCODER_MODULE, "transformers")))
+
+
 @functools.cache
 def _text_encoder() -> tuple[Any, Any]:
     spec = importlib.util.find_spec(TEXT_ENCODER_MODULE)
-    if spec is None or spec.origin is None or importlib.util.find_spec("transformers") is None:
+    if not has_text_encoder() or spec is None or spec.origin is None:
         raise ModuleNotFoundError(
             "a prompt that is not stored with the package needs a text encoder: "
             "pip install specdiff[text]"

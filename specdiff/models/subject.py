@@ -95,6 +95,7 @@ def quiet_libraries() -> None:
     import transformers.utils.logging
 
     diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 

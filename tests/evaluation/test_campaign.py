@@ -259,6 +259,16 @@ def test_a_family_has_one_colour_in_both_plots() -> None:
     assert colours[0]["near"] == colours[1]["near"]
 
 
+def test_the_plots_say_both_scales_and_the_worst_tenth() -> None:
+    values = {SPEEDUP: 2.0, PSNR: 40.0, FEATURES: 0.1, SOLUTION: 37.0, SOLUTION + WORST: 35.0}
+    found = Findings(TERMS, {}, {"near": Finding("near", 28, {}, values=values)})
+    dense, solution, _ = frontier_figure(found).axes
+    assert "dense run" in dense.get_ylabel() and "solution" in solution.get_ylabel()
+    (line,) = solution.collections
+    assert line.get_segments()[0].tolist() == [[2.0, 35.0], [2.0, 37.0]]
+    assert not dense.collections
+
+
 def test_table_and_plot_show_methods_and_reasons(finished: Path, tmp_path: Path) -> None:
     findings = campaign(finished).findings
     text = markdown(findings)

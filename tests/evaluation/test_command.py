@@ -68,6 +68,13 @@ def test_the_command_tunes(tmp_path: Path) -> None:
     assert plan.notes["evaluations_spent"] <= 60 + 2 * 6  # the check is beside the budget
 
 
+@pytest.mark.slow
+def test_the_command_tunes_to_the_solution(tmp_path: Path) -> None:
+    result = tuned(tmp_path / "plan.json", "--solution", "--budget", "60")
+    assert result.exit_code == 0, result.output
+    assert "to_solution: mean" in result.output and "to_dense: mean" in result.output
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

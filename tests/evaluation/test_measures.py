@@ -24,8 +24,8 @@ from specdiff.evaluation.measures import (
     flops_share,
     latent_error,
     time_ratio,
-    worst_tenth,
 )
+from specdiff.measure.comparison import worst_tenth
 from specdiff.runtime.records.stats import Stats
 
 

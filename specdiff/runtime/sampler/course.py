@@ -8,8 +8,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from specdiff.runtime.sampler.learned import Times
 from specdiff.runtime.sampler.noise import Process
 from specdiff.runtime.sampler.remains import Awaited
+from specdiff.runtime.sampler.sampler_fit import Displacement
 from specdiff.runtime.sampler.solution import Solution
 
 
@@ -30,10 +32,12 @@ class Course:
     """How the sampler moves the latent, once the host knows."""
     refusal: str = ""
     """Why its steps are not to be integrated."""
-    choice: Awaited | None = None
-    """The process, as the index that the fit has for it, on its way to the host; -1: none fits."""
     orders: deque[Awaited] = field(default_factory=deque)
     """What the sampler's latest steps leave of first order, on its way to the host."""
+    moves: list[Displacement] = field(default_factory=list)
+    """The sampler's steps so far, where the model's times are rounded."""
+    learned: Times | None = None
+    """All times of the run, before they were rounded, if an earlier run has shown them."""
     _passed: list[Passed] = field(default_factory=list)
 
     def clock(self, time: float) -> float:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -227,8 +227,8 @@ class Prediction:
     """[W]: d latent = rate * d time * prediction, if the best is a flow."""
     residual: Tensor
     """Scalar: of the best."""
-    on_host: bool = False
-    """Whether the tensors are on the host, so that reading them waits for nothing."""
+    host: tuple[float, ...] | None = None
+    """The same `numbers` on the host, once it knows them."""
 
     @classmethod
     def infer(
@@ -258,17 +258,17 @@ class Prediction:
         best = surprise.masked_fill(refused, math.inf).argmin()
         residual = residuals.masked_fill(refused, math.inf).flatten().gather(0, best.reshape(1))[0]
         rates = rates if exact else rates.sign() / unit
-        return cls(candidates, best, rates, residual, seen.on_host)
+        found = cls(candidates, best, rates, residual)
+        return found.fetched(found.numbers.tolist()) if seen.on_host else found
 
     @property
     def numbers(self) -> Tensor:
-        """What to fetch from the device, float32 [2 + W], for `fetched`."""
-        return torch.cat([torch.stack([self.best.float(), self.residual]), self.rates])
+        """Best, residual and rates, [2 + W]: what to fetch from the device for `fetched`."""
+        return torch.cat([torch.stack([self.best.to(self.rates), self.residual]), self.rates])
 
     def fetched(self, numbers: Sequence[float]) -> Prediction:
-        """The same on the host."""
-        best, residual, *rates = (torch.tensor(number, device="cpu") for number in numbers)
-        return Prediction(self.candidates, best.long(), torch.stack(rates), residual, on_host=True)
+        """The same, known on the host."""
+        return replace(self, host=tuple(numbers))
 
     @property
     def trusted(self) -> Tensor:
@@ -315,29 +315,26 @@ class Prediction:
         self, process: Process, way: int, start: float, end: float, seen: Displacement | None
     ) -> tuple[float, float]:
         kept, moved, _ = process.step(start, end)
-        if self.left >= POOR_FIT:
+        assert self.host is not None  # or there would be no process
+        _, residual, *rates = self.host
+        if residual >= POOR_FIT:
             return kept, 0.0
         if process.free and seen is not None and end != start and seen.well_explained(way):
             return kept, seen.factor(way)
-        return kept, moved * (self._rates[way] if process.free else 1.0)
-
-    @cached_property
-    def left(self) -> float:
-        """The residual of the best, where the host knows it."""
-        return self.residual.item()
-
-    @cached_property
-    def _rates(self) -> list[float]:
-        rates: list[float] = self.rates.tolist()
-        return rates
+        return kept, moved * (rates[way] if process.free else 1.0)
 
     @cached_property
     def chosen(self) -> tuple[Process, int] | None:
         """The best candidate and way, where the host knows them."""
-        if not self.on_host:
+        if self.host is None:
             return None
-        candidate, way = divmod(int(self.best), self.rates.numel())
+        best, _, *rates = self.host
+        candidate, way = divmod(int(best), len(rates))
         return self.candidates[candidate], way
+
+    def leaves_less(self, limit: float) -> bool:
+        """Whether the host knows that the best leaves less than this."""
+        return self.host is not None and self.host[1] < limit
 
     def _of_best(self, rows: Sequence[tuple[float, ...]], rates: Tensor) -> tuple[Tensor, Tensor]:
         """Of (a, b) for every candidate the best one's a, and b by way [W], 0 but for its own."""

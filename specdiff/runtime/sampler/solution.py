@@ -9,8 +9,8 @@ the tangent. It ends on the solution if p is the mean of f over the step instead
               trapezium of two; what the latent lacks is put into the next step
 
 No evaluation is added (Adams-Bashforth and Adams-Moulton, in the mode PEC). How far line and
-parabola are trusted is seen from the values themselves: by how much better than the last value the
-line would have told the newest one. Nothing waits for the device.
+parabola are trusted is seen from the values themselves: which share of the line would have told the
+newest one best. Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from torch import Tensor
 
 NODES = 3
 """Computed values that are looked back to."""
-MEMORY = 0.5
-"""Weight of what was seen of line and last value before, each time a value is computed."""
+TINY = torch.finfo(torch.float32).tiny
 
 
 class Node(NamedTuple):
@@ -54,8 +53,6 @@ class Solution:
     """How far the line is followed, float32 [B, 1, ...], from 0 to 1."""
     _handed: Node | None = None
     """What the sampler was handed last, and when."""
-    _errors: tuple[Tensor, Tensor] | None = None
-    """Square errors of line and last value, [B], those of earlier values at less weight."""
 
     def arrive(self, clock: float, value: Tensor | None) -> None:
         """The sampler has come to `clock`, where `value` was computed, or None."""
@@ -97,19 +94,16 @@ class Solution:
         return found
 
     def _watch(self, clock: float, value: Tensor) -> None:
-        """See how well the line would have told this value, and the last value alone."""
+        """See which share of the line would have told this value best: least squares."""
         if len(self.nodes) < 2:
             return
         newest, before = self.nodes[:2]
-        change = value.float() - newest.value.float()
-        line = change - _slope(newest, before) * (clock - newest.clock)
-        errors = tuple(self.guidance(each).flatten(1).square().sum(1) for each in (line, change))
-        if self._errors is not None:
-            pairs = zip(errors, self._errors, strict=True)
-            errors = tuple(torch.add(now, then, alpha=MEMORY) for now, then in pairs)
-        self._errors = (errors[0], errors[1])
-        share = 1 - errors[0] / errors[1].clamp_min(torch.finfo(torch.float32).tiny)
-        self.share = share.clamp_min(0).reshape(-1, *[1] * (value.dim() - 1))
+        told = _slope(newest, before) * (clock - newest.clock)
+        came, told = (
+            self.guidance(each).flatten(1) for each in (value.float() - newest.value.float(), told)
+        )
+        share = (came * told).sum(1) / told.square().sum(1).clamp_min(TINY)
+        self.share = share.clamp(0, 1).reshape(-1, *[1] * (value.dim() - 1))
 
 
 def _slope(newer: Node, older: Node) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from specdiff.program import Programs
 from specdiff.runtime.records.recording import StepRecord
 from specdiff.runtime.sampler.fresh import Fresh
+from specdiff.runtime.sampler.learned import LearnedTimes
 from specdiff.runtime.sampler.noise import Process
 from specdiff.runtime.sampler.observation import Reading
 from specdiff.runtime.sampler.sampler_fit import POOR_FIT, Displacement, Scalar
@@ -44,6 +45,8 @@ class Call:
     """What the sampler may be doing."""
     known: KnownTimes
     """Time inputs of earlier generations."""
+    learned: LearnedTimes
+    """Exact times of earlier generations whose model got rounded ones."""
     record: StepRecord | None = None
     """What is to be kept of this evaluation, if anything records."""
 

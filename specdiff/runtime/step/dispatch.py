@@ -17,6 +17,7 @@ from specdiff.errors import Fault
 from specdiff.options import Options
 from specdiff.program import Programs
 from specdiff.runtime.records.recording import StepRecord, recorded
+from specdiff.runtime.sampler.learned import LearnedTimes
 from specdiff.runtime.sampler.noise import processes
 from specdiff.runtime.step import fallbacks
 from specdiff.runtime.step.call import Call
@@ -86,6 +87,7 @@ class Runtime:
         if state is not None:
             state.graphs[self] = id(self)
         self.known_times = KnownTimes()
+        self._learned_times = LearnedTimes()
         self._generations = itertools.count()
         self._fault = ""
         self._plain = plain
@@ -161,6 +163,7 @@ class Runtime:
             reading=whose.reading,
             candidates=candidates,
             known=self.known_times,
+            learned=self._learned_times,
             record=record,
         )
         count = tokens_due(call)

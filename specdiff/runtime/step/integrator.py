@@ -7,15 +7,17 @@ found not to, steps are as with `target="dense"`; why is said once.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from specdiff.runtime.sampler.course import Course
+from specdiff.runtime.sampler.learned import Times, exact_times
 from specdiff.runtime.sampler.remains import Awaited, precision_of
-from specdiff.runtime.sampler.sampler_fit import Displacement, guided
-from specdiff.runtime.sampler.timeline import next_time
+from specdiff.runtime.sampler.sampler_fit import POOR_FIT, Displacement, guided
+from specdiff.runtime.sampler.timeline import NEAR, evaluations_left, next_time
 from specdiff.runtime.step.call import Call
 from specdiff.runtime.step.corrector import FIRST_ORDER_FIT, doubted, is_of_first_order, note_proof
 from specdiff.runtime.streams.trail import CHECK_LAG
@@ -28,7 +30,8 @@ AS_DENSE = 'target="solution" has no effect, steps are as with "dense": '
 SELECTS = "the plan computes some tokens of a step (leave out cache_ratio)"
 NOT_ADDITIVE = "what follows the model's last tokens is not linear in them"
 ROUNDED = (
-    "the time input is rounded ({dtype}), so the next time is not known: give the times,"
+    "the time input is rounded ({dtype}), so the next time is not known: it is learned in this run,"
+    " for later ones of the same steps, unless you give the times,"
     " specdiff.session(model, timesteps=...)"
 )
 ROWS_DIFFER = "rows of the batch are at times of their own"
@@ -53,6 +56,7 @@ def integrated(call: Call, plain: Tensor, as_dense: Tensor, *, computed: bool) -
     """
     stream = call.stream
     course = stream.fit.course = stream.fit.course or Course()
+    _learn_times(call, course)
     course.refusal = course.refusal or _refusal(call, course)
     if not course.refusal and course.process is None:
         _learn_process(call, course)
@@ -60,13 +64,42 @@ def integrated(call: Call, plain: Tensor, as_dense: Tensor, *, computed: bool) -
         call.state.say(logger, AS_DENSE + course.refusal)
         return as_dense
     value, handed = plain if computed else None, as_dense
+    time = course.learned[len(stream.times)] if course.learned else call.clock
+    assert not isinstance(time, Tensor)  # rows at times of their own are refused
     if course.process is not None:
         stream.fit.correction = None  # what forecasts cost is part of what the latent lacks
-        due = next_time([*stream.times, call.time], call.given)
-        found = course.answer(call.time, due, value).to(plain.dtype)
+        due = next_time([*stream.times, call.time], call.given or course.learned)
+        found = course.answer(time, due, value).to(plain.dtype)
         handed = torch.where(plain.isnan(), plain, found)
-    course.hand(call.time, value, handed)
+    course.hand(time, value, handed)
     return handed
+
+
+def _learn_times(call: Call, course: Course) -> None:
+    """Where times are rounded: what an earlier run has shown, or else note what this one does."""
+    if call.given is not None or not (dtype := _coarse_dtype(call)):
+        return
+    times = [*call.stream.times, call.time]
+    course.learned = call.learned.find(times)
+    if call.seen is not None:
+        course.moves.append(call.seen)
+    if course.learned is None and evaluations_left(times, None) < 1 + NEAR:
+        exact = _exact_times(call, course.moves, times, torch.finfo(dtype).eps)
+        if exact:
+            call.learned.keep(times, exact)
+
+
+def _exact_times(
+    call: Call, moves: Sequence[Displacement], times: Sequence[float], precision: float
+) -> Times | None:
+    """Of the run that ends here, if it is a flow's."""
+    sampler = call.stream.fit.sampler
+    if sampler is None or not sampler.chosen or len(moves) != len(times) - 1:
+        return None
+    process, way = sampler.chosen
+    rate = sampler.rates[way].item()
+    steps = [move.factor(way) / rate for move in moves]
+    return exact_times(times, steps, precision) if process.free else None
 
 
 def _refusal(call: Call, course: Course) -> str:
@@ -78,26 +111,26 @@ def _refusal(call: Call, course: Course) -> str:
         return NOT_ADDITIVE
     if call.reading is not None and call.reading.times.differ:
         return ROWS_DIFFER
-    if call.counted is None and (rounded := _coarse_dtype(call)):
-        return ROUNDED.format(dtype=rounded)
+    if call.given is None and not course.learned and (rounded := _coarse_dtype(call)):
+        return ROUNDED.format(dtype=str(rounded)[6:])
     if stream.times and not _follows(call, course):
         stream.fit.first_order, stream.fit.correction = False, None
     return "" if stream.fit.first_order else OTHER_ORDER
 
 
-def _coarse_dtype(call: Call) -> str:
-    """Name of the time input's dtype, if it rounds too much; else empty."""
+def _coarse_dtype(call: Call) -> torch.dtype | None:
+    """Of the time input, if it rounds too much."""
     index = call.programs.signature.time
     time = None if index is None else call.inputs[index]
     if not isinstance(time, Tensor) or not time.is_floating_point():
-        return ""
-    return str(time.dtype)[6:] if torch.finfo(time.dtype).eps > COARSEST else ""
+        return None
+    return time.dtype if torch.finfo(time.dtype).eps > COARSEST else None
 
 
 def _follows(call: Call, course: Course) -> bool:
     """Whether the sampler's latest step, of those looked at, followed from its own prediction."""
     stream = call.stream
-    if call.time == stream.times[-1]:
+    if call.time == stream.times[-1] and not course.learned and stream.run is None:
         return False  # Heun, or another that evaluates twice
     if call.reading is not None:
         follows = call.seen is None or is_of_first_order(call, call.seen)
@@ -121,18 +154,10 @@ def _left_of_first_order(call: Call) -> Tensor:
 def _learn_process(call: Call, course: Course) -> None:
     """Note how the sampler moves the latent, or that it is none that can be integrated."""
     sampler = call.stream.fit.sampler
-    if sampler is None or doubted(call):
+    if sampler is None or sampler.chosen is None or doubted(call):
         return
-    if sampler.on_host:
-        best = int(sampler.best) if sampler.trusted.item() else -1
-    elif course.choice is None:
-        course.choice = Awaited(torch.where(sampler.trusted, sampler.best, -1))
-        return  # it is read at the next evaluation: nothing queued since then is waited for
-    else:
-        best = int(course.choice.read())
-    candidate, way = divmod(best, sampler.rates.numel())
-    process = sampler.candidates[candidate] if best >= 0 else None
-    if process is None or process.clock(call.time) is None:
+    process, way = sampler.chosen
+    if not sampler.leaves_less(POOR_FIT) or process.clock(call.time) is None:
         course.refusal = NO_CLOCK
     else:
         course.process = process

@@ -193,6 +193,7 @@ class Inquiry:
     def _go_on(self, stream: Stream, reading: Reading | None = None) -> None:
         """The call is this stream's."""
         self._table.go_on(stream, self._conditions, self._changed[stream])
+        stream.fit.receive(len(stream.times))
         if not stream.latents or not self._schedule.forecasts:
             return
         if reading is None:
@@ -206,7 +207,6 @@ class Inquiry:
     def _check_later(self, stream: Stream) -> None:
         """Send to the host what tells whether the step to this call is explained."""
         trail, known, precision = stream.trail, None, None
-        stream.fit.receive(len(stream.times))
         if trail.steady and stream not in self._remains:
             assert stream.given is not None  # its times are known
             now = stream.given[len(stream.times)]

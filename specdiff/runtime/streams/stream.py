@@ -126,7 +126,7 @@ class SamplerState:
     def learn(self, sampler: Prediction, evaluations: int) -> None:
         """The sampler was inferred after so many evaluations."""
         self.sampler = sampler
-        self._sent = None if sampler.on_host else (evaluations, Awaited(sampler.numbers))
+        self._sent = None if sampler.host else (evaluations, Awaited(sampler.numbers))
 
     def receive(self, evaluations: int) -> None:
         """Know the sampler on the host, an evaluation after its numbers were sent there."""
@@ -151,7 +151,7 @@ class SamplerState:
     def known_step(self, before: Seen, end: float) -> KnownStep | None:
         """Where the sampler goes, if the host knows it as one that adds no noise of its own."""
         sampler, start = self.sampler, before.time
-        if sampler is None or sampler.chosen is None or sampler.left > FOLLOWED:
+        if sampler is None or sampler.chosen is None or not sampler.leaves_less(FOLLOWED):
             return None
         process, way = sampler.chosen
         if way >= len(before.predictions) or process.step(start, end)[2]:

@@ -46,9 +46,8 @@ def chosen(condition: bool | Tensor, value: Value, other: Value) -> Value:
 
 def scaled(values: Tensor, weight: Clock) -> Tensor:
     """`weight` times values [B, N, C], which may come back as they are."""
-    return (
-        values if weight == 1.0 and not isinstance(weight, Tensor) else values * of_values(weight)
-    )
+    is_one = not isinstance(weight, Tensor) and weight == 1
+    return values if is_one else values * of_values(weight)
 
 
 def plus(values: Tensor, more: Tensor, weight: Clock) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -93,7 +93,7 @@ class History:
     @property
     def counted(self) -> Callable[[], Tensor]:
         """Gives `counts` as they are now."""
-        return partial(_of_all, self._counts, self._shape, self._device, torch.int32)
+        return cache(partial(_of_all, self._counts, self._shape, self._device, torch.int32))
 
     @property
     def age(self) -> Tensor:

@@ -21,33 +21,40 @@ PLANS = {
 
 
 class Mixture:
-    """Numbers of a mixture of Gaussians under a flow: sigma of noise, 1 - sigma of data."""
+    """Numbers of a mixture of Gaussians, `signal` of data and `noise` of noise."""
 
     def __init__(self, means, deviations, weights):
         numbers = (torch.tensor(each) for each in (means, deviations, weights))
         self.means, self.deviations, self.weights = numbers
 
-    def parts(self, sigma):
-        spread = ((1 - sigma) ** 2 * self.deviations**2 + sigma**2).sqrt()
-        return (1 - sigma) * self.means, spread
+    def apart(self, x, signal, noise):
+        """In deviations of each Gaussian, and these deviations."""
+        spread = (signal**2 * self.deviations**2 + noise**2).sqrt()
+        return (x[..., None] - signal * self.means) / spread, spread
+
+    def noise(self, x, signal, noise):
+        """Its mean, given x."""
+        apart, spread = self.apart(x, signal, noise)
+        whose = torch.softmax((self.weights / spread).log() - apart**2 / 2, -1)
+        return (whose * apart * (noise / spread)).sum(-1)
 
     def velocity(self, x, sigma):
-        mean, spread = self.parts(sigma)
-        apart = (x[..., None] - mean) / spread
+        """Of a flow: sigma of noise, 1 - sigma of data."""
+        apart, spread = self.apart(x, 1 - sigma, sigma)
         whose = torch.softmax((self.weights / spread).log() - apart**2 / 2, -1)
         widens = (sigma - (1 - sigma) * self.deviations**2) / spread
         return (whose * (widens * apart - self.means)).sum(-1)
 
-    def below(self, x, sigma):
-        mean, spread = self.parts(sigma)
-        return (self.weights * torch.special.ndtr((x[..., None] - mean) / spread)).sum(-1)
+    def below(self, x, signal, noise):
+        apart, _ = self.apart(x, signal, noise)
+        return (self.weights * torch.special.ndtr(apart)).sum(-1)
 
-    def solution(self, x):
-        """Where the flow ends: in one dimension it keeps the share of numbers below."""
-        share, low, high = self.below(x, 1.0), torch.full_like(x, -9), torch.full_like(x, 9)
+    def solution(self, x, start=(0.0, 1.0), end=(1.0, 0.0)):
+        """Where x goes between two levels: in one dimension the share of numbers below stays."""
+        share, low, high = self.below(x, *start), torch.full_like(x, -9), torch.full_like(x, 9)
         for _ in range(60):
             middle = (low + high) / 2
-            left = self.below(middle, 0.0) < share
+            left = self.below(middle, *end) < share
             low, high = torch.where(left, middle, low), torch.where(left, high, middle)
         return (low + high) / 2
 
@@ -59,28 +66,50 @@ def float64():
     torch.set_default_dtype(torch.float32)
 
 
-def error(data, steps, computed, integrates=True, sharing=None):
+def start():
+    return torch.randn(2, 200, generator=torch.Generator().manual_seed(0))
+
+
+def shifted(steps):
+    """Sigmas, closer where noise prevails."""
+    evenly = torch.linspace(1, 0, steps + 1)
+    return (3 * evenly / (1 + 2 * evenly)).tolist()
+
+
+def led(x, times, computed, predict, step, clock=lambda time: time, known=None, sharing=None):
+    """Where a sampler gets that is led to the solution; x' = step(x, prediction, time, next)."""
+    known = known or Solution()
+    for index, (here, there) in enumerate(itertools.pairwise(times)):
+        known.arrive(clock(here), predict(x, here) if computed(index) else None)
+        known.share = known.share if sharing is None else sharing
+        handed = known.answer(clock(here), clock(there))
+        known.hand(clock(here), handed)
+        x = step(x, handed, here, there)
+    return x
+
+
+def euler(x, velocity, here, there):
+    return x + (there - here) * velocity
+
+
+def far(found, exact):
+    return (found - exact).abs().mean().item()
+
+
+def error(data, steps, computed, sharing=None):
     """Mean distance from the solution after Euler's steps from sigma 1 to 0."""
-    mixture, evenly = Mixture(*DATA[data]), torch.linspace(1, 0, steps + 1)
-    times = (3 * evenly / (1 + 2 * evenly)).tolist()
-    x = start = torch.randn(2, 200, generator=torch.Generator().manual_seed(0))
-    known = Solution()
-    for step, (here, there) in enumerate(itertools.pairwise(times)):
-        value = mixture.velocity(x, here) if computed(step) else None
-        handed = value
-        if integrates:
-            known.arrive(here, value)
-            known.share = known.share if sharing is None else sharing
-            handed = known.answer(here, there)
-            known.hand(here, handed)
-        x = x + (there - here) * handed
-    return (x - mixture.solution(start)).abs().mean().item()
+    mixture = Mixture(*DATA[data])
+    found = led(start(), shifted(steps), computed, mixture.velocity, euler, sharing=sharing)
+    return far(found, mixture.solution(start()))
+
+
+def falls_by(wrong, steps=120):
+    """The order, by the errors of a run of so many steps and of one of four times as many."""
+    return math.log2(wrong(steps) / wrong(4 * steps)) / 2
 
 
 def order(data, computed, sharing=None):
-    """By the errors of a run and of one of four times the steps."""
-    coarse, fine = (error(data, steps, computed, sharing=sharing) for steps in (120, 480))
-    return math.log2(coarse / fine) / 2
+    return falls_by(lambda steps: error(data, steps, computed, sharing))
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -96,8 +125,60 @@ def test_without_the_line_it_falls_by_order_two(data):
 
 @pytest.mark.parametrize("data", DATA)
 def test_two_thirds_of_the_evaluations_are_closer_than_all_by_euler(data):
-    every = error(data, 60, PLANS["every step"], integrates=False)
-    assert error(data, 60, PLANS["two of three"]) < every / 5
+    mixture, x = Mixture(*DATA[data]), start()
+    for here, there in itertools.pairwise(shifted(60)):
+        x = euler(x, mixture.velocity(x, here), here, there)
+    assert error(data, 60, PLANS["two of three"]) < far(x, mixture.solution(start())) / 5
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_guided_pairs_fall_by_order_three(plan):
+    """Gaussians of one deviation guide to another: at the mean to which the guidance points."""
+    halves = [Mixture((mean,), (0.3,), (1.0,)) for mean in (0.2, 0.5)]
+    guided = Mixture((0.2 + 3 * (0.5 - 0.2),), (0.3,), (1.0,))
+
+    def predict(x, sigma):
+        return torch.cat([half.velocity(x[:1], sigma) for half in halves])
+
+    def pointing(both):
+        return torch.lerp(both[:1], both[1:], 3.0).expand_as(both)
+
+    def step(x, handed, here, there):
+        return euler(x, pointing(handed), here, there)
+
+    def wrong(steps):
+        x, known = start()[:1].repeat(2, 1), Solution(guidance=pointing)
+        found = led(x, shifted(steps), PLANS[plan], predict, step, known=known)
+        return far(found[:1], guided.solution(start()[:1]))
+
+    assert falls_by(wrong) > 2.4
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("data", DATA)
+def test_ddim_falls_by_order_three_in_noise_over_signal(data, plan):
+    mixture, first, last = Mixture(*DATA[data]), 0.95, 0.0
+
+    def levels(time):
+        return math.cos(time * math.pi / 2), math.sin(time * math.pi / 2)
+
+    def clock(time):
+        signal, noise = levels(time)
+        return noise / signal
+
+    def predict(x, time):
+        return mixture.noise(x, *levels(time))
+
+    def ddim(x, handed, here, there):
+        (signal, noise), (after, left) = levels(here), levels(there)
+        return after * (x - noise * handed) / signal + left * handed
+
+    def wrong(steps):
+        times = torch.linspace(first, last, steps + 1).tolist()
+        found = led(start(), times, PLANS[plan], predict, ddim, clock)
+        return far(found, mixture.solution(start(), levels(first), levels(last)))
+
+    assert falls_by(wrong, 60) > 2.4
 
 
 def test_a_wrong_guess_of_the_next_time_is_made_good():

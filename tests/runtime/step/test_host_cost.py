@@ -65,7 +65,11 @@ def drawn(model: nn.Module, overwrite: bool = False, edit: Any = None) -> Tensor
 
 @pytest.mark.parametrize(
     ("batch", "dtype", "most"),
-    [(1, torch.float32, MOST_OPS), (4, torch.float32, MOST_OPS), (1, torch.bfloat16, 25)],
+    [
+        (1, torch.float32, MOST_OPS),
+        (4, torch.float32, MOST_OPS),
+        (1, torch.bfloat16, MOST_OPS + 4),  # cast to be compared
+    ],
 )
 @torch.no_grad()
 def test_a_skipped_step_of_a_session_with_times_is_few_ops(batch, dtype, most):

@@ -47,6 +47,13 @@ def test_closer_than_all_steps_of_euler(plan, target, caplog):
     assert not caplog.messages
 
 
+def test_with_every_step_computed_it_costs_nothing():
+    """Each evaluation is one run of the model's own program: as many as of a dense run."""
+    model = toy(plan=Plan.every(1), target="solution")
+    drawn(model)
+    assert model.runtime.programs.names() == ["probe"] * STEPS
+
+
 def test_a_session_that_gives_the_times_leads_there_too():
     model = toy(plan=SKIPPING, target="solution")
     read = drawn(model)
@@ -79,13 +86,27 @@ def test_multistep_samplers_are_left_alone(told, caplog):
     assert caplog.messages == [integrator.AS_DENSE + integrator.OTHER_ORDER]
 
 
-def test_rounded_times_are_as_with_dense(caplog):
-    runs = [
-        drawn(toy(plan=SKIPPING, target=target), dtype=torch.bfloat16)
-        for target in ("dense", "solution")
-    ]
-    assert torch.equal(*runs)
+def rounded(model, steps=STEPS):
+    run = Euler(model, steps=steps, dtype=torch.bfloat16)
+    return run.run().latent
+
+
+def test_rounded_times_are_learned_in_the_first_run(caplog):
+    model, dense = toy(plan=SKIPPING, target="solution"), toy(plan=SKIPPING)
+    first, second, third = (rounded(model) for _ in range(3))
+    assert torch.equal(first, rounded(dense))
     assert caplog.messages == [integrator.AS_DENSE + integrator.ROUNDED.format(dtype="bfloat16")]
+    exact = solved(model)
+    assert far(second, exact) < far(first, exact) / 3
+    assert torch.equal(second, third)
+
+
+def test_what_was_learned_is_of_runs_of_as_many_steps():
+    model, dense = toy(plan=Plan.every(2), target="solution"), toy(plan=Plan.every(2))
+    rounded(model)
+    assert torch.equal(rounded(model, steps=14), rounded(dense, steps=14))
+    assert not torch.equal(rounded(model, steps=14), rounded(dense, steps=14))
+    assert not torch.equal(rounded(model), rounded(dense))
 
 
 def test_selecting_plans_are_as_with_dense(caplog):

@@ -1,0 +1,327 @@
+"""A server under load, on this machine alone: `python examples/serving/load.py`.
+
+Starts `specdiff serve` on the demo model as it would run, one server for each setting:
+
+1. saturation: more clients than pictures in progress. Dense and "balanced" take turns, on a server
+   that advances 8 pictures together and on one that draws them one by one.
+2. arrivals: requests come at random, at shares of what dense was measured to do at saturation.
+3. faults: clients that go away and requests that are malformed, among good ones, whose pictures
+   must be those that are drawn alone, but for rounding in a batch.
+4. memory: 1,000 generations of many sizes, lengths and qualities.
+
+Writes load.json and load.md beside itself. Replicas that die: tests/serve/test_cluster.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import http.client
+import io
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from PIL import Image, ImageChops
+
+HERE = Path(__file__).parent
+PROMPTS = ("red apple", "frog", "grinning face", "hamburger", "panda", "cactus", "taxi", "robot")
+HEADERS = {"Content-Type": "application/json"}
+ADDRESS = "/v1/images/generations"
+TOGETHER, CLIENTS = 8, 16
+SHARES = (0.5, 0.9)
+MALFORMED = (
+    b"", b"{", b"[]", b'{"prompt": 3}', b'{"prompt": "frog", "size": "1x1"}',
+    b'{"prompt": "frog", "steps": NaN}', b'{"prompt": "frog", "steps": 0}',
+    b'{"prompt": "frog", "quality": "best"}', b'{"prompt": "frog", "colour": "red"}', b"\xff" * 99,
+)  # fmt: skip
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running `specdiff serve`."""
+
+    port: int
+    pid: int
+
+    def ask(self, body: Mapping[str, Any] | bytes) -> tuple[int, Any, float]:
+        """Status, content and seconds of a request."""
+        began = time.monotonic()
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=1200)
+        content = body if isinstance(body, bytes) else json.dumps(body)
+        connection.request("POST", ADDRESS, content, HEADERS)
+        answer = connection.getresponse()
+        found = json.loads(answer.read())
+        connection.close()
+        return answer.status, found, time.monotonic() - began
+
+    def leave(self, body: Mapping[str, Any], after: float) -> None:
+        """Ask, and go away."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request("POST", ADDRESS, json.dumps(body), HEADERS)
+        time.sleep(after)
+        connection.close()
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric over its labels."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request("GET", "/metrics")
+        text = connection.getresponse().read().decode()
+        connection.close()
+        return sum(float(v) for v in re.findall(rf"^{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE))
+
+    def cpu_seconds(self) -> float:
+        """Processor time of the server so far."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / TICKS
+
+    def resident_mib(self) -> float:
+        """Memory that the server holds."""
+        pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@contextmanager
+def running(together: int, port: int) -> Iterator[Server]:
+    """A server that advances so many pictures together."""
+    command = "from specdiff.cli.main import main; main()"
+    options = ["--port", str(port), "--running", str(together), "--waiting", "512"]
+    options += ["--deadline", "3600"]
+    process = subprocess.Popen([sys.executable, "-c", command, "serve", *options])
+    server = Server(port, process.pid)
+    try:
+        while not is_ready(port):
+            if process.poll() is not None:
+                raise SystemExit("the server did not start")
+            time.sleep(0.2)
+        yield server
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def is_ready(port: int) -> bool:
+    """Whether the server draws."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        connection.request("GET", "/readyz")
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
+    finally:
+        connection.close()
+
+
+def bodies(count: int, quality: str, side: int, steps: int) -> list[dict[str, Any]]:
+    """Requests for pictures of a side in pixels; the prompts in turn, seeds counted up."""
+    return [
+        {"prompt": PROMPTS[i % len(PROMPTS)], "seed": i, "quality": quality, "steps": steps,
+         "size": f"{side}x{side}"}
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    """Of latencies, in seconds."""
+    ordered = sorted(seconds)
+    return {f"p{p}": round(ordered[min(len(ordered) * p // 100, len(ordered) - 1)], 2)
+            for p in (50, 90, 99)}  # fmt: skip
+
+
+def saturate(server: Server, wanted: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Pictures a second, and processor seconds a picture, with a queue that is never empty."""
+    began, spent = time.monotonic(), server.cpu_seconds()
+    with ThreadPoolExecutor(CLIENTS) as clients:
+        answers = list(clients.map(server.ask, wanted))
+    assert all(status == 200 for status, _, _ in answers), answers
+    return {
+        "pictures_per_second": round(len(wanted) / (time.monotonic() - began), 4),
+        "cpu_seconds_per_picture": round((server.cpu_seconds() - spent) / len(wanted), 3),
+        **percentiles([seconds for _, _, seconds in answers]),
+    }
+
+
+def arrive(server: Server, wanted: Sequence[Mapping[str, Any]], rate: float) -> dict[str, Any]:
+    """Latencies where so many requests a second come at random."""
+    chance, answers, threads = random.Random(0), [], []
+    began = time.monotonic()
+    for body in wanted:
+        threads.append(threading.Thread(target=lambda b=body: answers.append(server.ask(b))))
+        threads[-1].start()
+        time.sleep(chance.expovariate(rate))
+    for thread in threads:
+        thread.join()
+    assert all(status == 200 for status, _, _ in answers)
+    return {
+        "rate": round(rate, 4),
+        "pictures_per_second": round(len(wanted) / (time.monotonic() - began), 4),
+        **percentiles([seconds for _, _, seconds in answers]),
+    }
+
+
+def faults(server: Server, wanted: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Good requests among malformed ones and clients that leave."""
+    alone = [server.ask(body)[1]["data"][0]["b64_json"] for body in wanted]
+    with ThreadPoolExecutor(CLIENTS) as clients:
+        leaving = [clients.submit(server.leave, {**body, "steps": 200}, 0.5) for body in wanted[:6]]
+        good = [clients.submit(server.ask, body) for body in wanted]
+        bad = [clients.submit(server.ask, MALFORMED[i % len(MALFORMED)]) for i in range(200)]
+        pictures = [each.result() for each in good]
+        refused = [each.result() for each in bad]
+        for each in leaving:
+            each.result()
+    wait_until_idle(server)
+    sent = [content["data"][0]["b64_json"] for _, content, _ in pictures]
+    return {
+        "good": len(good),
+        "answered": sum(status == 200 for status, _, _ in pictures),
+        "equal_to_alone": sum(a == b for a, b in zip(sent, alone, strict=True)),
+        "most_levels_apart": max(map(levels_apart, sent, alone)),
+        "malformed": len(bad),
+        "refused_with_reason": sum(s == 400 and bool(c["error"]["message"]) for s, c, _ in refused),
+        "left": len(leaving),
+        "still_running": server.metric("specdiff_running") + server.metric("specdiff_waiting"),
+    }
+
+
+def levels_apart(one: str, other: str) -> int:
+    """The largest difference of two pictures, in levels of 255."""
+    files = [io.BytesIO(base64.b64decode(text)) for text in (one, other)]
+    difference = ImageChops.difference(*(Image.open(file).convert("RGB") for file in files))
+    return max(high for _, high in difference.getextrema())
+
+
+def wait_until_idle(server: Server) -> None:
+    """Wait until nothing is drawn or waits."""
+    while server.metric("specdiff_running") + server.metric("specdiff_waiting"):
+        time.sleep(0.1)
+
+
+def memory(server: Server, count: int) -> list[dict[str, float]]:
+    """What the server holds after so many mixed generations."""
+    chance, found = random.Random(0), []
+    marks = sorted({50, count // 4, count // 2, count})
+    qualities = ("dense", "closest", "near-lossless", "balanced", "fast")
+    done = 0
+    for mark in marks:
+        mixed = [
+            {
+                "prompt": chance.choice(PROMPTS),
+                "seed": i,
+                "quality": chance.choice(qualities),
+                "steps": chance.randint(4, 10),
+                "size": chance.choice(("32x32", "32x32", "48x48")),
+            }
+            for i in range(done, mark)
+        ]
+        with ThreadPoolExecutor(CLIENTS) as clients:
+            assert all(status == 200 for status, _, _ in clients.map(server.ask, mixed))
+        done = mark
+        found.append({"generations": mark, "resident_mib": round(server.resident_mib(), 1)})
+        print(found[-1], flush=True)
+    return found
+
+
+def measure_saturation(wanted: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """Each setting once a round: A B A B."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    with running(TOGETHER, wanted.port) as batched, running(1, wanted.port + 1) as single:
+        for _ in range(wanted.rounds):
+            for server, how in ((batched, "together"), (single, "one by one")):
+                for quality in ("dense", "balanced"):
+                    jobs = bodies(wanted.pictures, quality, wanted.side, wanted.steps)
+                    name = f"{quality}, {how}"
+                    found.setdefault(name, []).append(saturate(server, jobs))
+                    print(name, found[name][-1], flush=True)
+    return found
+
+
+def measure_rest(wanted: argparse.Namespace, capacity: float) -> dict[str, Any]:
+    """Arrivals, faults and memory."""
+    found: dict[str, Any] = {"arrivals": {}}
+    with running(TOGETHER, wanted.port) as server:
+        for share in SHARES:
+            for quality in ("dense", "balanced"):
+                jobs = bodies(wanted.requests, quality, wanted.side, wanted.steps)
+                name = f"{quality}, {share:g} of dense's capacity"
+                found["arrivals"][name] = arrive(server, jobs, share * capacity)
+                print(name, found["arrivals"][name], flush=True)
+        found["faults"] = faults(server, bodies(24, "balanced", 32, 12))
+        print(found["faults"], flush=True)
+    with running(TOGETHER, wanted.port) as server:
+        found["memory"] = memory(server, wanted.generations)
+    return found
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """The figures as Markdown."""
+    lines = [f"`{found['command']}`, {found['when']}. {found['machine']}", ""]
+    lines += ["| at saturation | pictures a second | CPU seconds a picture | median latency, s |"]
+    lines += ["|---|---|---|---|"]
+    for name, runs in found["saturation"].items():
+        rows = [" / ".join(f"{run[key]:g}" for run in runs)
+                for key in ("pictures_per_second", "cpu_seconds_per_picture", "p50")]  # fmt: skip
+        lines.append(f"| {name} | {' | '.join(rows)} |")
+    lines += [
+        "",
+        "| arrivals | requests a second | p50, s | p90, s | p99, s |",
+        "|---|---|---|---|---|",
+    ]
+    for name, run in found["arrivals"].items():
+        lines.append(
+            f"| {name} | {run['rate']:g} | {run['p50']:g} | {run['p90']:g} | {run['p99']:g} |"
+        )
+    f = found["faults"]
+    lines += [
+        "",
+        f"Faults: of {f['good']} good requests {f['answered']} were answered,"
+        f" {f['equal_to_alone']} with the bytes drawn alone and all within"
+        f" {f['most_levels_apart']} levels of 255, among {f['malformed']} malformed ones, of which"
+        f" {f['refused_with_reason']} were refused with a reason, and {f['left']} clients that"
+        f" left; {f['still_running']:g} generations were left.",
+        "",
+        "Memory: " + ", ".join(f"{m['resident_mib']:.0f} MiB after {m['generations']}"
+                               for m in found["memory"]) + " mixed generations.",
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure it all and write it down."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name, usual in (
+        ("port", 8765), ("pictures", 16), ("requests", 40), ("rounds", 2), ("side", 64),
+        ("steps", 28), ("generations", 1000),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=usual)
+    wanted = parser.parse_args()
+    load = os.getloadavg()
+    saturation = measure_saturation(wanted)
+    capacity = fmean(run["pictures_per_second"] for run in saturation["dense, together"])
+    found = {
+        "command": " ".join(["python examples/serving/load.py", *sys.argv[1:]]),
+        "when": time.strftime("%d %B %Y"),
+        "machine": f"{os.cpu_count()} cores, which others use, too: load {load[0]:.1f} before, "
+        f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}.",
+        "saturation": saturation,
+        **measure_rest(wanted, capacity),
+    }
+    (HERE / "load.json").write_text(json.dumps(found, indent=2) + "\n")
+    (HERE / "load.md").write_text(table(found))
+
+
+if __name__ == "__main__":
+    main()

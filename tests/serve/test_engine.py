@@ -1,0 +1,100 @@
+"""The engine without a server in front: guidance in separate calls, lists of events, an end."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+
+from specdiff.models.picture_model import Order, PictureModel, load_folder, of_pipeline
+from specdiff.serve.engine import Engine
+from specdiff.serve.events import Event, Failure, Picture, Progress
+from tests.examples.small import flux_folder, sd3_folder
+
+CPU = torch.device("cpu")
+
+
+class Guided(FluxPipeline):
+    """FLUX guided by a second call a step."""
+
+    def __call__(
+        self, prompt: Any, num_inference_steps: Any, generator: Any, output_type: Any, **sides: Any
+    ) -> Any:
+        return super().__call__(
+            prompt,
+            negative_prompt="a frog",
+            true_cfg_scale=3.0,
+            num_inference_steps=num_inference_steps,
+            generator=generator,
+            output_type=output_type,
+            height=32,
+            width=32,
+        )
+
+
+def drawn(engine: Engine, *orders: Order, quality: str | None = None) -> list[list[Event]]:
+    """The events of each order, all drawn at a time."""
+    told: list[queue.Queue[Event]] = [queue.Queue() for _ in orders]
+    for order, events in zip(orders, told, strict=True):
+        assert not isinstance(engine.submit(order, quality, events.put), Failure)
+    return [list(_until_the_end(events)) for events in told]
+
+
+def _until_the_end(events: queue.Queue[Event]) -> Iterator[Event]:
+    event: Event = Progress(0, 0)
+    while isinstance(event, Progress):
+        event = events.get(timeout=60)
+        yield event
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return flux_folder(tmp_path_factory.mktemp("flux"))
+
+
+def test_guidance_in_separate_calls_is_planned_too(flux: Path) -> None:
+    loaded = FluxPipeline.from_pretrained(flux, dtype=torch.float32)
+    engine = Engine(of_pipeline(Guided(**loaded.components), "guided"), running=2)
+    orders = [Order("a red apple", 32, 32, 12, seed) for seed in (1, 2)]
+    events = drawn(engine, *orders)
+    for each in events:
+        assert isinstance(each[-1], Picture)
+        assert each[-2] == Progress(12, 12)
+    counts = engine.counts()
+    assert counts.steps["skipped"] >= 2 * 2 * 3
+    alone = [drawn(engine, order)[0][-1] for order in orders]
+    assert [each.png for each in alone] == [each[-1].png for each in events]  # type: ignore[union-attr]
+    engine.close()
+
+
+def test_guidance_in_one_batch_has_two_rows(tmp_path: Path) -> None:
+    model = of_pipeline(load_folder(sd3_folder(tmp_path / "sd3"), CPU), "sd3")
+    engine = Engine(model, running=2)
+    orders = [Order("a red apple", 32, 32, steps, 1) for steps in (12, 8)]
+    together = drawn(engine, *orders)
+    counts = engine.counts()
+    assert counts.rows == 2 * (12 + 8)
+    assert counts.calls < 12 + 8
+    assert counts.steps["skipped"] == 2  # of the 12; none of the 8
+    assert not counts.fallbacks
+    for order, events in zip(orders, together, strict=True):
+        assert drawn(engine, order)[0][-1].png == events[-1].png  # type: ignore[union-attr]
+    engine.close()
+
+
+def test_closing_ends_what_is_under_way_and_leaves_the_model_as_it_was(flux: Path) -> None:
+    model: PictureModel = of_pipeline(load_folder(flux, CPU), "flux")
+    kind = type(model.denoiser)
+    engine = Engine(model, running=1)
+    told: queue.Queue[Event] = queue.Queue()
+    for _ in range(2):
+        engine.submit(Order("a red apple", 32, 32, 200, 0), None, told.put)
+    assert isinstance(told.get(timeout=60), Progress)
+    engine.close()
+    assert engine.why_not_ready() == "the engine has stopped"
+    assert type(model.denoiser) is kind
