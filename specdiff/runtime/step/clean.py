@@ -13,7 +13,7 @@ from torch import Tensor
 
 from specdiff.runtime.sampler.fresh import Fresh
 from specdiff.runtime.step.call import Call
-from specdiff.runtime.streams.stream import Node
+from specdiff.runtime.streams.stream import CleanPicture
 from specdiff.runtime.tokens.clock import beyond
 from specdiff.runtime.tokens.forecast import REACH
 
@@ -34,23 +34,42 @@ def why_dense(call: Call) -> str:
     return APART if call.programs.signature.samples_apart else ""
 
 
-def remember(call: Call, outputs: Sequence[Any], fresh: Fresh) -> None:
+def cleaned(call: Call, found: Sequence[Any], *, computed: bool) -> Sequence[Any]:
+    """The outputs of an evaluation, by the clean picture where the sampler draws noise.
+
+    Args:
+        call: the evaluation.
+        found: its outputs, which are left as they are.
+        computed: whether they were computed, in full.
+    """
+    fresh = call.fresh
+    if fresh is None:
+        return found
+    if computed:
+        _remember(call, found, fresh)
+        return found
+    own = [value.clone() if isinstance(value, Tensor) else value for value in found]
+    _put_in(call, own, fresh)
+    return own
+
+
+def _remember(call: Call, outputs: Sequence[Any], fresh: Fresh) -> None:
     """Keep the clean picture under a latent whose velocity was computed."""
     signature, sigma = call.programs.signature, _sigma(call, fresh)
     pairs = zip(signature.moving_parts(call.inputs), signature.moved_by(outputs), strict=True)
     clean = tuple(latent.float() - sigma * velocity.float() for latent, velocity in pairs)
-    call.stream.fit.clean = (Node(sigma, clean), *call.stream.fit.clean)[:2]
+    call.stream.fit.clean = (CleanPicture(sigma, clean), *call.stream.fit.clean)[:2]
 
 
-def put_in(call: Call, outputs: Sequence[Any], fresh: Fresh) -> None:
+def _put_in(call: Call, outputs: Sequence[Any], fresh: Fresh) -> None:
     """Put the velocity towards the clean picture, as forecast, into the caller's own outputs."""
     signature, sigma = call.programs.signature, _sigma(call, fresh)
     newest, *older = call.stream.fit.clean
-    clean = newest.clean
+    clean = newest.parts
     if older and newest.sigma != older[0].sigma:
         span = newest.sigma - older[0].sigma
         share = max(-REACH, min(REACH, (sigma - newest.sigma) / span))
-        clean = tuple(beyond(*pair, share) for pair in zip(clean, older[0].clean, strict=True))
+        clean = tuple(beyond(*pair, share) for pair in zip(clean, older[0].parts, strict=True))
     triples = zip(
         signature.moving_parts(call.inputs), clean, signature.moved_by(outputs), strict=True
     )
@@ -61,16 +80,3 @@ def put_in(call: Call, outputs: Sequence[Any], fresh: Fresh) -> None:
 def _sigma(call: Call, fresh: Fresh) -> float:
     assert call.stream.run is not None  # it draws the noise
     return fresh.levels[call.stream.run.first + call.index]
-
-
-def cleaned(call: Call, found: Sequence[Any], *, computed: bool) -> Sequence[Tensor]:
-    """The outputs of an evaluation, by the clean picture where the sampler draws noise."""
-    fresh = call.fresh
-    if fresh is None:
-        return found
-    if computed:
-        remember(call, found, fresh)
-        return found
-    own = [value.clone() if isinstance(value, Tensor) else value for value in found]
-    put_in(call, own, fresh)
-    return own

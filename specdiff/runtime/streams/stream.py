@@ -95,12 +95,12 @@ class Selected:
         return self.speculative[-1][1] if self.speculative else None
 
 
-class Node(NamedTuple):
+class CleanPicture(NamedTuple):
     """The clean picture under a latent, as the model saw it."""
 
     sigma: float
-    clean: tuple[Tensor, ...]
-    """float32, of each latent."""
+    parts: tuple[Tensor, ...]
+    """float32, of each latent that is moved."""
 
 
 @dataclass
@@ -112,7 +112,7 @@ class SamplerState:
     correction: Correction | None = None
     shortfall: Shortfall = field(default_factory=Shortfall)
     """What forecasts have cost, where the sampler's weights are known."""
-    clean: tuple[Node, ...] = ()
+    clean: tuple[CleanPicture, ...] = ()
     """Newest first, at most two, where the sampler draws noise."""
     course: Course | None = None
     """On the way to the solution, if that is the target."""
