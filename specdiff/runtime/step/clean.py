@@ -19,6 +19,7 @@ from specdiff.runtime.tokens.forecast import REACH
 
 TIMED = "the sampler draws noise (leave out timesteps: what it draws is to be seen)"
 ANEW = "the sampler draws all of its noise anew at each step"
+NOTHING = "no picture under the noise was computed yet"
 APART = "the sampler draws noise, and the model takes its samples apart"
 
 
@@ -31,7 +32,9 @@ def why_dense(call: Call) -> str:
         return TIMED
     if fresh.anew:
         return ANEW
-    return APART if call.programs.signature.samples_apart else ""
+    if call.programs.signature.samples_apart:
+        return APART
+    return "" if call.stream.fit.clean else NOTHING
 
 
 def cleaned(call: Call, found: Sequence[Any], *, computed: bool) -> Sequence[Any]:
