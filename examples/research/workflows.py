@@ -187,6 +187,8 @@ def page(found: Sequence[Row], failed: Sequence[str]) -> str:
     behind = [row for row in fast if row.ahead < -1]
     ahead = [row for row in fast if row.steps >= 20 and row.ahead >= 3]
     long = [row for row in found if row.steps >= 20]
+    known = {(row.kind, row.way) for row in found}
+    missing = [f"{k.name} ({way})" for k in KINDS for way in k.ways if (k.name, way) not in known]
     silent = [r for r in found if r.computed == r.evaluations and r.steps > 8 and not r.said]
     return "\n".join([
         "# Workflows", "",
@@ -196,7 +198,8 @@ def page(found: Sequence[Row], failed: Sequence[str]) -> str:
         f" More than 1 dB behind fewer steps: {len(behind)}. Of {len(long)} rows of 20 and more"
         f" steps {len(ahead)} are 3 dB ahead. Dense without a message, of more than eight steps:"
         f" {len(silent)}.", "",
-        HEAD, *map(str, found), "", *failed, "",
+        HEAD, *map(str, found), "", *failed,
+        f"Not run: {'; '.join(missing)}." if missing else "Every row was run.", "",
     ])  # fmt: skip
 
 
