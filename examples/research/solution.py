@@ -174,11 +174,10 @@ def tiers() -> list[list[tuple[str, int]]]:
     some = ("Adams-Bashforth 2", "DPM-Solver++ 2M", "UniPC")
     goals = [("Euler", STEPS), (ours, 10), (ours, 15)]
     rivals = [(solver, count) for count in (10, 15) for solver in some]
-    more = [(ours, STEPS), (dense, 10), (dense, 15)]
-    few = [(ours, count) for count in OURS]
-    few += [(solver, count) for count in FEWER for solver in some]
+    others = [[(method, count) for method in (ours, *some)] for count in (8, 6, 12, 20, STEPS)]
     rest = [(solver, count) for solver in SOLVERS for count in FEWER]
-    return [goals, rivals, more, few, [*rest, (dense, 8)]]
+    last = [*rest, *((dense, count) for count in (8, 10, 15))]
+    return [goals, rivals, [(ours, STEPS)], *others, last]
 
 
 class Drawer:
