@@ -25,20 +25,22 @@ GUIDANCE = {"flux": 3.5, "sd3": 7.0}
 class Geometry:
     """The sizes of one model; images are square."""
 
-    family: Literal["flux", "sd3"]
+    family: Literal["flux", "sd3", "qwen", "wan"]
     blocks: int
-    """With text and image in two streams."""
+    """With text and image in two streams, or all of them."""
     single_blocks: int
     """With both in one stream; FLUX only."""
     heads: int
     head_width: int
     side: int
-    """Image tokens a side."""
+    """Image tokens a side, of each frame."""
     text: int
     """Text tokens."""
     prompt_width: int = 4096
     pooled_width: int = 768
     qk_norm: str | None = None
+    frames: int = 1
+    """Latent frames of a video."""
 
     @property
     def width(self) -> int:
@@ -48,17 +50,20 @@ class Geometry:
     @property
     def tokens(self) -> int:
         """Image tokens."""
-        return self.side**2
+        return self.frames * self.side**2
 
 
 GEOMETRIES = {
     "flux-dev": Geometry("flux", 19, 38, 24, 128, 64, 512),
     "sd3-medium": Geometry("sd3", 24, 0, 24, 64, 64, 333, pooled_width=2048),
     "sd35-large": Geometry("sd3", 38, 0, 38, 64, 64, 333, pooled_width=2048, qk_norm="rms_norm"),
+    "qwen-image": Geometry("qwen", 60, 0, 24, 128, 64, 512, prompt_width=3584),
+    "wan-14b": Geometry("wan", 40, 0, 40, 128, 40, 512, frames=21),
     "flux-cpu": Geometry("flux", 2, 4, 8, 64, 32, 64, prompt_width=512),
     "sd3-cpu": Geometry("sd3", 4, 0, 6, 64, 32, 83, prompt_width=512, pooled_width=256),
 }
-"""By name; those on `-cpu` have the proportions of the large ones and fit two cores."""
+"""By name; `wan-14b` is 81 frames of 640 pixels a side. Those on `-cpu` have the proportions of the
+large ones and fit two cores."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,7 @@ class Sampler:
         return self._call(self.noise, self.timesteps()[0])
 
     def _call(self, latent: Tensor, time: Tensor) -> dict[str, Any]:
-        batch = latent.repeat(2, 1, 1, 1) if self.guided else latent
+        batch = torch.cat([latent, latent]) if self.guided else latent
         times = (time / self.time_scale).to(latent.dtype).expand(len(batch))
         return {"hidden_states": batch, "timestep": times, **self.conditions}
 
@@ -141,7 +146,7 @@ def build(
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    make = _flux if geometry.family == "flux" else _sd3
+    make = {"flux": _flux, "sd3": _sd3, "qwen": _qwen, "wan": _wan}[geometry.family]
     with torch.device(device), torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         model = make(geometry)
@@ -151,23 +156,50 @@ def build(
 def make_sampler(
     geometry: Geometry, model: nn.Module, steps: int, random: Callable[..., Tensor]
 ) -> Sampler:
-    """The inputs that the pipeline of this family hands to its transformer."""
-    flux = geometry.family == "flux"
-    batch = 1 if flux else 2
+    """The inputs that the pipeline of this family hands to its transformer.
+
+    Qwen-Image and Wan, which guide in separate calls, are called once a step.
+    """
+    batch = 2 if geometry.family == "sd3" else 1
     conditions: dict[str, Any] = {
         "encoder_hidden_states": random(batch, geometry.text, geometry.prompt_width),
-        "pooled_projections": random(batch, geometry.pooled_width),
         "return_dict": False,
     }
-    if not flux:
-        noise = random(1, 16, 2 * geometry.side, 2 * geometry.side)
-        return Sampler(geometry, model, steps, conditions, noise, time_scale=1.0)
+    inputs = {"flux": _flux_inputs, "sd3": _sd3_inputs, "qwen": _qwen_inputs, "wan": _wan_inputs}
+    noise, more = inputs[geometry.family](geometry, random)
+    scale = 1000.0 if geometry.family in ("flux", "qwen") else 1.0
+    return Sampler(geometry, model, steps, {**conditions, **more}, noise, time_scale=scale)
+
+
+Random = Callable[..., Tensor]
+"""Sizes of the axes -> noise."""
+
+
+def _flux_inputs(geometry: Geometry, random: Random) -> tuple[Tensor, dict[str, Any]]:
     noise = random(1, geometry.tokens, 64)
     span = torch.arange(geometry.side, device=noise.device).to(noise.dtype)
-    conditions["img_ids"] = torch.cartesian_prod(span[:1] * 0, span, span)
-    conditions["txt_ids"] = noise.new_zeros(geometry.text, 3)
-    conditions["guidance"] = noise.new_full([1], GUIDANCE["flux"], dtype=torch.float32)
-    return Sampler(geometry, model, steps, conditions, noise, time_scale=1000.0)
+    return noise, {
+        "pooled_projections": random(1, geometry.pooled_width),
+        "img_ids": torch.cartesian_prod(span[:1] * 0, span, span),
+        "txt_ids": noise.new_zeros(geometry.text, 3),
+        "guidance": noise.new_full([1], GUIDANCE["flux"], dtype=torch.float32),
+    }
+
+
+def _sd3_inputs(geometry: Geometry, random: Random) -> tuple[Tensor, dict[str, Any]]:
+    noise = random(1, 16, 2 * geometry.side, 2 * geometry.side)
+    return noise, {"pooled_projections": random(2, geometry.pooled_width)}
+
+
+def _qwen_inputs(geometry: Geometry, random: Random) -> tuple[Tensor, dict[str, Any]]:
+    return random(1, geometry.tokens, 64), {
+        "img_shapes": [[(1, geometry.side, geometry.side)]],
+        "encoder_hidden_states_mask": None,
+    }
+
+
+def _wan_inputs(geometry: Geometry, random: Random) -> tuple[Tensor, dict[str, Any]]:
+    return random(1, 16, geometry.frames, 2 * geometry.side, 2 * geometry.side), {}
 
 
 def _flux(geometry: Geometry) -> Any:
@@ -198,4 +230,28 @@ def _sd3(geometry: Geometry) -> Any:
         pooled_projection_dim=geometry.pooled_width,
         pos_embed_max_size=3 * geometry.side,
         qk_norm=geometry.qk_norm,
+    )
+
+
+def _qwen(geometry: Geometry) -> Any:
+    from diffusers import QwenImageTransformer2DModel
+
+    return QwenImageTransformer2DModel(
+        num_layers=geometry.blocks,
+        attention_head_dim=geometry.head_width,
+        num_attention_heads=geometry.heads,
+        joint_attention_dim=geometry.prompt_width,
+        axes_dims_rope=tuple(geometry.head_width * share // 16 for share in (2, 7, 7)),
+    )
+
+
+def _wan(geometry: Geometry) -> Any:
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel(
+        num_attention_heads=geometry.heads,
+        attention_head_dim=geometry.head_width,
+        text_dim=geometry.prompt_width,
+        ffn_dim=geometry.width * 27 // 10,
+        num_layers=geometry.blocks,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 
 import pytest
 import torch
@@ -17,10 +18,15 @@ from specdiff.cli.main import app
 from specdiff.errors import OptionError, SpecdiffError
 from specdiff.measure.machine import MachineRates
 from specdiff.measure.memory import peak, reset_peak
+from specdiff.settings import QUALITIES
 
 SMALL = {
     "flux-toy": Geometry("flux", 1, 1, 2, 32, 4, 3, prompt_width=8, pooled_width=8),
     "sd3-toy": Geometry("sd3", 1, 0, 2, 16, 4, 3, prompt_width=8, pooled_width=8),
+}
+OTHERS = {
+    "qwen-toy": Geometry("qwen", 1, 0, 2, 32, 4, 3, prompt_width=8),
+    "wan-toy": Geometry("wan", 1, 0, 2, 32, 4, 3, prompt_width=8, frames=2),
 }
 RATES = MachineRates(flops_per_second=1e12, bytes_per_second=1e9)
 EAGER = {"inner_backend": "eager", "method": "paper"}
@@ -28,7 +34,7 @@ EAGER = {"inner_backend": "eager", "method": "paper"}
 
 @pytest.fixture(autouse=True)
 def _toys(monkeypatch):
-    monkeypatch.setattr(geometries, "GEOMETRIES", {**GEOMETRIES, **SMALL})
+    monkeypatch.setattr(geometries, "GEOMETRIES", {**GEOMETRIES, **SMALL, **OTHERS})
 
 
 def toy(name):
@@ -54,6 +60,25 @@ def test_every_program_is_counted_and_has_a_floor(name):
     page = markdown(record(name, bench, EAGER, 0.0))
     assert "| specdiff at 0.75 |" in page
     assert "| selective_4_measured | 0.75 |" in page
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_geometries_of_other_families_run(name):
+    sampler = toy(name)
+    latent = sampler.run(sampler.model)
+    assert latent.shape == sampler.noise.shape and latent.isfinite().all()
+
+
+@pytest.mark.slow  # 90 s: Inductor compiles two models
+def test_the_presets_are_measured(tmp_path):
+    script = runpy.run_path("examples/bench/presets.py")
+    out = tmp_path / "presets.json"
+    script["main"](["sd3-toy", "qwen-toy"], device="cpu", steps=12, rounds=1, out=out)
+    figures = json.loads(out.read_text())["geometries"]
+    assert set(figures) == {"sd3-toy", "qwen-toy"}
+    for methods in figures.values():
+        assert methods["dense"]["speedup"] == 1
+        assert all(methods[f"specdiff, {quality}"]["speedup"] > 0 for quality in QUALITIES)
 
 
 @pytest.mark.parametrize("name", SMALL)
