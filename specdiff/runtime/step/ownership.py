@@ -5,9 +5,11 @@ The first line that holds decides; each is a condition and what comes of it.
     in a session with times
       rows at times of their own                      nobody's: ROWS_APART
       conditions of a stream, or its latent goes on   that stream, its time by count
-      by count it begins, or nobody is known          a new stream
+      by count it begins, or nobody is known          a new stream, which takes over the place of
+                                                      another graph's
     by what is read of time and latent
       unknown conditions, all places taken            nobody's: CROWDED
+      a stream of another graph is ahead and led here a new stream that takes its place over
       conditions of an ambiguous stream               nobody's, until time returns: AMBIGUOUS
       latent or time not finite                       nobody's: NOT_FINITE, TIME_NOT_FINITE
       times that differ where one is needed           nobody's: ROWS_DIFFER, TOKENS_DIFFER
@@ -49,6 +51,7 @@ from specdiff.runtime.sampler.remains import (
 from specdiff.runtime.sampler.row_times import UnreadTimes, paced
 from specdiff.runtime.sampler.sampler_fit import Displacement
 from specdiff.runtime.step import fallbacks
+from specdiff.runtime.streams.handover import fitting, predecessor, take_over
 from specdiff.runtime.streams.lanes import due
 from specdiff.runtime.streams.progress import Progress
 from specdiff.runtime.streams.recognition import followed
@@ -142,6 +145,7 @@ class Inquiry:
         if index is not None:
             stream = self._begin(stream, self._conditions)
             progress.begin(stream, index)
+            self._continue(stream, index, progress)
         else:
             assert stream is not None  # where there is none, one begins
             self._go_on(stream)
@@ -149,6 +153,15 @@ class Inquiry:
             return fallbacks.ROWS_APART
         assert stream.given is not None
         return Owned(stream, stream.given[len(stream.times)])
+
+    def _continue(self, stream: Stream, index: int, progress: Progress) -> None:
+        """A stream that begins on the way goes on with one of another graph, if there is one."""
+        for before in self._owner.beside(self._table) if index else ():
+            fits = fitting(self._parts, before.latents) is not None
+            if fits and progress.may_hand_over(before, index):
+                take_over(stream, before)
+                progress.take_over(stream)
+                return
 
     def _read(self, lanes: Sequence[Stream]) -> Owned | str:
         """The owner by time and latent: of several lanes, the first that goes on with the call."""
@@ -159,6 +172,10 @@ class Inquiry:
         reading, stream = verdict.reading, verdict.stream
         if stream is None and self._table.is_crowded_out(self._conditions, reading.time):
             return fallbacks.CROWDED
+        if verdict.refusal in (None, fallbacks.AMBIGUOUS) and (before := self._ahead(verdict)):
+            stream = self._begin(stream, self._conditions)
+            take_over(stream, before)
+            return Owned(stream, reading.time, self._reading(None))
         if verdict.refusal is not None:
             self._abandon(verdict, asked)
             return verdict.refusal
@@ -175,6 +192,23 @@ class Inquiry:
             stream, reading, self._candidates, selects=self._schedule.selects
         )
         return Verdict(stream, reading, refusal, begins)
+
+    def _ahead(self, verdict: Verdict) -> Stream | None:
+        """A stream of another graph that has come further, if its generation goes on here."""
+        own, time = verdict.stream, verdict.reading.time
+        if verdict.begins and own is not None:
+            return None
+        others = self._owner.beside(self._table)
+        if own is not None:
+            last = own.times[-1]
+            others = [o for o in others if o.times and o.times[-1] != last]
+            others = [o for o in others if not own.trail.turns_back(o.times[-1])]
+        return predecessor(others, self._parts, time, self._left_at)
+
+    def _left_at(self, stream: Stream, latents: Sequence[Tensor]) -> Tensor:
+        """What of another stream's step to these latents nothing explains."""
+        past = stream.trail.seen[:DEPTH]
+        return remains(latents, past, self._owner.seen_beside(stream, past), stream.history.batch)
 
     def _new(self, before: Stream | None, lanes: Sequence[Stream], reading: Reading) -> Stream:
         """A stream that begins: in place of one before it, or beside it in the same round."""

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 BUDGET = "cache budget exceeded"
 NEWS = "a condition changed"
 FEW = "few steps"
+CONTINUED = "the generation goes on in another graph"
 STRAYED = "unexplained step"
 STRAYED_HINT = (
     "unexplained step: the latent moved where neither earlier latents nor predictions lead, as if"
@@ -47,6 +48,8 @@ def tokens_due(call: Call) -> int:
         call.state.say(logger, f"{UNSELECTABLE}: {call.programs.signature.unselectable}")
     if call.given is not None and len(call.given) <= call.settings.few:
         count, reason = tokens, FEW
+    if count < tokens and not call.stream.history.computed:
+        count, reason = tokens, CONTINUED
     if 0 < count < tokens and not call.stream.selected.lease:
         count, reason = tokens, "no caches yet"
     if count < tokens and call.stream.conditions.news:

@@ -53,6 +53,14 @@ class Progress:
         """A new stream, from this evaluation on."""
         stream.place = Place(self._generation, index, self.times[index:])
 
+    def may_hand_over(self, before: Stream, index: int) -> bool:
+        """Whether a stream's generation is this one, and its next evaluation would be `index`."""
+        return self._index(before) == index
+
+    def take_over(self, stream: Stream) -> None:
+        """A new stream has taken over all evaluations so far from another."""
+        self.begin(stream, 0)
+
     def pass_over(self, before: Stream | None, after: Callable[[], Stream], time: object) -> None:
         """Count an evaluation that no stream made; the stream `after` begins with the next one.
 

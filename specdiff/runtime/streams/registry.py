@@ -55,6 +55,10 @@ class StreamOwner:
             self._tables[graph] = StreamTable(keep_values=self._keep_values)
         return self._tables[graph]
 
+    def beside(self, table: StreamTable) -> list[Stream]:
+        """The streams of other graphs."""
+        return [each for other in self._tables.values() if other is not table for each in other]
+
     def seen_beside(self, stream: Stream, past: Sequence[Seen]) -> list[Seen]:
         """What other streams saw when this one saw `past`: they may guide the same latent."""
         times = [seen.time for seen in past]

@@ -99,8 +99,9 @@ class Trail:
             time: the model's time input.
             batch: how many rows there are.
         """
-        if isinstance(time, Tensor) and time.numel() > 1 and batch > 1 and any(time.stride()):
-            rows = time if len(time) == time.numel() else time.reshape(batch, -1).amax(1)
+        of_rows = isinstance(time, Tensor) and time.dim() > 0 and len(time) == batch > 1
+        if isinstance(time, Tensor) and of_rows and any(time.stride()):
+            rows = time if time.dim() == 1 else time.reshape(batch, -1).amax(1)
             if rows.device.type == "cpu":
                 self._rows_apart |= len(set(rows.tolist())) > 1
             else:

@@ -46,13 +46,21 @@ class History:
         self._shape, self._device = (batch, tokens), device
         self._counts: int | Tensor = 0
         self._age: int | Tensor = 0
+        self._inherited: tuple[tuple[ComputedOutput, ...], ...] = ()
+        """What may have been computed of these rows elsewhere; the first outputs tell which."""
         self._apart = False
         """Whether some tokens were computed without the others."""
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return self._shape[0]
 
     def record_dense(self, time: Clock, tokens: Tensor) -> None:
         """Every token was computed: `tokens` [B, N, C], owned by the history from now on."""
         newest = ComputedOutput(self._of_each(time) if self._apart else time, tokens)
-        self.computed = (newest, *self.computed)[:DEPTH]
+        before = _nearest(tokens, self._inherited) if self._inherited else self.computed
+        self.computed, self._inherited = (newest, *before)[:DEPTH], ()
         self._counts, self._age = self._counts + 1, self._age * 0
         self._record_step(time, tokens)
 
@@ -83,7 +91,28 @@ class History:
 
     def break_off(self) -> None:
         """Forget what was computed: it leads nowhere from here."""
-        self.computed = ()
+        self.computed = self._inherited = ()
+
+    def inherit(self, other: History) -> None:
+        """Go on from what was computed elsewhere of as many rows, or of twice as many: guidance.
+
+        It is of use from the first outputs on. What is not of one time is left behind.
+        """
+        (rows, _), (before, _) = self._shape, other._shape
+        whole = other.computed
+        if any(isinstance(output.times, Tensor) for output in whole) or not whole:
+            return
+        if before == rows:
+            self._inherited = (whole,)
+        elif before == 2 * rows:
+            halves = [[output.tokens.chunk(2)[half] for output in whole] for half in (0, 1)]
+            self._inherited = tuple(
+                tuple(
+                    ComputedOutput(output.times, half)
+                    for output, half in zip(whole, of_half, strict=True)
+                )
+                for of_half in halves
+            )
 
     @property
     def counts(self) -> Tensor:
@@ -120,6 +149,22 @@ class History:
     def _record_step(self, time: Clock, tokens: Tensor) -> None:
         self.steps = (StepOutput(time, tokens), *self.steps)[:DEPTH]
         self.evaluations += 1
+
+
+def _nearest(
+    tokens: Tensor, ways: tuple[tuple[ComputedOutput, ...], ...]
+) -> tuple[ComputedOutput, ...]:
+    """Of earlier outputs, those whose newest are nearest to `tokens`, decided on the device."""
+    fitting = [way for way in ways if way[0].tokens.shape == tokens.shape]
+    if len(fitting) < 2:
+        return fitting[0] if fitting else ()
+    one, other = fitting
+    distances = [torch.dist(tokens.float(), way[0].tokens.float()) for way in fitting]
+    first = distances[0] <= distances[1]
+    return tuple(
+        ComputedOutput(a.times, torch.where(first, a.tokens, b.tokens))
+        for a, b in zip(one, other, strict=True)
+    )
 
 
 def _of_all(

@@ -1,0 +1,70 @@
+"""Handover: a generation goes on in another graph, from where it was.
+
+    guidance ends or begins        the batch is half of what it was, or twice that
+    an adapter, skipped layers     another graph of as many rows
+
+The stream that begins there takes over the place in the plan, and what was computed of its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from specdiff.runtime.sampler.remains import EXPLAINED
+from specdiff.runtime.streams.stream import Stream
+
+Remains = Callable[[Stream, Sequence[Tensor]], Tensor]
+"""(a stream, latents of its batch) -> what of its step there nothing explains."""
+
+
+def predecessor(
+    streams: Iterable[Stream], latents: Sequence[Tensor], time: float, remains: Remains
+) -> Stream | None:
+    """The stream whose generation goes on with these latents, by time and by where it leads.
+
+    Reads the device for each stream whose latents have such a form.
+
+    Args:
+        streams: of other graphs of the model.
+        latents: of a call that no stream of its own graph goes on with.
+        time: of that call.
+        remains: of the streams.
+    """
+    for stream in sorted(streams, key=lambda each: len(each.times), reverse=True):
+        if stream.ambiguous or not stream.times or time == stream.times[-1]:
+            continue
+        fitted = fitting(latents, stream.latents)
+        if fitted is None or stream.trail.turns_back(time):
+            continue
+        if remains(stream, fitted).item() < EXPLAINED:
+            return stream
+    return None
+
+
+def fitting(latents: Sequence[Tensor], before: Sequence[Tensor]) -> list[Tensor] | None:
+    """The latents with as many rows as those of a stream, which may be half or twice as many."""
+    if not before or len(latents) != len(before):
+        return None
+    fitted = [_of_rows(*pair) for pair in zip(latents, before, strict=True)]
+    return [each for each in fitted if each is not None] if None not in fitted else None
+
+
+def _of_rows(latent: Tensor, before: Tensor) -> Tensor | None:
+    if latent.shape[1:] != before.shape[1:] or latent.device != before.device:
+        return None
+    rows, wanted = len(latent), len(before)
+    if wanted == 2 * rows:
+        return torch.cat([latent, latent])
+    if rows in (wanted, 2 * wanted):
+        return latent[:wanted]
+    return None
+
+
+def take_over(stream: Stream, before: Stream) -> None:
+    """A stream that begins goes on with the generation of another."""
+    stream.trail.times = list(before.trail.times)
+    stream.run = before.run
+    stream.history.inherit(before.history)

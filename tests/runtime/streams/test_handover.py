@@ -1,0 +1,127 @@
+"""A generation that goes on in another graph keeps its place in the plan and what was computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import specdiff
+from specdiff.runtime.tokens.history import History
+
+STEPS = 28
+PLANNED = len(specdiff.Options(quality="balanced").resolve().plan.dense)
+SCALE = 3.0
+
+Guided = Callable[[float], bool]
+"""Whether a step is guided, in one batch, by the share of steps before it."""
+
+
+class Velocity(nn.Module):
+    """[B, 6, 8] of latent, time and condition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mix = nn.Linear(8, 8)
+
+    def forward(
+        self, hidden_states: Tensor, timestep: Tensor, condition: Tensor, skip: bool = False
+    ) -> Tensor:
+        sigma = timestep.reshape(-1, 1, 1)
+        velocity = torch.sin(self.mix(hidden_states) + condition + 2 * sigma)
+        return 0.9 * velocity if skip else velocity
+
+
+def times_of(steps: int) -> Tensor:
+    even = torch.linspace(1, 0, steps + 1)
+    return 3 * even / (1 + 2 * even)
+
+
+@torch.no_grad()
+def drawn(
+    model: nn.Module,
+    guided: Guided,
+    seed: int = 1,
+    skip: Guided = lambda share: False,
+    steps: int = STEPS,
+) -> Tensor:
+    """Euler on a flow; where a step is guided the batch holds both halves, the conditional last."""
+    generator = torch.Generator().manual_seed(seed)
+    latent = torch.randn(1, 6, 8, generator=generator)
+    one = torch.randn(1, 1, 8, generator=generator)
+    both = torch.cat([torch.zeros_like(one), one])
+    for step, (now, then) in enumerate(pairwise(times_of(steps))):
+        share = step / steps
+        if guided(share):
+            pair = model(torch.cat([latent, latent]), now.expand(2), both, skip=skip(share))
+            velocity = pair[:1] + SCALE * (pair[1:] - pair[:1])
+        else:
+            velocity = model(latent, now.expand(1), one, skip=skip(share))
+        latent = latent + (then - now) * velocity
+    return latent
+
+
+KINDS: dict[str, tuple[Guided, Guided, int]] = {
+    "guidance ends": (lambda share: share < 0.4, lambda share: False, 1),
+    "guidance begins": (lambda share: share >= 0.4, lambda share: False, 1),
+    "guidance in between": (lambda share: 0.2 <= share < 0.7, lambda share: False, 2),
+    "layers skipped in between": (lambda share: True, lambda share: 0.2 <= share < 0.7, 2),
+}
+
+
+@pytest.mark.parametrize("timed", [False, True], ids=["read", "given"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_plan_goes_on(kind, timed):
+    """Each switch costs one evaluation at most; closer than as many dense steps."""
+    guided, skip, switches = KINDS[kind]
+    model = Velocity()
+    expected = drawn(model, guided, skip=skip)
+    specdiff.attach(model)
+    session = specdiff.session(model, timesteps=times_of(STEPS)[:-1]) if timed else nullcontext()
+    with session:
+        found = drawn(model, guided, skip=skip)
+    stats = specdiff.stats(model)
+    assert PLANNED <= stats.dense <= PLANNED + switches + 1 and not stats.fallbacks
+    fewer = drawn(Velocity(), guided, skip=skip, steps=stats.dense)
+    assert (found - expected).norm() < 0.7 * (fewer - expected).norm()
+
+
+def test_generations_of_other_latents_do_not_go_on_in_each_other():
+    """One guided, one not, taking turns: each has its own plan."""
+    model = Velocity()
+    specdiff.attach(model)
+    alone = [drawn(model, lambda share: True, 1), drawn(model, lambda share: False, 2)]
+    before = specdiff.stats(model).dense
+    specdiff.reset(model)
+    first = drawn(model, lambda share: True, 1)
+    second = drawn(model, lambda share: False, 2)
+    assert torch.equal(first, alone[0]) and torch.equal(second, alone[1])
+    assert specdiff.stats(model).dense == before == 2 * PLANNED
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_what_was_computed_of_the_half_that_goes_on_is_kept(half):
+    pair, single = History(2, 3, torch.device("cpu")), History(1, 3, torch.device("cpu"))
+    outputs = [torch.randn(2, 3, 4) for _ in range(2)]
+    for time, output in zip((9.0, 8.0), outputs, strict=True):
+        pair.record_dense(time, output)
+    single.inherit(pair)
+    assert not single.computed  # which half is not known yet
+    newest = outputs[1][half : half + 1] + 0.1
+    single.record_dense(7.0, newest)
+    assert [output.times for output in single.computed] == [7.0, 8.0, 9.0]
+    assert torch.equal(single.computed[1].tokens, outputs[1][half : half + 1])
+    assert torch.equal(single.computed[2].tokens, outputs[0][half : half + 1])
+
+
+def test_what_other_rows_computed_is_left_behind():
+    one, pair = History(1, 3, torch.device("cpu")), History(2, 3, torch.device("cpu"))
+    one.record_dense(9.0, torch.randn(1, 3, 4))
+    pair.inherit(one)
+    pair.record_dense(8.0, torch.randn(2, 3, 4))
+    assert len(pair.computed) == 1
