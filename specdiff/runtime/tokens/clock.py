@@ -9,15 +9,13 @@ The same formulas serve for all of them.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import overload
 
 import torch
 from torch import Tensor
 
 Clock = float | Tensor
 """A number of the host, a scalar on the device, or float32 [B, 1] or [B, N]."""
-
-Value = TypeVar("Value", float, Tensor, Clock)
 
 
 def ratio(part: Clock, whole: Clock) -> Clock:
@@ -28,16 +26,26 @@ def ratio(part: Clock, whole: Clock) -> Clock:
     return part / whole if whole else 0.0
 
 
+def size(value: Clock) -> Clock:
+    """Its absolute value."""
+    return value.abs() if isinstance(value, Tensor) else abs(value)
+
+
 def within(value: Clock, limit: Clock) -> Clock:
     """`value`, from -`limit` to `limit`."""
-    if isinstance(limit, Tensor) and not isinstance(value, Tensor):
-        value = torch.full_like(limit, value)
+    if isinstance(limit, Tensor):
+        values = value if isinstance(value, Tensor) else torch.full_like(limit, value)
+        return values.clamp(-limit, limit)
     if isinstance(value, Tensor):
         return value.clamp(-limit, limit)
     return max(-limit, min(limit, value))
 
 
-def chosen(condition: bool | Tensor, value: Value, other: Value) -> Value:
+@overload
+def chosen(condition: bool | Tensor, value: Tensor, other: Tensor) -> Tensor: ...
+@overload
+def chosen(condition: bool | Tensor, value: Clock, other: Clock) -> Clock: ...
+def chosen(condition: bool | Tensor, value: Clock, other: Clock) -> Clock:
     """`value` where the condition holds, else `other`."""
     if isinstance(condition, Tensor):
         return torch.where(condition, value, other)
@@ -65,6 +73,12 @@ def beyond(newer: Tensor, older: Tensor, share: Clock) -> Tensor:
     return torch.lerp(newer, older, -share)
 
 
+@overload
+def of_values(weight: Tensor) -> Tensor: ...
+@overload
+def of_values(weight: bool) -> bool: ...
+@overload
+def of_values(weight: float) -> float: ...
 def of_values(weight: Clock) -> Clock:
     """To multiply [B, N, C] by."""
     return weight.unsqueeze(-1) if isinstance(weight, Tensor) and weight.dim() else weight

@@ -98,7 +98,9 @@ class Shortfall:
         if weights is None or index >= weights.evaluations:
             return None
         due = weights.due(index)
-        terms = [short * due[at] for at, short in self._short.items() if due[at]]
+        terms: list[Tensor | float] = [
+            short * due[at] for at, short in self._short.items() if due[at]
+        ]
         for forecasts in self._forecasts.values():
             terms += [each.more * -due[at] for at, each in forecasts.items() if due[at]]
         tensors = [term for term in terms if isinstance(term, Tensor)]
@@ -141,4 +143,5 @@ def between(computed: Sequence[ComputedOutput], clock: float) -> Tensor:
 
 
 def _norm(predictions: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(predictions, dim=(1, 2), keepdim=True)
+    found: Tensor = torch.linalg.vector_norm(predictions, dim=(1, 2), keepdim=True)
+    return found
