@@ -340,6 +340,7 @@ def test_strength_changed_in_mid_run(way):
     assert 0 < apart(found, expected) < CLOSE
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Already found a:UserWarning")
 def test_past_the_limit_of_variants_stats_say_so(caplog):
     pytest.importorskip("peft")

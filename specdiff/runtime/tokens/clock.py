@@ -9,7 +9,7 @@ The same formulas serve for all of them.
 
 from __future__ import annotations
 
-from typing import overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,11 +26,6 @@ def ratio(part: Clock, whole: Clock) -> Clock:
     return part / whole if whole else 0.0
 
 
-def size(value: Clock) -> Clock:
-    """Its absolute value."""
-    return value.abs() if isinstance(value, Tensor) else abs(value)
-
-
 def within(value: Clock, limit: Clock) -> Clock:
     """`value`, from -`limit` to `limit`."""
     if isinstance(limit, Tensor):
@@ -41,12 +36,14 @@ def within(value: Clock, limit: Clock) -> Clock:
     return max(-limit, min(limit, value))
 
 
-@overload
-def chosen(condition: bool | Tensor, value: Tensor, other: Tensor) -> Tensor: ...
-@overload
-def chosen(condition: bool | Tensor, value: Clock, other: Clock) -> Clock: ...
-def chosen(condition: bool | Tensor, value: Clock, other: Clock) -> Clock:
-    """`value` where the condition holds, else `other`."""
+def distance(one: Clock, other: Clock) -> Clock:
+    """How far apart they are."""
+    apart = one - other
+    return apart.abs() if isinstance(apart, Tensor) else abs(apart)
+
+
+def chosen(condition: Clock, value: Any, other: Any) -> Any:
+    """`value` where the condition, a bool or a tensor of them, holds, else `other`."""
     if isinstance(condition, Tensor):
         return torch.where(condition, value, other)
     return value if condition else other
@@ -61,7 +58,7 @@ def scaled(values: Tensor, weight: Clock) -> Tensor:
 def plus(values: Tensor, more: Tensor, weight: Clock) -> Tensor:
     """`values + weight more`, both [B, N, C]."""
     if isinstance(weight, Tensor):
-        return torch.addcmul(values, more, of_values(weight))
+        return torch.addcmul(values, more, _of_tokens(weight))
     return torch.add(values, more, alpha=weight)
 
 
@@ -73,12 +70,10 @@ def beyond(newer: Tensor, older: Tensor, share: Clock) -> Tensor:
     return torch.lerp(newer, older, -share)
 
 
-@overload
-def of_values(weight: Tensor) -> Tensor: ...
-@overload
-def of_values(weight: bool) -> bool: ...
-@overload
-def of_values(weight: float) -> float: ...
 def of_values(weight: Clock) -> Clock:
     """To multiply [B, N, C] by."""
-    return weight.unsqueeze(-1) if isinstance(weight, Tensor) and weight.dim() else weight
+    return _of_tokens(weight) if isinstance(weight, Tensor) else weight
+
+
+def _of_tokens(weight: Tensor) -> Tensor:
+    return weight.unsqueeze(-1) if weight.dim() else weight
