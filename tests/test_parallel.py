@@ -34,6 +34,8 @@ from tests.test_deployment import (
 )
 
 RANKS = 2
+FAR = 0.05
+"""Relative error of a latent that noise disturbed twice on the way."""
 
 
 def fsdp(pipe: FluxPipeline) -> None:
@@ -141,6 +143,54 @@ def halves(rank: int, port: int) -> None:
     assert (stats.dense, stats.skipped, stats.fallbacks) == (DENSE, STEPS - DENSE, {})
     assert 0 < apart(found, expected) < CLOSE and same_everywhere(found)
     dist.destroy_process_group()
+
+
+class Shared(nn.Module):
+    """A velocity whose every computation is an exchange, as with sharded weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mix = nn.Linear(8, 8)
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
+        weight = self.mix.weight / RANKS
+        dist.all_reduce(weight)
+        return torch.sin(hidden_states @ weight + condition + 2 * timestep)
+
+
+@torch.no_grad()
+def drawn_apart(model: nn.Module, rank: int) -> Tensor:
+    """Euler on a flow, another picture on each rank; one of them is disturbed on the way."""
+    made = torch.Generator().manual_seed(rank)
+    latent, condition = torch.randn(1, 6, 8, generator=made), torch.randn(1, 1, 8, generator=made)
+    for step, (now, then) in enumerate(pairwise(torch.linspace(1, 0, STEPS + 1).tolist())):
+        latent = latent + (then - now) * model(latent, torch.full((1,), now), condition)
+        if rank == 1 and step in (9, 16):
+            latent = latent + 0.1 * torch.randn(latent.shape, generator=made)
+    return latent
+
+
+def pictures_apart(rank: int, port: int) -> None:
+    """One process, with a picture of its own."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://localhost:{port}", rank=rank, world_size=RANKS)
+    model = Shared()
+    expected = drawn_apart(model, rank)
+    specdiff.attach(model, group=dist.group.WORLD)
+    found = drawn_apart(model, rank)
+    stats = specdiff.stats(model)
+    assert stats.skipped > STEPS / 3 and same_everywhere(stats.dense)
+    (reason,) = stats.fallbacks
+    assert reason == ("unexplained step" if rank else "another rank computes")
+    error = apart(found, expected)
+    assert 0 < error < FAR, error
+    dist.destroy_process_group()
+
+
+def test_a_picture_of_its_own_on_each_rank():
+    """All compute where one has to; else that one would wait for ever."""
+    torch.multiprocessing.spawn(pictures_apart, (free_port(),), nprocs=RANKS)
 
 
 @pytest.mark.slow

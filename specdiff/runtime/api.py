@@ -103,7 +103,12 @@ def record(compiled: torch.nn.Module) -> Recording:
     return Recording(find_or_create(compiled).recordings)
 
 
-def attach(model: torch.nn.Module, scheduler: Any = None, **options: Any) -> Attachment:
+def attach(
+    model: torch.nn.Module,
+    scheduler: Any = None,
+    group: torch.distributed.ProcessGroup | None = None,
+    **options: Any,
+) -> Attachment:
     """Accelerate the calls of a module from outside, whatever runs inside it.
 
         specdiff.attach(pipe.transformer)
@@ -124,6 +129,9 @@ def attach(model: torch.nn.Module, scheduler: Any = None, **options: Any) -> Att
         scheduler: what the pipeline steps with, such as `pipe.scheduler`. It is read when a
             generation begins and never changed: the times are known from the start, and what
             forecasts cost is made good exactly, by multistep samplers too.
+        group: processes that share the model while each draws pictures of its own, as under FSDP
+            (`torch.distributed.group.WORLD`): all compute a step if one of them has to. Costs an
+            exchange a call. Not needed where all ranks see the same latents.
         options: as of `configure`, and `timestep_arg`.
 
     Returns:
@@ -136,7 +144,7 @@ def attach(model: torch.nn.Module, scheduler: Any = None, **options: Any) -> Att
     known = _scheduler(scheduler)
     detach(model)
     state = find_or_create(model)
-    state.scheduler = known
+    state.scheduler, state.group = known, group
     return Attachment(model, Options.parse(options, frozenset())[0], state)
 
 

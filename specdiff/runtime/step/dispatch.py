@@ -20,6 +20,7 @@ from specdiff.runtime.records.recording import StepRecord, recorded
 from specdiff.runtime.sampler.learned import LearnedTimes
 from specdiff.runtime.sampler.noise import processes
 from specdiff.runtime.step import fallbacks
+from specdiff.runtime.step.agreement import computed_by_one
 from specdiff.runtime.step.call import Call
 from specdiff.runtime.step.ownership import Inquiry
 from specdiff.runtime.step.scheduled import follow
@@ -45,6 +46,7 @@ from specdiff.settings import Settings, why_off
 
 logger = logging.getLogger(__name__)
 
+AGREED = "another rank computes"
 ROWS_UNATTACHED = (
     "specdiff.rows names the rows of an attached model: specdiff.attach(model), compiled or not"
 )
@@ -58,6 +60,8 @@ class Due:
     """Whether the model is run for it."""
     make: Callable[[], list[Tensor]]
     """Makes it, once: the graph's outputs."""
+    instead: Callable[[], list[Tensor]] | None = None
+    """The same by running the model, where the plan would not."""
 
 
 class Runtime:
@@ -125,7 +129,23 @@ class Runtime:
         session: Session | None,
         record: StepRecord | None,
     ) -> Due:
-        """Decide an evaluation, to be made before the next of its stream is decided.
+        """Decide an evaluation, to be made before the next of its stream is decided."""
+        due = self._decided(inputs, state, session, record)
+        if state.group is None:
+            return due
+        device = self.programs.signature.tokens.device
+        if computed_by_one(state.group, due.computes, device) and due.instead is not None:
+            return Due(True, due.instead)
+        return due
+
+    def _decided(
+        self,
+        inputs: Sequence[object],
+        state: ModelState,
+        session: Session | None,
+        record: StepRecord | None,
+    ) -> Due:
+        """By this process alone.
 
         Off: the graph as it came. Refused, or of no trajectory: dense. Else by its stream.
         """
@@ -167,7 +187,14 @@ class Runtime:
             record=record,
         )
         count = tokens_due(call)
-        return Due(count > 0, partial(self._make, call, count, progress))
+        make = partial(self._make, call, count, progress)
+        return Due(True, make) if count else Due(False, make, partial(self._agree, call, progress))
+
+    def _agree(self, call: Call, progress: Progress | None) -> list[Tensor]:
+        """Compute an evaluation that others compute."""
+        call.state.counters.fallbacks[AGREED] += 1
+        call.keep(kind="dense", reason=AGREED)
+        return self._make(call, call.schedule.tokens, progress)
 
     def _make(self, call: Call, count: int, progress: Progress | None) -> list[Tensor]:
         try:

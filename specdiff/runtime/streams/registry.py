@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -93,6 +94,8 @@ class ModelState(StreamOwner):
         """Of a model that breaks into graphs: those of its latest evaluation, and their owners."""
         self.refusals: set[str] = set()
         """Why calls of an attached module have no graph of these."""
+        self.group: dist.ProcessGroup | None = None
+        """Processes that compute a step if one of them does."""
         self.last_variant = False
         """Whether Dynamo compiles no more of the model, so that calls may run unseen."""
         self._said: set[str] = set()
