@@ -30,8 +30,11 @@ COMMANDS = [
     'python3 -m venv .venv && .venv/bin/pip install -q -e ".[test]" && .venv/bin/python -m pytest',
 ]
 """What newcomers and their machines run, to the letter."""
-NO_OPTIONS = {"backend", "dynamic", "fullgraph", "lookahead", "mode", "options", "warmup", "every"}
-"""Names before an equals sign that belong to torch, or to a plan."""
+NO_OPTIONS = {
+    "backend", "dynamic", "fullgraph", "lookahead", "mode", "options", "scheduler", "solve",
+    "warmup", "every",
+}  # fmt: skip
+"""Names before an equals sign that belong to torch or a plan, or are no options but arguments."""
 TAKE_OPTIONS = {"specdiff.attach", "specdiff.backend", "specdiff.configure", "specdiff.session"}
 
 

@@ -313,8 +313,8 @@ def cut_off(model: nn.Module, prompt: str) -> Velocity:
 
 MULTISTEP = {
     "DPM++ 2M": scheduler("DPMSolverMultistepScheduler", **FLOW),
-    "DPM++ 3M": scheduler("DPMSolverMultistepScheduler", solver_order=3, **FLOW),
     "UniPC": scheduler("UniPCMultistepScheduler", **FLOW),
+    "DPM++ 3M": scheduler("DPMSolverMultistepScheduler", solver_order=3, **FLOW),
     "UniPC 3": scheduler("UniPCMultistepScheduler", solver_order=3, **FLOW),
     "DEIS": scheduler("DEISMultistepScheduler", **FLOW),
     "DPM++ 2S": scheduler("DPMSolverSinglestepScheduler", **FLOW),
@@ -335,11 +335,10 @@ NOISY = {
     "SA-Solver": scheduler("SASolverScheduler", **FLOW),
 }
 KINDS = (
-    *(Kind(f"Euler, {n} steps", text_to_image(), n) for n in (4, 8, 20, 50)),
-    Kind("Euler", text_to_image(), ways=SESSIONS),
-    *(Kind(name, text_to_image(make)) for name, make in {**MULTISTEP, **SPACED}.items()),
+    *(Kind(name, text_to_image(make)) for name, make in MULTISTEP.items()),
+    *(Kind(name, text_to_image(make)) for name, make in SPACED.items()),
+    *(Kind(name, text_to_image(make)) for name, make in NOISY.items()),
     Kind("image to image, 60 %", from_image("FluxImg2ImgPipeline", "image", 0.6)),
-    Kind("image to image, 25 %", from_image("FluxImg2ImgPipeline", "image", 0.25)),
     Kind("inpainting", from_image("FluxInpaintPipeline", "image", 0.8, masked=True)),
     Kind("ControlNet", from_image("FluxControlNetPipeline", "control_image", control=True)),
     Kind("true CFG", text_to_image(negative="cactus")),
@@ -349,7 +348,13 @@ KINDS = (
     Kind("prompt travels", text_to_image(callback=travel)),
     Kind("prompt swapped half-way", text_to_image(callback=swap)),
     Kind("interrupted, then another", text_to_image(interrupted=True)),
-    *(Kind(name, text_to_image(make), ways=SESSIONS[:4]) for name, make in NOISY.items()),
+    Kind("Euler", text_to_image(), ways=SESSIONS),
+    *(Kind(f"Euler, {n} steps", text_to_image(), n) for n in (4, 8, 20, 50)),
+    Kind("image to image, 25 %", from_image("FluxImg2ImgPipeline", "image", 0.25)),
+    *(
+        Kind(f"{name}, sessions", text_to_image(make), ways=SESSIONS[2:])
+        for name, make in {"UniPC": MULTISTEP["UniPC"], **NOISY}.items()
+    ),
     *(Kind(f"{name}, 20 steps", text_to_image(make), 20) for name, make in MULTISTEP.items()),
     *(Kind(f"{name}, 50 steps", text_to_image(make), 50) for name, make in SPACED.items()),
 )

@@ -129,22 +129,22 @@ class Bench:
                 return found
         return self.plain(steps)
 
-    def accelerated(self, steps: int, way: str) -> tuple[list[Tensor], float, specdiff.Stats]:
-        """Pictures, evaluations for one, and what became of the plan."""
+    def accelerated(self, steps: int, way: str) -> tuple[list[Tensor], float, int]:
+        """Pictures, evaluations that one computes, and forms of call."""
         drawing = self.drawing
         known = {"scheduler": drawing.scheduler} if way == KNOWN else {}
         specdiff.attach(drawing.model, **known)
         specdiff.reset(drawing.model)
+        before = specdiff.stats(drawing.model).graphs
         around: Callable[[], Any] = nullcontext
         if way.startswith("session"):
             around = _session(drawing, steps, way)
         try:
-            pictures, evaluations = self.draw(steps, around)
+            pictures, _ = self.draw(steps, around)
             stats = specdiff.stats(drawing.model)
         finally:
             specdiff.detach(drawing.model)
-        looked = stats.graphs / len(self._prompts)  # each form of call is looked at once
-        return pictures, evaluations - looked, stats
+        return pictures, stats.dense / len(self._prompts), stats.graphs - before
 
 
 def _session(drawing: Drawing, steps: int, way: str) -> Callable[[], Any]:
@@ -166,12 +166,12 @@ def rows(kind: Kind, pictures: int, known: Sequence[tuple[str, str]]) -> Iterato
     for way in ways:
         dense, evaluations = bench.plain(kind.steps)
         said.lines.clear()
-        made, computed, stats = bench.accelerated(kind.steps, way)
+        made, computed, graphs = bench.accelerated(kind.steps, way)
         lines = list(dict.fromkeys(said.lines))
         few, fewer_evaluations = bench.fewer(computed, kind.steps)
         yield Row(
             kind.name, way, kind.steps, pictures, evaluations, computed,
-            _mean(made, dense), _mean(few, dense), fewer_evaluations, stats.graphs, lines,
+            _mean(made, dense), _mean(few, dense), fewer_evaluations, graphs, lines,
         )  # fmt: skip
     logging.getLogger("specdiff").removeHandler(said)
 
@@ -187,6 +187,8 @@ def page(found: Sequence[Row], failed: Sequence[str]) -> str:
     behind = [row for row in fast if row.ahead < -1]
     ahead = [row for row in fast if row.steps >= 20 and row.ahead >= 3]
     long = [row for row in found if row.steps >= 20]
+    known = {(row.kind, row.way) for row in found}
+    missing = [f"{k.name} ({way})" for k in KINDS for way in k.ways if (k.name, way) not in known]
     silent = [r for r in found if r.computed == r.evaluations and r.steps > 8 and not r.said]
     return "\n".join([
         "# Workflows", "",
@@ -196,7 +198,8 @@ def page(found: Sequence[Row], failed: Sequence[str]) -> str:
         f" More than 1 dB behind fewer steps: {len(behind)}. Of {len(long)} rows of 20 and more"
         f" steps {len(ahead)} are 3 dB ahead. Dense without a message, of more than eight steps:"
         f" {len(silent)}.", "",
-        HEAD, *map(str, found), "", *failed, "",
+        HEAD, *map(str, found), "", *failed,
+        f"Not run: {'; '.join(missing)}." if missing else "Every row was run.", "",
     ])  # fmt: skip
 
 

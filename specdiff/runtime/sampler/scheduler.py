@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from specdiff.errors import OptionError
+from specdiff.runtime.sampler.fresh import Fresh, flow_levels, fresh_noise
 from specdiff.runtime.sampler.weights import Weights, axis
 
 ROUNDED = 2.0**-8
@@ -50,6 +51,8 @@ class Run:
     """Of the whole generation; None: not known."""
     why_not: str = ""
     """Why there are no weights."""
+    fresh: Fresh | None = None
+    """The noise that it draws along a flow, of the whole generation."""
 
     def is_at(self, index: int, time: float) -> bool:
         """Whether evaluation `index`, counted from the first one here, is at this time."""
@@ -97,20 +100,35 @@ class Scheduler:
         if not begins:
             return Run(times[index:], index, None, UNDER_WAY)
         weights = _weights(self._scheduler, timesteps[index:])
-        why_not = weights if isinstance(weights, str) else ""
-        run = Run(times[index:], index, None if isinstance(weights, str) else weights, why_not)
+        if isinstance(weights, Weights):
+            run = Run(times[index:], index, weights)
+        else:
+            fresh = self._fresh(timesteps[index:], times[index:]) if weights == NOISY else None
+            run = Run(times[index:], index, None, weights, fresh)
         self._timesteps, self._begun = timesteps, run
         return replace(run, first=0)
 
+    def _fresh(self, timesteps: Tensor, times: Sequence[float]) -> Fresh | None:
+        """The noise that it draws, where models of flows get their times as they are."""
+        unit = self._unit if float(timesteps[0]) > 1 else 1.0
+        levels = flow_levels(self._scheduler, timesteps.tolist(), unit)
+        if levels is None or not (_near(levels[0], times[0]) or times[0] == timesteps[0]):
+            return None
+        return fresh_noise(_copied(self._scheduler), timesteps.cpu(), levels)
+
+    @property
+    def _unit(self) -> float:
+        config = getattr(self._scheduler, "config", None)
+        return float(getattr(config, "num_train_timesteps", 1000))
+
     def _found(self, values: Sequence[float], time: float) -> tuple[int, tuple[float, ...]] | None:
         """Which evaluation is at a time of the model, and all times as the model gets them."""
-        unit = float(getattr(getattr(self._scheduler, "config", None), "num_train_timesteps", 1000))
         here = getattr(self._scheduler, "step_index", None)
         if here is None:
             here = getattr(self._scheduler, "begin_index", None)
-        places = range(len(values)) if here is None else (here,)
-        for form in FORMS:
-            times = tuple(form(value, unit) for value in values)
+        likeliest = [(0,), range(len(values))] if here is None else [(here,)]
+        for places, form in itertools.product(likeliest, FORMS):
+            times = tuple(form(value, self._unit) for value in values)
             near = [i for i in places if i < len(times) and _near(times[i], time)]
             if near:
                 return min(near, key=lambda i: abs(times[i] - time)), times
@@ -121,12 +139,18 @@ def _near(time: float, other: float) -> bool:
     return abs(time - other) <= ROUNDED * (1000 if max(abs(time), abs(other)) > 1.5 else 1)
 
 
-def _weights(scheduler: Any, timesteps: Tensor) -> Weights | str:
-    """Of a scheduler about to take these steps, or why there are none."""
+def _copied(scheduler: Any) -> Any:
+    """A copy of it, all of whose tensors are on the host."""
     own = copy.deepcopy(scheduler)
     for name, value in vars(own).items():
         if isinstance(value, Tensor):
             setattr(own, name, value.cpu())
+    return own
+
+
+def _weights(scheduler: Any, timesteps: Tensor) -> Weights | str:
+    """Of a scheduler about to take these steps, or why there are none."""
+    own = _copied(scheduler)
     count = len(timesteps)
     generator = torch.Generator("cpu").manual_seed(0)
     drawn = 3 * torch.randn(count + 1, count + 2, generator=generator, device="cpu")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from specdiff.program import Programs
 from specdiff.runtime.records.recording import StepRecord
+from specdiff.runtime.sampler.fresh import Fresh
 from specdiff.runtime.sampler.learned import LearnedTimes
 from specdiff.runtime.sampler.noise import Process
 from specdiff.runtime.sampler.observation import Reading
@@ -68,7 +69,7 @@ class Call:
         if self.reading is not None and self.reading.times.differ:
             return self.reading.times.on_device
         run = self.stream.run
-        return self.time if run is None else run.times[len(self.stream.times)]
+        return self.time if run is None else run.times[self.index]
 
     def at_pace(self, moved: Scalar) -> Scalar:
         """How far the sampler moves each row, [B, 1], if it moves them by `moved` on average."""
@@ -107,10 +108,22 @@ class Call:
             and not isinstance(self.clock, Tensor)
         )
 
+    @cached_property
+    def index(self) -> int:
+        """Of this evaluation, from 0 where the stream begins."""
+        return len(self.stream.times)
+
+    @property
+    def fresh(self) -> Fresh | None:
+        """The noise that the sampler draws, where that is known and no step selects tokens."""
+        run = self.stream.run
+        return None if run is None or self.schedule.selects else run.fresh
+
     @property
     def _may_correct(self) -> bool:
         return (
             self.settings.correction
+            and self.fresh is None
             and not (self.integrates and self.stream.fit.on_course)
             and self.schedule.forecasts
             and self.programs.signature.additive

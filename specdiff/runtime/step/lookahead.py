@@ -34,7 +34,7 @@ def look_ahead(call: Call, outputs: Sequence[object], tokens: Tensor) -> None:
         tokens: what it was made from, which nobody does.
     """
     stream, times = call.stream, call.stream.times
-    watched = call.corrects or call.integrates
+    watched = call.corrects or call.has_weights or call.integrates
     followed = watched or (call.schedule.forecasts and call.counted is not None)
     pending = call.wants_future or (followed and stream.fit.sampler is None)
     before = stream.latents, stream.predictions, stream.trail.model_time
@@ -80,7 +80,7 @@ def _infer(call: Call, latents: tuple[Tensor, ...], predictions: Ways, time: Ten
         return  # guidance was set or unset in between
     sampler = _inferred(call, latents, predictions)
     stream.fit.learn(sampler, len(stream.times))
-    if call.reading is not None and not sampler.trusted:
+    if call.reading is not None and not sampler.trusted and not call.has_weights:
         call.state.say(logger, NO_FIT)
     elif call.wants_future:
         stream.selected.looked_ahead = True

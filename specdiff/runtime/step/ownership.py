@@ -27,6 +27,7 @@ whose turn it is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -234,7 +235,8 @@ class Inquiry:
         elif stream.fit.explains(reading, stream.times[-1], self._signature.batch):
             stream.trail.strays = False
         else:
-            stream.trail.strays = self._remains_of(stream).item() > UNEXPLAINED
+            left = self._remains_of(stream).item()
+            stream.trail.strays = left > UNEXPLAINED and not _is_noise(stream, reading, left)
 
     def _check_later(self, stream: Stream) -> None:
         """Send to the host what tells whether the step to this call is explained."""
@@ -322,3 +324,12 @@ class Inquiry:
     @cached_property
     def _time_read(self) -> float:
         return self._unread_times.read().time
+
+
+def _is_noise(stream: Stream, reading: Reading, left: float) -> bool:
+    """Whether what is left of the latest step, a share of it, is noise that the sampler drew."""
+    run, moved = stream.run, reading.moved
+    if run is None or run.fresh is None or moved is None:
+        return False
+    step = math.sqrt(moved.products[0, 0].item() / moved.size)
+    return run.fresh.explains(run.first + len(stream.times) - 1, left * step)

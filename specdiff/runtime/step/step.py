@@ -12,6 +12,7 @@ from torch import Tensor
 from specdiff.errors import Fault
 from specdiff.runtime.sampler.timeline import time_unit
 from specdiff.runtime.step.call import Call
+from specdiff.runtime.step.clean import cleaned, why_dense
 from specdiff.runtime.step.corrector import corrected, filled_up, settle
 from specdiff.runtime.step.integrator import integrated
 from specdiff.runtime.step.lookahead import look_ahead
@@ -55,6 +56,10 @@ def tokens_due(call: Call) -> int:
     if count < tokens and call.stream.conditions.news:
         count, reason = tokens, NEWS
         call.state.counters.fallbacks[NEWS] += 1
+    if count < tokens and (noise := why_dense(call)):
+        count, reason = tokens, noise
+        call.state.counters.fallbacks[noise] += 1
+        call.state.say(logger, f"running dense: {noise}")
     if count < tokens and call.strays:
         count, reason = tokens, STRAYED
         call.state.counters.fallbacks[STRAYED] += 1
@@ -104,7 +109,7 @@ def answer(call: Call, count: int) -> list[Tensor]:
     counters.tokens_computed += batch * count
     counters.tokens_total += batch * call.schedule.tokens
     counters.token_counts = stream.history.counted
-    found = call.programs.tail(call.inputs, tokens)
+    found = cleaned(call, call.programs.tail(call.inputs, tokens), computed=count > 0)
     look_ahead(call, found, tokens)
     # Tail may return a view of the history, or a buffer that its next run overwrites.
     return owned(found)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,6 +95,14 @@ class Selected:
         return self.speculative[-1][1] if self.speculative else None
 
 
+class CleanPicture(NamedTuple):
+    """The clean picture under a latent, as the model saw it."""
+
+    sigma: float
+    parts: tuple[Tensor, ...]
+    """float32, of each latent that is moved."""
+
+
 @dataclass
 class SamplerState:
     """How the sampler moves the latent, and what forecasts have cost it."""
@@ -104,6 +112,8 @@ class SamplerState:
     correction: Correction | None = None
     shortfall: Shortfall = field(default_factory=Shortfall)
     """What forecasts have cost, where the sampler's weights are known."""
+    clean: tuple[CleanPicture, ...] = ()
+    """Newest first, at most two, where the sampler draws noise."""
     course: Course | None = None
     """On the way to the solution, if that is the target."""
     first_order: bool = True
@@ -232,7 +242,8 @@ class Stream:
         change, first = reading.change, reading.time == trail.times[-1] and not trail.direction
         if first and not 0 < change <= LARGE_CHANGE:
             return "restarts"
-        strange = reading.is_strange(candidates, trail.times[-1])
+        draws = self.run is not None and self.run.fresh is not None
+        strange = not draws and reading.is_strange(candidates, trail.times[-1])
         if first and strange:
             return "restarts"
         if strange and (change > LARGE_CHANGE or self.doubtful):
@@ -251,3 +262,4 @@ class Stream:
         self.history.break_off()
         self.fit.correction = self.fit.course = None
         self.fit.shortfall.break_off()
+        self.fit.clean = ()

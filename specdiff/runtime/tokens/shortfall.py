@@ -32,7 +32,7 @@ class Forecast(NamedTuple):
     clock: float
     handed: Tensor
     """[B, N, C]"""
-    more: Tensor | float
+    more: Tensor | None
     """What was on top of it."""
 
 
@@ -57,7 +57,7 @@ class Shortfall:
         """
         more = self._missing(index, known, weights)
         handed = known if more is None else (known.float() + more).to(known.dtype)
-        self._forecasts[kind][index] = Forecast(clock, handed, 0.0 if more is None else more)
+        self._forecasts[kind][index] = Forecast(clock, handed, more)
         return handed
 
     def computed(
@@ -100,11 +100,14 @@ class Shortfall:
         due = weights.due(index)
         terms = [short * due[at] for at, short in self._short.items() if due[at]]
         for forecasts in self._forecasts.values():
-            terms += [each.more * -due[at] for at, each in forecasts.items() if due[at]]
-        tensors = [term for term in terms if isinstance(term, Tensor)]
-        if not tensors or not due[index]:
+            terms += [
+                each.more * -due[at]
+                for at, each in forecasts.items()
+                if each.more is not None and due[at]
+            ]
+        if not terms or not due[index]:
             return None
-        more = torch.stack(tensors).sum(0) / due[index]
+        more = torch.stack(terms).sum(0) / due[index]
         too_much = _norm(more) > LARGEST * _norm(known.float())
         return torch.where(too_much, 0.0, more)
 
@@ -141,4 +144,5 @@ def between(computed: Sequence[ComputedOutput], clock: float) -> Tensor:
 
 
 def _norm(predictions: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(predictions, dim=(1, 2), keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(predictions, dim=(1, 2), keepdim=True)
+    return norm

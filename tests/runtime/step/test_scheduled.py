@@ -12,6 +12,7 @@ from torch import Tensor
 
 import specdiff
 from specdiff.plan import Plan
+from specdiff.runtime.step.clean import ANEW, TIMED
 from specdiff.runtime.step.scheduled import UNUSED
 from tests.runtime.toy import CHANNELS, SIDE, TEXT, WIDTH, Toy, dense_velocity, toy
 
@@ -177,3 +178,58 @@ def test_one_seed_gives_the_same_bits_whatever_ran_between(known: bool) -> None:
     for _ in range(95):
         drawn(model, solver, 1, seed=7)
     assert torch.equal(drawn(model, solver), first)
+
+
+class Noisy(Solver):
+    """Euler along a flow, with a share of the noise drawn anew at each step."""
+
+    def __init__(self, share: float = 0.5) -> None:
+        super().__init__()
+        self.share = share
+
+    def step(self, prediction: Tensor, time: Tensor, latent: Tensor, return_dict: bool) -> Any:
+        index = self.step_index or 0
+        here, there = self.sigmas[index : index + 2]
+        self.step_index = index + 1
+        clean, noise = latent - here * prediction, latent + (1 - here) * prediction
+        kept = (1 - self.share**2) ** 0.5
+        mixed = kept * noise + self.share * torch.randn_like(noise)
+        return ((1 - there) * clean + there * mixed,)
+
+
+def seeded(draw: Callable[[], Tensor]) -> Tensor:
+    torch.manual_seed(0)
+    return draw()
+
+
+def test_a_sampler_that_draws_noise_is_accelerated() -> None:
+    model, solver = new(), Noisy()
+    exact = seeded(lambda: dense(model, solver))
+    fewer = seeded(lambda: dense(model, solver, 10))
+    specdiff.configure(model, scheduler=solver)
+    found = seeded(lambda: drawn(model, solver))
+    stats = specdiff.stats(model)
+    assert (stats.dense, stats.fallbacks) == (10, {})
+    assert torch.dist(found, exact) < torch.dist(fewer, exact) / 2
+
+
+def test_noise_that_the_scheduler_does_not_draw_is_none_of_its() -> None:
+    model, solver = new(), Noisy()
+    specdiff.configure(model, scheduler=solver)
+
+    def disturbed(latent: Tensor, time: Tensor, prompt: Tensor) -> Tensor:
+        return model(latent + 0.5 * torch.randn_like(latent), time, prompt)
+
+    seeded(lambda: drawn(disturbed, solver))
+    assert specdiff.stats(model).fallbacks["unexplained step"] > 10
+
+
+@pytest.mark.parametrize(("share", "times", "why"), [(1.0, False, ANEW), (0.5, True, TIMED)])
+def test_noise_that_runs_dense(share: float, times: bool, why: str) -> None:
+    model, solver = new(), Noisy(share)
+    exact = seeded(lambda: dense(model, solver))
+    solver.set_timesteps(28)
+    known = {"timesteps": solver.timesteps} if times else {}
+    with specdiff.session(model, scheduler=solver, **known):
+        assert torch.equal(seeded(lambda: drawn(model, solver)), exact)
+    assert specdiff.stats(model).fallbacks == {why: 18}
