@@ -1,13 +1,14 @@
 """A server under load, on this machine alone: `python examples/serving/load.py`.
 
-Starts `specdiff serve` on the demo model as it would run, one server for each setting:
+Starts `specdiff serve` on the demo model as it would run, with a server for each setting:
 
 1. saturation: more clients than pictures in progress. Dense and "balanced" take turns, on a server
    that advances 8 pictures together and on one that draws them one by one.
 2. arrivals: requests come at random, at shares of what dense was measured to do at saturation.
 3. faults: clients that go away and requests that are malformed, among good ones, whose pictures
    must be those that are drawn alone, but for rounding in a batch.
-4. memory: 1,000 generations of many sizes, lengths and qualities.
+4. memory: 1,000 generations of many sizes, lengths and qualities, by a tiny FLUX with random
+   weights.
 
 Writes load.json and load.md beside itself. Replicas that die: tests/serve/test_cluster.py.
 """
@@ -24,6 +25,7 @@ import random
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -95,12 +97,12 @@ class Server:
 
 
 @contextmanager
-def running(together: int, port: int) -> Iterator[Server]:
+def running(together: int, port: int, target: str = "demo") -> Iterator[Server]:
     """A server that advances so many pictures together."""
     command = "from specdiff.cli.main import main; main()"
     options = ["--port", str(port), "--running", str(together), "--waiting", "512"]
     options += ["--deadline", "3600"]
-    process = subprocess.Popen([sys.executable, "-c", command, "serve", *options])
+    process = subprocess.Popen([sys.executable, "-c", command, "serve", target, *options])
     server = Server(port, process.pid)
     try:
         while not is_ready(port):
@@ -310,10 +312,16 @@ def measure(part: str, wanted: argparse.Namespace, known: Mapping[str, Any]) -> 
         return measure_saturation(wanted)
     if part == "arrivals":
         return measure_arrivals(wanted, known["saturation"]["found"]["dense, together"])
-    with running(TOGETHER, wanted.port) as server:
-        if part == "faults":
+    if part == "faults":
+        with running(TOGETHER, wanted.port) as server:
             return faults(server, bodies(24, "balanced", 32, 12))
-        return memory(server, wanted.generations)
+    sys.path.insert(0, str(FIGURES.parents[2]))
+    from tests.examples.small import flux_folder
+
+    with tempfile.TemporaryDirectory() as folder:
+        tiny = flux_folder(Path(folder))
+        with running(TOGETHER, wanted.port, str(tiny)) as server:
+            return memory(server, wanted.generations)
 
 
 def main() -> None:
