@@ -135,6 +135,36 @@ def test_quantised(form, way, caplog):
     assert not any(record.exc_info for record in caplog.records)
 
 
+REFUSED = {8: "gives a weight other data", 4: "a subclass, Params4bit"}
+"""By the bits of bitsandbytes, why no tokens can be selected."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [compiled, attached])
+@pytest.mark.parametrize("bits", REFUSED)
+def test_linears_of_bitsandbytes(bits, way, caplog):
+    pytest.importorskip("bitsandbytes")
+    form = FORMS["bitsandbytes"](bits, linears)
+    pipe = check_form(form, form, way)
+    if way is compiled:
+        assert REFUSED[bits] in specdiff.stats(pipe.transformer).no_selection
+    assert not any(record.exc_info for record in caplog.records)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was:UserWarning")
+@pytest.mark.parametrize("way", [compiled, attached])
+@pytest.mark.parametrize("quantised", ["int8 weight-only", "gguf"])
+def test_adapters_on_quantised_weights(quantised, way):
+    pytest.importorskip("peft")
+
+    def form(pipe: FluxPipeline) -> None:
+        QUANTISED[quantised](pipe)
+        loads("one", 1)(pipe)
+
+    check_form(form, form, way)
+
+
 # Hooks --------------------------------------------------------------------------------------------
 
 
@@ -310,6 +340,7 @@ def test_strength_changed_in_mid_run(way):
     assert 0 < apart(found, expected) < CLOSE
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Already found a:UserWarning")
 def test_past_the_limit_of_variants_stats_say_so(caplog):
     pytest.importorskip("peft")

@@ -31,8 +31,8 @@ COMMANDS = [
 ]
 """What newcomers and their machines run, to the letter."""
 NO_OPTIONS = {
-    "backend", "dynamic", "fullgraph", "lookahead", "mode", "options", "scheduler", "warmup",
-    "every",
+    "backend", "dynamic", "fullgraph", "lookahead", "mode", "options", "scheduler", "solve",
+    "warmup", "every",
 }  # fmt: skip
 """Names before an equals sign that belong to torch or a plan, or are no options but arguments."""
 TAKE_OPTIONS = {"specdiff.attach", "specdiff.backend", "specdiff.configure", "specdiff.session"}

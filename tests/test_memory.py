@@ -97,7 +97,9 @@ def test_what_explain_says_is_what_is_allocated(build, name, allocated):
     assert allocated.most == found.cache_bytes == predicted
 
 
-@pytest.mark.parametrize("sets", [0, 1, 2])
+@pytest.mark.parametrize(
+    "sets", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_no_budget_is_ever_exceeded(sets, allocated):
     """Three generations in turns, and room for fewer: the others run dense, with the reason."""
     model, inputs = flux()
@@ -144,8 +146,15 @@ QUICK_CODES = ["int8", pytest.param("fp8_e4m3", marks=pytest.mark.slow)]
 # Generations ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "bound"), [("int8", 2e-3), ("fp8_e4m3", 1e-2)])
-@pytest.mark.parametrize("text_steps", ["all", "dense"])
+@pytest.mark.parametrize(
+    ("name", "bound", "text_steps"),
+    [
+        ("int8", 2e-3, "dense"),
+        pytest.param("int8", 2e-3, "all", marks=pytest.mark.slow),
+        pytest.param("fp8_e4m3", 1e-2, "dense", marks=pytest.mark.slow),
+        pytest.param("fp8_e4m3", 1e-2, "all", marks=pytest.mark.slow),
+    ],
+)
 def test_pictures_stay_close(name, bound, text_steps):
     model, inputs = flux(layers=2)
     exact = generation(compiled(copy.deepcopy(model), text_steps=text_steps), inputs)
@@ -215,7 +224,7 @@ def test_models_in_16_bits(dtype):
     assert specdiff.stats(selective).selective > 0
 
 
-@pytest.mark.parametrize("name", list(KV_CACHE_DTYPES))
+@pytest.mark.parametrize("name", QUICK_CODES)
 def test_verify_measures_what_codes_cost(name):
     model, inputs = flux()
     exact, coded = (specdiff.verify(model, options=named(n), **inputs) for n in (None, name))
@@ -247,7 +256,7 @@ def test_codes_are_written_and_read_in_place(name, monkeypatch):
     assert called == {"addmm", "bmm", "_scaled_dot_product_flash_attention_for_cpu"}
 
 
-@pytest.mark.parametrize("name", list(KV_CACHE_DTYPES))
+@pytest.mark.parametrize("name", QUICK_CODES)
 def test_inductor_agrees(name):
     """A picture by compiled programs; codes at a border may differ."""
     model, inputs = flux()

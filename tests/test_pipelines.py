@@ -442,6 +442,7 @@ def test_other_resolution_in_mid_run(model):
     other.assert_same(alone(model, 1, prompt=prompt, rows=3, columns=5))
 
 
+@pytest.mark.slow
 def test_other_resolution_in_mid_run_under_automatic_dynamic_shapes(model):
     """Dynamo makes the second graph symbolic, and from then on it answers the first shape, too."""
     selective = compiled(model, dynamic=None)
@@ -457,6 +458,7 @@ def test_other_resolution_in_mid_run_under_automatic_dynamic_shapes(model):
     third.assert_same(alone(model, 2, prompt=embeddings(2, text=4)))
 
 
+@pytest.mark.slow
 def test_one_symbolic_graph_answers_every_resolution(model):
     """dynamic=True: Dynamo stops compiling, every shape has a runtime, all of them are right."""
     selective = compiled(model, dynamic=True)
@@ -470,6 +472,7 @@ def test_one_symbolic_graph_answers_every_resolution(model):
     assert (found.selective, found.fallbacks) == (35, {})
 
 
+@pytest.mark.slow
 def test_tokens_marked_dynamic(model):
     """Symbolic from the first call on, by the user's own word; no later shape is compiled for."""
     selective = compiled(model, dynamic=None)
@@ -520,7 +523,7 @@ class CutGuidance(PipelineCallback):
         return tensors
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.slow)])
 def test_guidance_that_ends_needs_two_graphs(dynamic):
     """The time is a view into all times, whose place Dynamo makes an input of the second graph."""
     model = sd3(layers=2)[0]

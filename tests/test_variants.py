@@ -121,14 +121,18 @@ def cache_dtypes(model: nn.Module, inputs: Inputs) -> set[torch.dtype]:
 # Low precision ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("make", [small_flux, small_sd3])
 def test_low_precision(make, dtype):
     model, inputs = in_dtype(*make(), dtype)
     assert_generations(compiled(model), model, inputs, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
+)
 def test_low_precision_verifies(dtype):
     model, inputs = in_dtype(*small_flux(), dtype)
     verdict = specdiff.verify(model, **inputs)
@@ -183,6 +187,7 @@ def test_autocast_around_a_model_whose_blocks_are_compiled_once(caplog):
         assert re.search(rf"program {program}\S*: \d copies of", caplog.text)
 
 
+@pytest.mark.slow
 def test_caches_have_the_dtype_of_their_values_under_autocast():
     model, inputs = small_sd3()
     with autocast():
@@ -192,6 +197,7 @@ def test_caches_have_the_dtype_of_their_values_under_autocast():
     assert cache_dtypes(model, inputs) == {torch.float32}
 
 
+@pytest.mark.slow
 def test_leaving_autocast_within_a_generation():
     """The rest of the generation begins anew, without caches of the other dtype."""
     model, inputs = small_flux()
@@ -203,6 +209,7 @@ def test_leaving_autocast_within_a_generation():
     assert counts(selective)[:2] == (4, 4)
 
 
+@pytest.mark.slow
 def test_autocast_entered_within_a_generation_of_blocks(monkeypatch):
     """Compiled block by block: caches of one dtype are not those of a block traced in another."""
     model, inputs = small_sd3()
@@ -277,7 +284,7 @@ def test_autocast_inside_the_model(outside, inside, dtype, plain, caplog):
 # Layouts ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [small_flux, small_sd3])
+@pytest.mark.parametrize("make", [pytest.param(small_flux, marks=pytest.mark.slow), small_sd3])
 def test_merged_projections(make):
     """One linear layer for query, key and value, as diffusers merges them for GPUs."""
     apart, inputs = make()
@@ -388,6 +395,7 @@ def weaker(model: nn.Module) -> None:
             module.set_scale("one", 0.5)
 
 
+@pytest.mark.slow
 def test_strength_of_an_adapter_that_changes():
     """Dynamo makes it an input at its second value, and specdiff a constant of each value's own."""
     pytest.importorskip("peft")
@@ -408,7 +416,9 @@ def test_strength_of_an_adapter_that_changes():
 
 
 @pytest.mark.parametrize(
-    "change", [lambda model: model.set_adapter("two"), weaker], ids=["other", "weaker"]
+    "change",
+    [lambda model: model.set_adapter("two"), pytest.param(weaker, marks=pytest.mark.slow)],
+    ids=["other", "weaker"],
 )
 def test_adapter_changed_within_a_generation_of_blocks(change):
     """Caches and history that one adapter has filled are not read under another."""

@@ -206,7 +206,8 @@ def main() -> None:
         try:
             found = forms.in_processes(form.processes, work, form, given.pictures)
         except Exception as error:
-            refused.append(f"Not on this machine: {form.name} ({type(error).__name__}: {error}).")
+            why = str(error).strip().splitlines()[-1]  # of another process, all of its traceback
+            refused.append(f"Not on this machine: {form.name} ({type(error).__name__}: {why}).")
             print(refused[-1], flush=True)
             continue
         rows += found

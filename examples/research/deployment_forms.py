@@ -8,6 +8,7 @@ import socket
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -90,6 +91,30 @@ def gguf(pipe: Any, wanted: Wanted = blocks) -> None:
             linear.bias = nn.Parameter(module.bias.detach(), requires_grad=False)
 
 
+def bitsandbytes(bits: int, wanted: Wanted = blocks) -> Change:
+    """Linears of bitsandbytes: 8 bits, or 4 as NF4."""
+
+    def form(pipe: Any) -> None:
+        import bitsandbytes as library
+
+        model = pipe.transformer
+        for name, module in [each for each in model.named_modules() if wanted(each[1], each[0])]:
+            sizes, bias = (module.in_features, module.out_features), module.bias is not None
+            if bits == 8:
+                linear = library.nn.Linear8bitLt(*sizes, bias, has_fp16_weights=False)
+            else:
+                linear = library.nn.Linear4bit(
+                    *sizes, bias, compute_dtype=torch.float32, quant_type="nf4"
+                )
+            linear.load_state_dict(module.state_dict())
+            linear = linear.to(CPU)
+            linear(torch.zeros(1, module.in_features))  # the first call arranges the codes
+            place, _, own = name.rpartition(".")
+            setattr(model.get_submodule(place), own, linear)
+
+    return form
+
+
 def layerwise_casting(pipe: Any) -> None:
     """Weights kept in float8, cast for each layer."""
     pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
@@ -145,6 +170,16 @@ def adapter(seed: int, **options: Any) -> Change:
     return load
 
 
+def both(*changes: Change) -> Change:
+    """One after the other."""
+
+    def form(pipe: Any) -> None:
+        for change in changes:
+            change(pipe)
+
+    return form
+
+
 def swappable(pipe: Any) -> None:
     """An adapter whose values can be replaced in place."""
     pipe.transformer.enable_lora_hotswap(target_rank=4)
@@ -189,13 +224,12 @@ def tensor_parallel(pipe: Any) -> None:
         parallelize_module(block, mesh, plan)
 
 
-def ulysses(pipe: Any) -> None:
-    """Diffusers' context parallelism."""
+def context_parallel(pipe: Any, **degrees: int) -> None:
+    """Diffusers' own."""
     from diffusers import ContextParallelConfig
 
     with mock.patch("torch.accelerator.device_count", return_value=1):  # it divides by it
-        config = ContextParallelConfig(ulysses_degree=dist.get_world_size())
-        pipe.transformer.enable_parallelism(config=config)
+        pipe.transformer.enable_parallelism(config=ContextParallelConfig(**degrees))
 
 
 def in_processes(count: int, work: Callable[..., Any], *arguments: Any) -> Any:
@@ -247,11 +281,14 @@ FORMS = (
     ),
     Form("torchao int4 weight-only", ("compiled",), before=torchao("Int4WeightOnlyConfig")),
     Form("GGUF Q8_0", (*SELECTING, "attached"), before=gguf),
+    Form("bitsandbytes int8", ("compiled", "attached"), before=bitsandbytes(8)),
+    Form("bitsandbytes NF4", ("compiled", "attached"), before=bitsandbytes(4)),
     Form("layerwise casting", before=layerwise_casting),
     Form("model offload", ("compiled", "attached"), before=model_offload),
     Form("sequential offload", before=sequential_offload),
     Form("group offload, blocks", before=groups("block_level", num_blocks_per_group=1)),
     Form("group offload, leaves", before=groups("leaf_level")),
+    Form("group offload, leaves, streams", before=groups("leaf_level", use_stream=True)),
     Form("graph breaks", ("compiled", "compiled, attached"), before=breaks),
     Form("LoRA loaded after compiling", ("compiled", "attached"), after=adapter(1)),
     Form(
@@ -267,6 +304,12 @@ FORMS = (
         each_step=weaker,
         rest=lambda pipe: weigh(pipe, 1.0),
     ),
+    Form(
+        "LoRA on torchao int8 weight-only",
+        ("compiled", "attached"),
+        before=both(torchao("Int8WeightOnlyConfig"), adapter(1)),
+    ),
+    Form("LoRA on GGUF Q8_0", ("compiled", "attached"), before=both(gguf, adapter(1))),
     Form("FSDP2, two processes", before=fsdp, processes=2),
     Form(
         "tensor parallel, two processes",
@@ -274,5 +317,16 @@ FORMS = (
         before=tensor_parallel,
         processes=2,
     ),
-    Form("Ulysses, two processes", ("compiled", "attached"), before=ulysses, processes=2),
+    Form(
+        "Ulysses, two processes",
+        ("compiled", "attached"),
+        before=partial(context_parallel, ulysses_degree=2),
+        processes=2,
+    ),
+    Form("ring, two processes", before=partial(context_parallel, ring_degree=2), processes=2),
+    Form(
+        "Ulysses and ring, four processes",
+        before=partial(context_parallel, ulysses_degree=2, ring_degree=2),
+        processes=4,
+    ),
 )

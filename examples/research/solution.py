@@ -174,20 +174,22 @@ def tiers() -> list[list[tuple[str, int]]]:
     some = ("Adams-Bashforth 2", "DPM-Solver++ 2M", "UniPC")
     goals = [("Euler", STEPS), (ours, 10), (ours, 15)]
     rivals = [(solver, count) for count in (10, 15) for solver in some]
-    more = [(ours, STEPS), (dense, 10), (dense, 15)]
-    few = [(ours, count) for count in OURS]
-    few += [(solver, count) for count in FEWER for solver in some]
+    others = [[(method, count) for method in (ours, *some)] for count in (8, 6, 12, 20, STEPS)]
     rest = [(solver, count) for solver in SOLVERS for count in FEWER]
-    return [goals, rivals, more, few, [*rest, (dense, 8)]]
+    last = [*rest, *((dense, count) for count in (8, 10, 15))]
+    return [goals, rivals, [(ours, STEPS)], *others, last]
 
 
 class Drawer:
     """Draws the pictures of one model."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, eager: bool) -> None:
         load, self.picture, self.to_pixels, options = MODELS[name]
-        self.model: Any = torch.compile(load())
-        self.compiled: Any = torch.compile(load(), backend="specdiff", options=options)
+        inner = "eager" if eager else "inductor"
+        self.model: Any = load() if eager else torch.compile(load())
+        self.compiled: Any = torch.compile(
+            load(), backend="specdiff", options={"inner_backend": inner, **options}
+        )
 
     def draw(self, index: int, method: str, evaluations: int) -> Tensor:
         """The picture [3, H, W], in 0..1."""
@@ -233,12 +235,13 @@ def main() -> None:
     parser.add_argument("--references", type=Path, default=Path("solution-references"))
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing after")
     parser.add_argument("--name", default="solution")
+    parser.add_argument("--eager", action="store_true", help="compile nothing: for a few pictures")
     wanted = parser.parse_args()
     until = time.monotonic() + 60 * wanted.minutes
     torch.set_grad_enabled(False)
     file = wanted.out / f"{wanted.name}.json"
     known: Known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    drawers = {model: Drawer(model) for model in wanted.model}
+    drawers = {model: Drawer(model, eager=wanted.eager) for model in wanted.model}
     for _ in measure(known, drawers, wanted.pictures, wanted.references):
         file.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
         if time.monotonic() > until:

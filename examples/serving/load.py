@@ -36,7 +36,7 @@ from typing import Any
 
 from PIL import Image, ImageChops
 
-HERE = Path(__file__).parent
+FIGURES = Path(__file__).with_name("load.json")
 PROMPTS = ("red apple", "frog", "grinning face", "hamburger", "panda", "cactus", "taxi", "robot")
 HEADERS = {"Content-Type": "application/json"}
 ADDRESS = "/v1/images/generations"
@@ -249,78 +249,112 @@ def measure_saturation(wanted: argparse.Namespace) -> dict[str, list[dict[str, A
     return found
 
 
-def measure_rest(wanted: argparse.Namespace, capacity: float) -> dict[str, Any]:
-    """Arrivals, faults and memory."""
-    found: dict[str, Any] = {"arrivals": {}}
+def measure_arrivals(wanted: argparse.Namespace, dense: Sequence[Mapping[str, Any]]) -> Any:
+    """Latencies at shares of what dense was measured to do at saturation."""
+    capacity, found = fmean(run["pictures_per_second"] for run in dense), {}
     with running(TOGETHER, wanted.port) as server:
         for share in SHARES:
             for quality in ("dense", "balanced"):
                 jobs = bodies(wanted.requests, quality, wanted.side, wanted.steps)
                 name = f"{quality}, {share:g} of dense's capacity"
-                found["arrivals"][name] = arrive(server, jobs, share * capacity)
-                print(name, found["arrivals"][name], flush=True)
-        found["faults"] = faults(server, bodies(24, "balanced", 32, 12))
-        print(found["faults"], flush=True)
-    with running(TOGETHER, wanted.port) as server:
-        found["memory"] = memory(server, wanted.generations)
+                found[name] = arrive(server, jobs, share * capacity)
+                print(name, found[name], flush=True)
     return found
 
 
-def table(found: Mapping[str, Any]) -> str:
-    """The figures as Markdown."""
-    lines = [f"`{found['command']}`, {found['when']}. {found['machine']}", ""]
-    lines += ["| at saturation | pictures a second | CPU seconds a picture | median latency, s |"]
-    lines += ["|---|---|---|---|"]
-    for name, runs in found["saturation"].items():
-        rows = [" / ".join(f"{run[key]:g}" for run in runs)
-                for key in ("pictures_per_second", "cpu_seconds_per_picture", "p50")]  # fmt: skip
-        lines.append(f"| {name} | {' | '.join(rows)} |")
-    lines += [
-        "",
-        "| arrivals | requests a second | p50, s | p90, s | p99, s |",
-        "|---|---|---|---|---|",
-    ]
-    for name, run in found["arrivals"].items():
-        lines.append(
-            f"| {name} | {run['rate']:g} | {run['p50']:g} | {run['p90']:g} | {run['p99']:g} |"
-        )
-    f = found["faults"]
-    lines += [
-        "",
-        f"Faults: of {f['good']} good requests {f['answered']} were answered,"
-        f" {f['equal_to_alone']} with the bytes drawn alone and all within"
-        f" {f['most_levels_apart']} levels of 255, among {f['malformed']} malformed ones, of which"
-        f" {f['refused_with_reason']} were refused with a reason, and {f['left']} clients that"
-        f" left; {f['still_running']:g} generations were left.",
-        "",
-        "Memory: " + ", ".join(f"{m['resident_mib']:.0f} MiB after {m['generations']}"
-                               for m in found["memory"]) + " mixed generations.",
-    ]  # fmt: skip
-    return "\n".join(lines) + "\n"
+def saturation_table(part: Mapping[str, Any]) -> Iterator[str]:
+    """As Markdown."""
+    yield "| at saturation | pictures a second | CPU seconds a picture | median latency, s |"
+    yield "|---|---|---|---|"
+    for name, runs in part["found"].items():
+        keys = ("pictures_per_second", "cpu_seconds_per_picture", "p50")
+        cells = (" / ".join(f"{run[key]:g}" for run in runs) for key in keys)
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
+def arrivals_table(part: Mapping[str, Any]) -> Iterator[str]:
+    """As Markdown."""
+    yield "| arrivals | requests a second | p50, s | p90, s | p99, s |"
+    yield "|---|---|---|---|---|"
+    for name, run in part["found"].items():
+        yield f"| {name} | {' | '.join(f'{run[key]:g}' for key in ('rate', 'p50', 'p90', 'p99'))} |"
+
+
+def faults_text(part: Mapping[str, Any]) -> Iterator[str]:
+    """As a paragraph."""
+    f = part["found"]
+    yield f"Faults: of {f['good']} good requests {f['answered']} were answered,"
+    yield f"{f['equal_to_alone']} with the bytes drawn alone, and none further off than"
+    yield f"{f['most_levels_apart']} of 255; of {f['malformed']} malformed ones among them"
+    yield f"{f['refused_with_reason']} were refused with a reason; {f['left']} clients left, and"
+    yield f"{f['still_running']:g} generations were left of them."
+
+
+def memory_text(part: Mapping[str, Any]) -> Iterator[str]:
+    """As a paragraph."""
+    held = (f"{m['resident_mib']:.0f} MiB after {m['generations']}" for m in part["found"])
+    yield "Memory: " + ", ".join(held) + " mixed generations."
+
+
+PARTS = {
+    "saturation": saturation_table,
+    "arrivals": arrivals_table,
+    "faults": faults_text,
+    "memory": memory_text,
+}
+
+
+def measure(part: str, wanted: argparse.Namespace, known: Mapping[str, Any]) -> Any:
+    """The figures of one part."""
+    if part == "saturation":
+        return measure_saturation(wanted)
+    if part == "arrivals":
+        return measure_arrivals(wanted, known["saturation"]["found"]["dense, together"])
+    with running(TOGETHER, wanted.port) as server:
+        if part == "faults":
+            return faults(server, bodies(24, "balanced", 32, 12))
+        return memory(server, wanted.generations)
 
 
 def main() -> None:
-    """Measure it all and write it down."""
+    """Measure each part, and write down all that is known."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", help=f"which of {', '.join(PARTS)}; none: all")
     for name, usual in (
         ("port", 8765), ("pictures", 16), ("requests", 40), ("rounds", 2), ("side", 64),
         ("steps", 28), ("generations", 1000),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=usual)
     wanted = parser.parse_args()
-    load = os.getloadavg()
-    saturation = measure_saturation(wanted)
-    capacity = fmean(run["pictures_per_second"] for run in saturation["dense, together"])
-    found = {
-        "command": " ".join(["python examples/serving/load.py", *sys.argv[1:]]),
-        "when": time.strftime("%d %B %Y"),
-        "machine": f"{os.cpu_count()} cores, which others use, too: load {load[0]:.1f} before, "
-        f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}.",
-        "saturation": saturation,
-        **measure_rest(wanted, capacity),
-    }
-    (HERE / "load.json").write_text(json.dumps(found, indent=2) + "\n")
-    (HERE / "load.md").write_text(table(found))
+    known = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
+    for part in wanted.parts or PARTS:
+        load = os.getloadavg()[0]
+        figures = measure(part, wanted, known)
+        command = ["OMP_NUM_THREADS=" + os.environ.get("OMP_NUM_THREADS", "2"), "python"]
+        command += ["examples/serving/load.py", part, *filter(is_option, sys.argv[1:])]
+        known[part] = {
+            "command": " ".join(command),
+            "machine": f"{time.strftime('%d %B %Y')}, {os.cpu_count()} cores; load {load:.1f}"
+            f" before it and {os.getloadavg()[0]:.1f} after it, mostly of others",
+            "found": figures,
+        }
+        FIGURES.write_text(json.dumps(known, indent=2) + "\n")
+        FIGURES.with_suffix(".md").write_text(page(known))
+
+
+def is_option(word: str) -> bool:
+    """Whether a word of the command line is no part."""
+    return word not in PARTS
+
+
+def page(known: Mapping[str, Any]) -> str:
+    """All figures as Markdown."""
+    lines = ["# `specdiff serve` under load", "", "Made by [load.py](load.py), which says how.", ""]
+    for part, written in PARTS.items():
+        if part in known:
+            lines += [*written(known[part]), ""]
+            lines += [f"`{known[part]['command']}`, {known[part]['machine']}.", ""]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

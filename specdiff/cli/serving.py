@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from specdiff.serve.events import Backend
 
 LOOPBACK = "127.0.0.1"
+PATIENCE = 10
+"""Seconds that requests in progress get when the server stops."""
 
 
 def serve(
@@ -62,7 +64,13 @@ def serve(
         wish = Wish(target, device, quality, running, waiting, most_replicas=replicas)
         backend, close = run_on_cluster(wish, ray), stop_on_cluster
     console.print(f"{target}: http://{host}:{port}", highlight=False)
-    uvicorn.run(create_app(backend, deadline, close), host=host, port=port, log_level="warning")
+    uvicorn.run(
+        create_app(backend, deadline, close),
+        host=host,
+        port=port,
+        log_level="warning",
+        timeout_graceful_shutdown=PATIENCE,
+    )
 
 
 def _require_extra(modules: Sequence[str]) -> None:

@@ -135,9 +135,12 @@ class Rounds:
             with torch.no_grad():
                 outputs = self._evaluate(self._model, group)
         except Exception as error:
+            if len(group) > 1:  # whose fault it is shows once each is alone
+                for each in group:
+                    self._answer([each])
+                return
             self.failed_in_a_row += 1
-            for each in group:
-                each.output.set_exception(error)
+            group[0].output.set_exception(error)
             return
         self.failed_in_a_row = 0
         self.calls += 1

@@ -30,6 +30,9 @@ from specdiff.torch_adapter.placeholders import (
 )
 
 WRITES_TO_INPUTS = "the graph writes to one of its inputs"
+REPLACES_DATA = (
+    "the graph gives a weight other data, as Linear8bitLt of bitsandbytes does at each call"
+)
 
 
 def export_functional(module: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
@@ -48,6 +51,8 @@ def export_functional(module: fx.GraphModule, inputs: Sequence[Any]) -> fx.Graph
     inputs = _with_stand_ins(inputs, (*quantized, *packed))
     require_plain_tensors(inputs)
     require_one_autocast(module.graph)
+    if any(node.target is Tensor.set_ for node in module.graph.nodes):
+        raise Unsupported(REPLACES_DATA)
     if any("vmap_increment_nesting" in str(node.target) for node in module.graph.nodes):
         raise Unsupported("the graph holds a torch.func.vmap, as masks of flex attention do")
     with fx.traceback.preserve_node_meta():

@@ -106,6 +106,7 @@ def test_large_geometries_have_the_published_sizes():
         assert sampler.geometry.tokens == 4096
 
 
+@pytest.mark.slow
 def test_programs_are_left_as_they_were():
     sampler = toy("flux-toy")
     bench = measure(sampler, RATES, [0.75], 1, EAGER, backend="eager")
@@ -131,6 +132,7 @@ def test_command_names_the_geometries():
     assert "flux-dev, sd3-medium" in str(result.exception)
 
 
+@pytest.mark.slow
 def test_settings_of_inductor_are_for_every_method(monkeypatch):
     seen = []
 
@@ -152,6 +154,7 @@ def test_command_refuses_what_the_ratios_take_the_place_of():
     assert str(result.exception).endswith("the ratios take its place, give --ratio")
 
 
+@pytest.mark.slow
 def test_the_ratios_fill_the_gaps_of_any_plan():
     plan = {"specdiff_plan": 1, "rule": {"every": 2}, "lookahead": 0}
     bench = measure(toy("flux-toy"), RATES, [0.75], 1, {**EAGER, "plan": plan}, backend="eager")

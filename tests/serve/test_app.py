@@ -25,7 +25,7 @@ from specdiff.serve.engine import Engine
 from tests.examples.small import flux_folder
 from tests.serve.served import ADDRESS, JSON, alone, ask, pixels, read, serving, until
 
-BODY: dict[str, Any] = {"prompt": "a red apple", "size": "32x32", "steps": 8, "seed": 5}
+BODY: dict[str, Any] = {"prompt": "a red apple", "size": "32x32", "steps": 10, "seed": 5}
 RUNNING, WAITING = 3, 2
 
 
@@ -53,8 +53,8 @@ def port(engine: Engine) -> Iterator[int]:
 def test_pictures_are_those_drawn_alone(port: int, model: PictureModel) -> None:
     """Sizes, steps, qualities and seeds of their own, at a time."""
     wanted = [
-        (32, 8, 5, "balanced"), (32, 12, 6, "fast"), (48, 7, 7, "dense"), (32, 28, 8, "balanced"),
-        (32, 8, 9, "balanced"),
+        (32, 10, 5, "balanced"), (32, 12, 6, "fast"), (48, 7, 7, "dense"), (32, 28, 8, "balanced"),
+        (32, 10, 9, "balanced"),
     ]  # fmt: skip
     bodies = [
         {**BODY, "size": f"{side}x32", "steps": steps, "seed": seed, "quality": quality}
@@ -90,7 +90,7 @@ def events(port: int, body: dict[str, Any]) -> list[dict[str, Any]]:
 
 def test_a_stream_tells_every_step(port: int) -> None:
     *progress, last = events(port, BODY)
-    assert [event["step"] for event in progress] == list(range(1, 9))
+    assert [event["step"] for event in progress] == list(range(1, 11))
     assert last["type"] == "image_generation.completed"
     whole = ask(port, BODY)[1]["data"][0]
     assert torch.equal(pixels(last), pixels(whole))

@@ -53,7 +53,8 @@ def _lengths(now: Tensor, before: Tensor, prediction: Tensor, known: KnownStep) 
     if known.kept != 1:
         left.add_(before, alpha=1 - known.kept)
     vectors = torch.stack([left, step, before])
-    return torch.linalg.vector_norm(vectors, dim=tuple(range(2, vectors.dim())))
+    norms: Tensor = torch.linalg.vector_norm(vectors, dim=tuple(range(2, vectors.dim())))
+    return norms
 
 
 def follows(lengths: Sequence[Sequence[float]], precision: float) -> bool:

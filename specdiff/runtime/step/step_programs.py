@@ -88,6 +88,7 @@ class StepPrograms:
         """The predictions, each [1, 1, n] or [B, 1, n]."""
         if len(self._shapes) == 1:
             return (tokens,)
-        if self.signature.samples_apart:
-            return tokens.split(1)
-        return tokens.split([shape.numel() // len(tokens) for shape, _ in self._shapes], dim=2)
+        apart, sizes = self.signature.samples_apart, [shape.numel() for shape, _ in self._shapes]
+        parts: Sequence[Tensor]
+        parts = tokens.split(1) if apart else tokens.split([n // len(tokens) for n in sizes], dim=2)
+        return parts

@@ -9,15 +9,13 @@ The same formulas serve for all of them.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 Clock = float | Tensor
 """A number of the host, a scalar on the device, or float32 [B, 1] or [B, N]."""
-
-Value = TypeVar("Value", float, Tensor, Clock)
 
 
 def ratio(part: Clock, whole: Clock) -> Clock:
@@ -30,15 +28,22 @@ def ratio(part: Clock, whole: Clock) -> Clock:
 
 def within(value: Clock, limit: Clock) -> Clock:
     """`value`, from -`limit` to `limit`."""
-    if isinstance(limit, Tensor) and not isinstance(value, Tensor):
-        value = torch.full_like(limit, value)
+    if isinstance(limit, Tensor):
+        values = value if isinstance(value, Tensor) else torch.full_like(limit, value)
+        return values.clamp(-limit, limit)
     if isinstance(value, Tensor):
         return value.clamp(-limit, limit)
     return max(-limit, min(limit, value))
 
 
-def chosen(condition: bool | Tensor, value: Value, other: Value) -> Value:
-    """`value` where the condition holds, else `other`."""
+def distance(one: Clock, other: Clock) -> Clock:
+    """How far apart they are."""
+    apart = one - other
+    return apart.abs() if isinstance(apart, Tensor) else abs(apart)
+
+
+def chosen(condition: Clock, value: Any, other: Any) -> Any:
+    """`value` where the condition, a bool or a tensor of them, holds, else `other`."""
     if isinstance(condition, Tensor):
         return torch.where(condition, value, other)
     return value if condition else other
@@ -53,7 +58,7 @@ def scaled(values: Tensor, weight: Clock) -> Tensor:
 def plus(values: Tensor, more: Tensor, weight: Clock) -> Tensor:
     """`values + weight more`, both [B, N, C]."""
     if isinstance(weight, Tensor):
-        return torch.addcmul(values, more, of_values(weight))
+        return torch.addcmul(values, more, _of_tokens(weight))
     return torch.add(values, more, alpha=weight)
 
 
@@ -67,4 +72,8 @@ def beyond(newer: Tensor, older: Tensor, share: Clock) -> Tensor:
 
 def of_values(weight: Clock) -> Clock:
     """To multiply [B, N, C] by."""
-    return weight.unsqueeze(-1) if isinstance(weight, Tensor) and weight.dim() else weight
+    return _of_tokens(weight) if isinstance(weight, Tensor) else weight
+
+
+def _of_tokens(weight: Tensor) -> Tensor:
+    return weight.unsqueeze(-1) if weight.dim() else weight

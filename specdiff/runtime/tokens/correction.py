@@ -72,7 +72,7 @@ class Correction:
         if older is not None:
             missing = plus(missing, before.tokens - older.tokens, on_older)
         whole = of_values(fresh)
-        found = chosen(whole, missing, torch.zeros_like(missing))
+        found: Tensor = chosen(whole, missing, torch.zeros_like(missing))
         self.missing = chosen(whole, missing, self.missing)
         self.lag = chosen(fresh, 0.0, self.lag)
         self.lag_squared = chosen(fresh, 0.0, self.lag_squared)

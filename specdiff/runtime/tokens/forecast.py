@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from specdiff.runtime.tokens.clock import Clock, beyond, ratio, within
+from specdiff.runtime.tokens.clock import Clock, beyond, distance, ratio, within
 from specdiff.runtime.tokens.history import History
 
 Forecaster = Callable[[History, Clock, float], Tensor]
@@ -57,7 +57,7 @@ def _linear(history: History, time: Clock, unit: float) -> Tensor:
     # A slope measured over a short span is mostly curvature and noise: follow it no further than a
     # share of that span (sigmas of a shifted schedule start close together and end far apart).
     span = newest.times - older[0].times
-    ahead = within(time - newest.times, REACH * abs(span))
+    ahead = within(time - newest.times, REACH * distance(newest.times, older[0].times))
     return beyond(newest.tokens, older[0].tokens, ratio(ahead, span))
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from specdiff.program import share_out
+from specdiff.runtime.tokens.clock import distance
 from specdiff.runtime.tokens.history import History
 from specdiff.settings import Settings
 
@@ -46,9 +47,9 @@ def _paper(his: Tensor, fut: Tensor, history: History, time: float, starvation: 
 
 def _history(his: Tensor, fut: Tensor, history: History, time: float, starvation: float) -> Tensor:
     """His * fut * exp(starvation * cf) * staleness^2 (docs/paper.md, at its end)."""
-    distance = abs(history.computed[0].times - time)
+    ago = distance(history.computed[0].times, time)
     # The age keeps an order among tokens when neighbouring times are equal (Heun, bf16).
-    staleness = distance + 1e-6 * (1 + history.age)
+    staleness = ago + 1e-6 * (1 + history.age)
     return _paper(his, fut, history, time, starvation) + 2 * staleness.log()
 
 

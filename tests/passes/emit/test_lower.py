@@ -85,7 +85,7 @@ def smallest_cache(found: Traced) -> int:
     return min(prod(slot.shape) for slot in found.analysis.signature.caches[:count])
 
 
-@pytest.mark.parametrize("name", ["selective", "textless"])
+@pytest.mark.parametrize("name", ["selective", pytest.param("textless", marks=pytest.mark.slow)])
 def test_selective_program_allocates_nothing_of_a_caches_size(wide, name, monkeypatch):
     code = inductor_code(wide, name, monkeypatch)
     smallest = smallest_cache(wide)
@@ -145,6 +145,7 @@ def test_dense_program_needs_no_memory_of_its_own_for_each_cache(build):
     assert programs.compile_seconds.keys() == {"dense"}
 
 
+@pytest.mark.slow
 def test_tables_are_neither_made_nor_gathered_block_by_block(monkeypatch):
     """Whatever the number of blocks: one gather a rotary table, and no cosine."""
     monkeypatch.setattr("specdiff.passes.select.invariant.LEAST", 0)
@@ -196,10 +197,10 @@ EVERY = ("dense", "selective", "tail")
 @pytest.mark.parametrize(
     ("inner", "build", "handed_over"),
     [
-        ("aot_eager", flux, EVERY),
         ("aot_eager", sd3, EVERY),
         ("inductor", flux, ("selective",)),
         ("inductor", sd3, ("dense",)),
+        pytest.param("aot_eager", flux, EVERY, marks=pytest.mark.slow),
         pytest.param("inductor", flux, EVERY, marks=pytest.mark.slow),
         pytest.param("inductor", sd3, EVERY, marks=pytest.mark.slow),
     ],

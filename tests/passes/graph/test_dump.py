@@ -176,6 +176,7 @@ def test_drawings_and_report_lie_beside_the_code(dumped):
     assert "What was found" in (folder / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_each_graph_has_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setenv("SPECDIFF_DUMP", str(tmp_path / "by" / "environment"))
     model, inputs = flux(1, 0, rows=2, columns=3, batch=1)
@@ -266,6 +267,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_torch_logs_and_torch_trace(tmp_path):
     """Decisions are logged once each; code, drawings and report are artifacts for tlparse."""
     environment = {**os.environ, "TORCH_LOGS": "+specdiff", "TORCH_TRACE": str(tmp_path)}

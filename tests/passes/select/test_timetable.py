@@ -36,7 +36,7 @@ def linears(program):
     return len(program.graph.find_nodes(op="call_function", target=aten.linear.default))
 
 
-@pytest.mark.parametrize("build", [flux, sd3])
+@pytest.mark.parametrize("build", [pytest.param(flux, marks=pytest.mark.slow), sd3])
 def test_modulations_are_looked_up_and_nothing_is_left_of_their_making(build):
     model, inputs = build(batch=2)
     found = trace(model, inputs, changed(inputs))
@@ -195,7 +195,12 @@ def test_a_table_serves_all_blocks():
 
 
 @pytest.mark.parametrize(
-    "name", ["sana_wm_ltx2_refiner_transformer", "cosmos_video_to_world", "flux_guidance"]
+    "name",
+    [
+        pytest.param("sana_wm_ltx2_refiner_transformer", marks=pytest.mark.slow),
+        "cosmos_video_to_world",
+        pytest.param("flux_guidance", marks=pytest.mark.slow),
+    ],
 )
 def test_tables_take_no_more_memory_than_weights(name, monkeypatch):
     """Of a time for each token, a table would take more than all caches together."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import operator
 import re
 from dataclasses import replace
@@ -30,6 +31,11 @@ aten = torch.ops.aten
 ACTIVE, SAMPLE = 5, 16
 """The sample is smaller than the attentions, so that each block samples rows of its own."""
 PROGRAMS = ("dense", "selective", "unmeasured", "textless")
+QUICK = [
+    ("flux_of_blocks", "selective"),
+    ("sd3_of_blocks", "dense"),
+    ("unequal_blocks", "textless"),
+]
 """Unmeasured: selective without importance."""
 
 
@@ -92,8 +98,15 @@ def everything(run: Any, found: Traced, name: str) -> list[torch.Tensor]:
     return [*outputs, *values[first : first + len(found.analysis.signature.caches)]]
 
 
-@pytest.mark.parametrize("name", ["probe", *PROGRAMS])
-@pytest.mark.parametrize("which", ["flux_of_blocks", "sd3_of_blocks", "unequal_blocks"])
+@pytest.mark.parametrize(
+    ("which", "name"),
+    [
+        case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow)
+        for case in itertools.product(
+            ("flux_of_blocks", "sd3_of_blocks", "unequal_blocks"), ("probe", *PROGRAMS)
+        )
+    ],
+)
 def test_a_shared_program_computes_the_same_to_the_bit(which, name, request):
     found = request.getfixturevalue(which)
     plain = emitted(found, name)
@@ -165,6 +178,7 @@ def uses(code: str, name: str) -> list[str]:
     return [n for n in lines if not n.startswith(idle) and not n.endswith("= args")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

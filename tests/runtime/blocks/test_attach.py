@@ -67,7 +67,7 @@ def evaluations(model: nn.Module) -> tuple[int, int, int, int]:
     return found.dense, found.selective, found.skipped, found.speculative
 
 
-QUICK = [("flux", "paper"), *(("sd3", settings) for settings in SETTINGS)]
+QUICK = [("flux", "paper"), ("sd3", "history")]
 EVERY = [(name, settings) for name in MODELS for settings in SETTINGS]
 
 
@@ -139,6 +139,7 @@ def test_blocks_of_a_class_share_a_graph_but_no_caches():
     assert specdiff.stats(model).cache_bytes >= keys_and_values
 
 
+@pytest.mark.slow
 def test_two_resolutions_and_two_prompts_in_turns():
     model, inputs = MODELS["flux"]()
     _, other = flux(rows=5, columns=4, text=6)
@@ -270,7 +271,9 @@ def test_an_error_in_the_model_leaves_nothing_open():
 BROKEN = ("lumina2_transformer", "bria_fibo2_transformer", "omnigen_transformer")
 
 
-@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize(
+    "name", [*BROKEN[:1], *(pytest.param(each, marks=pytest.mark.slow) for each in BROKEN[1:])]
+)
 def test_a_model_that_breaks_into_graphs(name):
     """Attached to the compiled model, whose graph with the blocks has neither latent nor time."""
     case = ZOO[name]()

@@ -97,7 +97,10 @@ def sampled():
     return Sampled()
 
 
-@pytest.mark.parametrize("given", [False, True], ids=["read", "given"])
+@pytest.mark.parametrize(
+    "given",
+    [pytest.param(False, marks=pytest.mark.slow, id="read"), pytest.param(True, id="given")],
+)
 def test_tables_are_filled_step_by_step_and_then_once_a_generation(sampled, given):
     sigmas = (1.0, 0.97, 0.91, 0.77, 0.43, 0.31, 0.11)  # it has not run them
     sampled.check(sigmas=sigmas, given=given)
@@ -124,6 +127,7 @@ def test_a_broken_promise_is_not_a_picture(sampled):
     assert sampled.generation(SIGMAS, given=True).isfinite().all()  # the times that are kept now
 
 
+@pytest.mark.slow
 def test_reset_forgets_times(sampled):
     sampled.generation(SIGMAS, given=True)
     specdiff.reset(sampled.compiled)
@@ -131,6 +135,7 @@ def test_reset_forgets_times(sampled):
     assert sampled.generation(SIGMAS, given=True).isfinite().all()
 
 
+@pytest.mark.slow
 def test_other_conditions_have_tables_of_their_own(sampled):
     first = sampled.check(1)
     second = sampled.check(1, pooled_projections=torch.randn(2, 20))
@@ -138,6 +143,7 @@ def test_other_conditions_have_tables_of_their_own(sampled):
     sampled.check(1)
 
 
+@pytest.mark.slow
 def test_other_times_are_never_looked_up(sampled):
     sampled.check(sigmas=OTHERS)
     for sigmas in (OTHERS, SIGMAS, OTHERS):
@@ -146,16 +152,19 @@ def test_other_times_are_never_looked_up(sampled):
     sampled.check(2, sigmas=(*SIGMAS[:4], *OTHERS[4:]))
 
 
+@pytest.mark.slow
 def test_a_repeated_time_has_one_row(sampled):
     sampled.check(3, sigmas=HEUN)  # 0.92, 0.82 and 0.52; the last step is dense
     sampled.check(1, sigmas=HEUN)
 
 
+@pytest.mark.slow
 def test_more_times_than_rows(sampled):
     sampled.check(sigmas=MANY)
     sampled.check(3, sigmas=MANY)
 
 
+@pytest.mark.slow
 def test_guidance_made_anew_is_compared_by_value(sampled):
     def anew(step):
         return torch.full((2,), 3.5)
@@ -174,6 +183,7 @@ def test_guidance_that_changes_is_heeded(sampled):
     torch.testing.assert_close(written, changing, **TOLERANCE)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_guidance_that_changes_unseen_is_heeded():
     """No version of an inference tensor tells of a write."""
@@ -188,6 +198,7 @@ def test_guidance_that_changes_unseen_is_heeded():
     assert outputs[-1].isnan().all()  # rather than a picture of other guidance
 
 
+@pytest.mark.slow
 def test_tables_outlast_a_dense_step_unless_weights_have_changed(sampled):
     specdiff.configure(sampled.compiled, plan=Plan.every(3, warmup=3), cache_ratio=0.5)
     with specdiff.record(sampled.compiled) as recording:
