@@ -51,14 +51,12 @@ def scheduler(name: str, **options: Any) -> Callable[[], Any]:
         kind = getattr(diffusers, name)
         if "sigmas" in inspect.signature(kind.set_timesteps).parameters:
             return kind(**options)
-        takes_mu = "mu" in inspect.signature(kind.set_timesteps).parameters
 
         class Counted(kind):  # type: ignore[misc, valid-type]
             def set_timesteps(
                 self, count: Any = None, device: Any = None, sigmas: Any = None, mu: Any = None
             ) -> None:
-                more = {"mu": mu} if takes_mu else {}
-                super().set_timesteps(count or len(sigmas), device=device, **more)
+                super().set_timesteps(count or len(sigmas), device=device)
 
         return Counted(**options)
 

@@ -53,7 +53,6 @@ class Row:
     fewer: float
     """The same of fewer steps."""
     fewer_evaluations: float
-    graphs: int
     said: list[str] = field(default_factory=list)
 
     @property
@@ -66,15 +65,14 @@ class Row:
         cells = (
             self.kind, self.way, self.steps, f"{self.computed:g} of {self.evaluations:g}",
             f"{self.psnr:.1f}", f"{self.fewer:.1f} ({self.fewer_evaluations:g})", ahead,
-            self.graphs, "; ".join(self.said) or "nothing",
+            "; ".join(self.said) or "nothing",
         )  # fmt: skip
         return f"| {' | '.join(map(str, cells))} |"
 
 
 HEAD = """\
-| workflow | way | steps | computed | PSNR, dB | fewer steps, dB (evaluations) | ahead, dB \
-| graphs | said |
-|---|---|---|---|---|---|---|---|---|"""
+| workflow | way | steps | computed | PSNR, dB | fewer steps, dB (evaluations) | ahead, dB | said |
+|---|---|---|---|---|---|---|---|"""
 
 
 class Said(logging.Handler):
@@ -129,13 +127,12 @@ class Bench:
                 return found
         return self.plain(steps)
 
-    def accelerated(self, steps: int, way: str) -> tuple[list[Tensor], float, int]:
-        """Pictures, evaluations that one computes, and forms of call."""
+    def accelerated(self, steps: int, way: str) -> tuple[list[Tensor], float]:
+        """Pictures, and evaluations that one of them computes."""
         drawing = self.drawing
         known = {"scheduler": drawing.scheduler} if way == KNOWN else {}
         specdiff.attach(drawing.model, **known)
         specdiff.reset(drawing.model)
-        before = specdiff.stats(drawing.model).graphs
         around: Callable[[], Any] = nullcontext
         if way.startswith("session"):
             around = _session(drawing, steps, way)
@@ -144,7 +141,7 @@ class Bench:
             stats = specdiff.stats(drawing.model)
         finally:
             specdiff.detach(drawing.model)
-        return pictures, stats.dense / len(self._prompts), stats.graphs - before
+        return pictures, stats.dense / len(self._prompts)
 
 
 def _session(drawing: Drawing, steps: int, way: str) -> Callable[[], Any]:
@@ -166,12 +163,12 @@ def rows(kind: Kind, pictures: int, known: Sequence[tuple[str, str]]) -> Iterato
     for way in ways:
         dense, evaluations = bench.plain(kind.steps)
         said.lines.clear()
-        made, computed, graphs = bench.accelerated(kind.steps, way)
+        made, computed = bench.accelerated(kind.steps, way)
         lines = list(dict.fromkeys(said.lines))
         few, fewer_evaluations = bench.fewer(computed, kind.steps)
         yield Row(
             kind.name, way, kind.steps, pictures, evaluations, computed,
-            _mean(made, dense), _mean(few, dense), fewer_evaluations, graphs, lines,
+            _mean(made, dense), _mean(few, dense), fewer_evaluations, lines,
         )  # fmt: skip
     logging.getLogger("specdiff").removeHandler(said)
 

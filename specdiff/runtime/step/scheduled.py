@@ -26,7 +26,7 @@ def follow(stream: Stream, scheduler: Scheduler | None, time: float, state: Mode
             state.say(logger, UNUSED.format(why=found))
         elif found is not None:
             stream.run = found
-            if found.why_not:
+            if found.why_not and found.fresh is None:
                 state.say(logger, WITHOUT.format(why=found.why_not))
     elif stream.run is not None and not stream.run.is_at(len(stream.times), time):
         stream.run, stream.fit.shortfall = None, Shortfall()
