@@ -105,7 +105,9 @@ class Attachment:
             try:
                 return self._rows.answer(own, (args, kwargs), named)
             except Unsupported as error:
-                self._state.count_dense(self._dense(str(error)))
+                self._state.refusals.add(str(error))
+                self._state.count_dense(str(error))
+                self._state.say(logger, f"attached model runs dense: {error}")
                 return own(*args, **kwargs)
         key = self._key(leaves, arguments)
         for _ in range(2):  # blocks may not be those of the last look

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from specdiff.errors import OptionError
+from specdiff.errors import OptionError, Unsupported
 from specdiff.runtime.blocks.block import RootCall, under
 from specdiff.runtime.blocks.root_programs import Own, flattened
 from specdiff.runtime.blocks.row_parts import joined, taken
@@ -127,6 +127,8 @@ class RowBatches:
         self._state, self._key, self._make = state, key, make
         self._supply = Supply()
         self._forms: dict[Hashable, Form] = {}
+        self._refusals: dict[Hashable, str] = {}
+        """Why steps of such calls cannot be left out."""
         self._turn = threading.Lock()
 
     @torch.no_grad()
@@ -139,12 +141,20 @@ class RowBatches:
         """
         batch = len(sessions)
         _check(call, batch)
+        refusal = self._refusals.get(self._key(*pytree.tree_flatten(call)))
+        if refusal is not None:
+            raise Unsupported(refusal)
         named = list(dict.fromkeys(sessions))
         places = [[i for i, each in enumerate(sessions) if each is session] for session in named]
         groups = [Group(*each, call, batch) for each in zip(named, places, strict=True)]
         with self._turn:
             self._supply.clear()
-            forms = self._formed(own, call, groups, batch)
+            try:
+                forms = self._formed(own, call, groups, batch)
+            except Unsupported as error:
+                key = self._key(*pytree.tree_flatten(call))
+                remember(self._refusals, key, str(error), MAX_FORMS)
+                raise
             outputs = self._evaluated(own, call, groups, forms, batch)
         return joined(outputs, places, batch)
 
@@ -170,9 +180,12 @@ class RowBatches:
 
     def _is_apart(self, own: Own, group: Group, among_others: Outputs) -> bool:
         """Whether a group's rows alone give what they give among others."""
-        alone = flattened(_run(own, group.call))[0]
-        pairs = zip(alone, among_others, strict=True)
-        apart = all(_alike(*pair) for pair in pairs if isinstance(pair[0], Tensor))
+        try:
+            alone = flattened(_run(own, group.call))[0]
+            pairs = list(zip(alone, among_others, strict=True))
+        except Exception:  # what was taken for rows is not: such a call is the model's own error
+            pairs = None
+        apart = pairs is not None and all(_alike(*p) for p in pairs if isinstance(p[0], Tensor))
         if not apart:
             self._state.say(logger, TOGETHER)
         return apart

@@ -16,6 +16,15 @@ ROUNDED = 50
 to be read off: rounding (bf16) makes it wild at first."""
 HARDLY = 1.0
 """Evaluations that a last one which is hardly a step may count for less than one."""
+SHIFT = 3.0
+"""Of the flow that presets are tuned on."""
+BY_NOISE = 2 / 3
+"""Weight of the noise, beside the number of the step, in where a run is. By noise alone is as good
+for Karras and exponential sigmas, less so for beta (28 and 50 steps of the demo model)."""
+EVEN = 0.02
+"""How far a step may be from its even place, as a share of the run."""
+MIDDLE = 4
+"""Steps from which on a schedule has a middle."""
 CLOSE = 0.3
 """Evaluations by which a number may differ from the usual one that it is then taken for."""
 
@@ -93,6 +102,48 @@ def of_steps(given: Sequence[float]) -> Sequence[float] | None:
     return given[::2] if paired else None
 
 
+def unlike_a_flow(given: Sequence[float]) -> tuple[float, ...] | None:
+    """How far the run has come at each evaluation, from 0 to 1, where times are not a flow's.
+
+    Presets are tuned on even steps shifted towards noise by `SHIFT`. Other schedules (Karras,
+    exponential, beta) have theirs elsewhere, so that a place counts by its noise, in part by the
+    number of the step. None where times are even up to any shift: its number says it all.
+    """
+    last, unit, end = len(given) - 1, time_unit(given), end_of(given)
+    sigmas = [abs(time - end) / unit for time in given]
+    if last < MIDDLE or len(set(given)) <= last or max(sigmas) > 1:
+        return None
+    ends = [sigmas[index] for index in (0, last // 2, last)]
+    own = _shift([1 / sigma - 1 for sigma in ends], last // 2, last) if min(ends) > 0 else 1.0
+    even = _spread([_evenly(sigma, own if own > 0 else 1.0) for sigma in sigmas])
+    if all(abs(here - index / last) < EVEN for index, here in enumerate(even)):
+        return None
+    by_noise = _spread([_evenly(sigma, SHIFT) for sigma in sigmas])
+    return tuple(BY_NOISE * c + (1 - BY_NOISE) * i / last for i, c in enumerate(by_noise))
+
+
+def _spread(values: Sequence[float]) -> list[float]:
+    """From 0 to 1."""
+    return [(values[0] - value) / (values[0] - values[-1]) for value in values]
+
+
+def _evenly(sigma: float, shift: float) -> float:
+    """What falls evenly in a flow of this shift: u of sigma = shift u / (1 + (shift - 1) u)."""
+    return sigma / (shift - (shift - 1) * sigma)
+
+
+def _shift(odds: Sequence[float], middle: int, last: int) -> float:
+    """The shift k of a flow with these odds, 1 / sigma - 1, at its steps 0, `middle` and `last`.
+
+    u = 1 / (1 + k odds) falls evenly, so (u_0 - u_m) l = (u_0 - u_l) m; solved for k in `_total`.
+    1 where nothing tells it; not positive where no flow is like this.
+    """
+    first, between, newest = odds
+    rise, whole = (between - first) * last, (newest - first) * middle
+    below = whole * between - rise * newest
+    return (rise - whole) / below if below else 1.0
+
+
 def _bits(time: float) -> int:
     """Significant bits of a number."""
     numerator = abs(time.as_integer_ratio()[0])
@@ -121,13 +172,11 @@ def _total(times: Sequence[float]) -> float:
     sigmas = [abs(times[index] - end) / unit for index in (0, middle, last)]
     if min(sigmas) <= 0 or len(set(sigmas)) < 3:
         return math.nan
-    first, between, newest = (1 / sigma - 1 for sigma in sigmas)
-    rise, whole = (between - first) * last, (newest - first) * middle
-    below = whole * between - rise * newest
-    shift = (rise - whole) / below if below else 1.0
+    odds = [1 / sigma - 1 for sigma in sigmas]
+    shift = _shift(odds, middle, last)
     if shift <= 0:
         return math.nan
-    start, here = (1 / (1 + shift * odds) for odds in (first, newest))
+    start, here = (1 / (1 + shift * each) for each in (odds[0], odds[2]))
     return last + here * last / (start - here) if start > here else math.nan
 
 

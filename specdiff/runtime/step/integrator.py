@@ -69,7 +69,8 @@ def integrated(call: Call, plain: Tensor, as_dense: Tensor, *, computed: bool) -
     if course.process is not None:
         stream.fit.correction = None  # what forecasts cost is part of what the latent lacks
         due = next_time([*stream.times, call.time], call.given or course.learned)
-        found = course.answer(time, due, value).to(plain.dtype)
+        # a last step to where it is, as with discrete times that end at 0, leads nowhere
+        found = plain if due == time else course.answer(time, due, value).to(plain.dtype)
         handed = torch.where(plain.isnan(), plain, found)
     course.hand(time, value, handed)
     return handed

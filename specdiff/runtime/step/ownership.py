@@ -52,7 +52,13 @@ from specdiff.runtime.sampler.remains import (
 from specdiff.runtime.sampler.row_times import UnreadTimes, paced
 from specdiff.runtime.sampler.sampler_fit import Displacement
 from specdiff.runtime.step import fallbacks
-from specdiff.runtime.streams.handover import fitting, predecessor, take_over
+from specdiff.runtime.streams.handover import (
+    companion,
+    fall_in,
+    fitting,
+    predecessor,
+    take_over,
+)
 from specdiff.runtime.streams.lanes import due
 from specdiff.runtime.streams.progress import Progress
 from specdiff.runtime.streams.recognition import followed
@@ -163,6 +169,11 @@ class Inquiry:
                 take_over(stream, before)
                 progress.take_over(stream)
                 return
+        for other in (*self._owner.beside(self._table), *self._table) if index else ():
+            if other is not stream and progress.may_hand_over(other, index + 1):
+                fall_in(stream, other, index)
+                progress.take_over(stream)
+                return
 
     def _read(self, lanes: Sequence[Stream]) -> Owned | str:
         """The owner by time and latent: of several lanes, the first that goes on with the call."""
@@ -221,6 +232,9 @@ class Inquiry:
             new = self._begin(None, self._conditions)
         else:
             new = self._begin(before, self._conditions)
+        others = [*self._owner.beside(self._table), *self._table] if before is None else []
+        if other := companion(others, self._parts, reading.time):
+            fall_in(new, other, len(other.times) - 1)
         new.doubtful = before is not None and (before.ambiguous or not before.trail.direction)
         return new
 

@@ -51,6 +51,7 @@ def tokens_due(call: Call) -> int:
         count, reason = tokens, FEW
     if count < tokens and not call.stream.history.computed:
         count, reason = tokens, CONTINUED
+        call.state.counters.fallbacks[CONTINUED] += 1
     if 0 < count < tokens and not call.stream.selected.lease:
         count, reason = tokens, "no caches yet"
     if count < tokens and call.stream.conditions.news:

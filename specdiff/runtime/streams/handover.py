@@ -4,6 +4,7 @@
     an adapter, skipped layers     another graph of as many rows
 
 The stream that begins there takes over the place in the plan, and what was computed of its rows.
+Where guidance begins in calls of its own, it falls in with the half that goes on.
 """
 
 from __future__ import annotations
@@ -42,6 +43,27 @@ def predecessor(
         if remains(stream, fitted).item() < EXPLAINED:
             return stream
     return None
+
+
+def companion(streams: Iterable[Stream], latents: Sequence[Tensor], time: float) -> Stream | None:
+    """A stream well under way that was just evaluated at this time with the same latents.
+
+    As the half of guidance that goes on, in calls of their own, where the other half begins. Reads
+    the device for streams at this time alone.
+    """
+    for stream in streams:
+        if len(stream.times) < 2 or stream.times[-1] != time or stream.ambiguous:
+            continue
+        pairs = list(zip(latents, stream.latents, strict=False))
+        if pairs and all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs):
+            return stream
+    return None
+
+
+def fall_in(stream: Stream, other: Stream, index: int) -> None:
+    """A stream that begins keeps step with another: its first evaluation is number `index`."""
+    stream.trail.times = other.trail.times[:index]
+    stream.run = other.run
 
 
 def fitting(latents: Sequence[Tensor], before: Sequence[Tensor]) -> list[Tensor] | None:

@@ -172,17 +172,16 @@ class Rows:
         self.sessions = tuple(sessions)
 
     def __enter__(self) -> Rows:
-        _ROWS.set((*_ROWS.get(), self))
+        _ACTIVE.set((*_ACTIVE.get(), self))
         return self
 
     def __exit__(self, *_: object) -> None:
-        _ROWS.set(tuple(each for each in _ROWS.get() if each is not self))
+        _ACTIVE.set(tuple(each for each in _ACTIVE.get() if each is not self))
 
 
 _STATES: WeakIdKeyDictionary = WeakIdKeyDictionary()
 # Per thread and per asyncio task, so that concurrent users do not see each other's sessions.
-_ACTIVE: ContextVar[tuple[Session, ...]] = ContextVar("specdiff_sessions", default=())
-_ROWS: ContextVar[tuple[Rows, ...]] = ContextVar("specdiff_rows", default=())
+_ACTIVE: ContextVar[tuple[Session | Rows, ...]] = ContextVar("specdiff_sessions", default=())
 
 
 def state_of(owned: Iterable[object]) -> ModelState | None:
@@ -260,7 +259,12 @@ def state_of_call(
 
 def active_session(state: ModelState) -> Session | None:
     """The innermost session of this model that is entered in this thread or task."""
-    return next((s for s in reversed(_ACTIVE.get()) if s.state is state), None)
+    context = _innermost(state)
+    return context if isinstance(context, Session) else None
+
+
+def _innermost(state: ModelState) -> Session | Rows | None:
+    return next((each for each in reversed(_ACTIVE.get()) if each.state is state), None)
 
 
 def scheduler_of(state: ModelState, session: Session | None) -> Scheduler | None:
@@ -271,8 +275,8 @@ def scheduler_of(state: ModelState, session: Session | None) -> Scheduler | None
 
 def named_rows(state: ModelState) -> tuple[Session, ...]:
     """The session of each row of this model's calls; none if they are not named."""
-    named = (rows.sessions for rows in reversed(_ROWS.get()) if rows.state is state)
-    return next(named, ())
+    context = _innermost(state)
+    return context.sessions if isinstance(context, Rows) else ()
 
 
 def effective(options: Options, state: ModelState, session: Session | None) -> Settings:

@@ -11,7 +11,12 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from specdiff.plan import Plan
-from specdiff.runtime.sampler.timeline import evaluations_left, evaluations_planned, of_steps
+from specdiff.runtime.sampler.timeline import (
+    evaluations_left,
+    evaluations_planned,
+    of_steps,
+    unlike_a_flow,
+)
 from specdiff.settings import Settings
 
 ROWS = 8
@@ -41,6 +46,8 @@ class Place:
     """Evaluations of the generation until time ends, as far as is known; only lists ask."""
     before: float
     """The same, as it was known at the previous evaluation."""
+    progress: tuple[float, ...] | None = None
+    """How far the run has come at each evaluation, where that is known and uneven."""
 
     @classmethod
     def of(cls, times: Sequence[float], given: Sequence[float] | None, usual: int) -> Place:
@@ -55,13 +62,36 @@ class Place:
         if steps is not None:
             given, times = steps, steps[: (len(times) + 1) // 2]
         left, seen = evaluations_left(times, given), (times, times[:-1])
-        totals = (evaluations_planned(s, given, usual) if usual else 0 for s in seen)
-        return cls(len(times) - 1, left, *totals)
+        total, before = (evaluations_planned(s, given, usual) if usual else 0 for s in seen)
+        progress = unlike_a_flow(given) if given is not None and usual else None
+        return cls(len(times) - 1, left, total, before, progress)
 
     @classmethod
     def known(cls, index: int, total: int) -> Place:
         """Of a generation that has `total` evaluations."""
         return cls(index, total - index, total, total)
+
+
+@lru_cache(maxsize=64)
+def placed(plan: Plan, progress: tuple[float, ...]) -> tuple[int | None, ...]:
+    """The entry of a list that is due at each evaluation; None: it lies in a gap.
+
+    Each dense entry has an evaluation of its own, the nearest that is left, so that there are as
+    many as were asked for.
+    """
+    whole, due = max(len(plan.ratios) - 1, 1), dict[int, int]()
+    evaluation = -1
+    for number, entry in enumerate(plan.dense):
+        after = len(plan.dense) - 1 - number
+        free = range(evaluation + 1, max(len(progress) - after, evaluation + 2))
+        evaluation = min(
+            free, key=lambda i: abs(progress[min(i, len(progress) - 1)] - entry / whole)
+        )
+        due[evaluation] = entry
+    others = [round(share * whole) for share in progress]
+    return tuple(
+        due.get(i, None if plan.ratios[other] == 0 else other) for i, other in enumerate(others)
+    )
 
 
 @dataclass(frozen=True)
@@ -109,7 +139,10 @@ class Schedule:
         if self.plan.rule is not None:
             why = self.plan.rule.why_dense(place.index, place.left)
             return (self.tokens, why) if why else self._in_gap()
-        entry = self._list.due(place.index, place.total, place.before)
+        if place.progress is None:
+            entry = self._list.due(place.index, place.total, place.before)
+        else:
+            entry = placed(self._list, place.progress)[place.index]
         if entry is None:
             return self._in_gap()
         count = self._active(self._list.ratios[entry])

@@ -16,6 +16,7 @@ from specdiff.plan import Plan
 from specdiff.runtime.blocks.row_batch import bucket
 from specdiff.runtime.blocks.row_parts import joined, taken
 
+PARTS = ("latent", "now", "condition")
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
@@ -326,6 +327,67 @@ def test_a_model_that_is_not_attached_says_how():
         model(request.latent, request.now, request.condition)
     (reason,) = specdiff.stats(model).fallbacks
     assert "specdiff.attach(model)" in reason
+
+
+class WithIds(Velocity):
+    """One that takes a table shared by all rows, [4, 3]."""
+
+    def forward(
+        self, hidden_states: Tensor, timestep: Tensor, condition: Tensor, ids: Tensor
+    ) -> Tensor:
+        shift = ids.reshape(2, 2, 3).sum()  # fails on a part of it
+        return super().forward(hidden_states, timestep, condition) + 0.01 * shift
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [3, 4])
+def test_a_shared_input_with_as_many_entries_as_rows_is_not_cut(rows, caplog):
+    model, plain, ids = WithIds(), WithIds(), torch.ones(4, 3)
+    specdiff.attach(model)
+    drawn, exact = ([Request(seed, 28) for seed in range(rows)] for _ in range(2))
+    sessions = [each.session(model) for each in drawn]
+    for _ in range(28):
+        with specdiff.rows(model, sessions):
+            found = model(*[torch.cat([getattr(r, name) for r in drawn]) for name in PARTS], ids)
+        for each, velocity in zip(drawn, found.split(1), strict=True):
+            each.step(velocity)
+        for each in exact:
+            each.step(plain(each.latent, each.now, each.condition, ids))
+    for one, other in zip(drawn, exact, strict=True):
+        assert ((one.latent - other.latent).norm() / other.latent.norm()).item() < 2e-2
+    assert specdiff.stats(model).skipped > 9 * rows
+    assert ("depend on each other" in caplog.text) == (rows == 4)
+
+
+class Nameless(Velocity):
+    """One without a time that could be known as such."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return super().forward(*inputs)
+
+
+@torch.no_grad()
+def test_a_model_that_is_refused_runs_once_a_call_and_says_so_once(caplog):
+    model, drawn = Nameless(), [Request(seed, 28) for seed in range(2)]
+    specdiff.attach(model)
+    sessions = [each.session(model) for each in drawn]
+    call = [torch.cat([getattr(each, name) for each in drawn]) for name in PARTS]
+    for _ in range(6):
+        with specdiff.rows(model, sessions):
+            model(*call)
+    assert len(model.batches) <= 7 and set(model.batches) == {2}
+    assert caplog.text.count("attached model runs dense") == 1
+
+
+@torch.no_grad()
+def test_the_innermost_of_rows_and_sessions_counts():
+    model, drawn = Velocity(), [Request(seed, 28) for seed in range(3)]
+    specdiff.attach(model)
+    sessions = [each.session(model) for each in drawn[:2]]
+    with specdiff.rows(model, sessions), drawn[2].session(model):
+        model(drawn[2].latent, drawn[2].now, drawn[2].condition)
+    with drawn[2].session(model), specdiff.rows(model, sessions):
+        model(*[torch.cat([getattr(each, name) for each in drawn[:2]]) for name in PARTS])
 
 
 def test_parts_of_calls():

@@ -166,3 +166,18 @@ def test_ddim_is_led_by_its_noise_and_not_by_v(kind, caplog):
     else:
         assert ends["solution"] == ends["dense"]
         assert caplog.messages == [integrator.AS_DENSE + integrator.NO_CLOCK]
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_last_evaluation_at_the_end_itself_is_the_models_own(given):
+    """As with DDIM's leading times, whose last one is 0."""
+    model = Noise("epsilon")
+    times = list(range(800, -1, -50))
+    specdiff.attach(model, target="solution", plan=Plan.every(1), prediction="epsilon")
+    session = specdiff.session(model, timesteps=times if given else None)
+    with torch.no_grad(), session:
+        latent = ddim(model, "epsilon")
+        last = model(latent, torch.tensor([0]))
+    specdiff.detach(model)
+    assert last.isfinite().all()
+    torch.testing.assert_close(last, model(latent, torch.tensor([0])))

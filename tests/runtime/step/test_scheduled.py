@@ -126,7 +126,7 @@ def test_few_steps_are_dense_to_the_bit_unless_a_plan_is_given(known: str) -> No
         ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_karras_sigmas": True}, 28, 10),
         ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_exponential_sigmas": True}, 28, 10),
         ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_karras_sigmas": True}, 50, 10),
-        ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_beta_sigmas": True}, 28, 11),
+        ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_beta_sigmas": True}, 28, 10),
         ("FlowMatchHeunDiscreteScheduler", {"shift": 3.0}, 28, 21),
     ],
 )

@@ -375,3 +375,42 @@ def test_an_all_dense_plan_leaves_nothing_out(given):
 def test_many_tokens_are_computed_in_the_multiples_that_kernels_like(tokens, ratio, computed):
     schedule = Schedule.of(Options(cache_ratio=ratio).resolve(), (tokens,))
     assert schedule.active == computed
+
+
+def karras(steps: int) -> list[float]:
+    """Sigmas from 1 to 0.05, spaced as Karras et al. 2022 do."""
+    ends = (1.0 ** (1 / 7), 0.05 ** (1 / 7))
+    return [(ends[0] + i / (steps - 1) * (ends[1] - ends[0])) ** 7 for i in range(steps)]
+
+
+@pytest.mark.parametrize("steps", [20, 28, 50])
+@pytest.mark.parametrize("rising", [False, True])
+def test_uneven_times_have_the_dense_steps_that_were_asked_for_where_the_noise_is(steps, rising):
+    """Karras sigmas are close together at the end, where little is left to be done."""
+    settings = Options(quality="balanced").resolve()
+    schedule = Schedule.of(settings, [64])
+    times = [1 - time for time in karras(steps)] if rising else karras(steps)
+    places = [Place.of(times[: i + 1], times, schedule.usual) for i in range(steps)]
+    dense = [i for i, place in enumerate(places) if schedule.decide(place)[0]]
+    assert len(dense) == len(settings.plan.dense)
+    assert dense[0] == 0 and dense[-1] == steps - 1
+    by_number = [i for i in range(steps) if schedule.decide(Place.known(i, steps))[0]]
+    assert sum(times[i] for i in dense) * (-1 if rising else 1) > sum(
+        times[i] for i in by_number
+    ) * (-1 if rising else 1)
+
+
+@pytest.mark.parametrize("shift", [0.5, 1.0, 1.15, 3.0, 7.0])
+def test_a_flow_of_any_shift_goes_by_number(shift):
+    even = [1 - i / 28 for i in range(28)]
+    times = [shift * u / (1 + (shift - 1) * u) for u in even]
+    assert Place.of(times[:5], times, 28).progress is None
+    scaled = [1000 * time for time in times]
+    assert Place.of(scaled[:5], scaled, 28).progress is None
+
+
+def test_fewer_uneven_times_than_dense_steps_are_all_dense():
+    schedule = Schedule.of(Options(quality="balanced").resolve(), [64])
+    times = karras(9)
+    places = [Place.of(times[: i + 1], times, schedule.usual) for i in range(9)]
+    assert all(schedule.decide(place)[0] for place in places)
