@@ -124,7 +124,7 @@ def owned(outputs: Sequence[Any]) -> list[Any]:
 def _dense(call: Call) -> Tensor:
     stream, selected = call.stream, call.stream.selected
     # A key seen once costs nothing: caches are for trajectories that go on.
-    if call.schedule.selects and stream.history.evaluations > 0:
+    if call.schedule.selects and stream.times:
         _ensure_lease(call)
     if call.schedule.selects:
         caches = selected.lease.caches if selected.lease else call.pool.scratch()
