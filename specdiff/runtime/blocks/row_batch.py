@@ -57,7 +57,7 @@ class Supply:
     """Outputs that were computed for evaluations among those of others."""
 
     def __init__(self) -> None:
-        self._outputs: dict[int, Outputs] = {}
+        self._outputs: dict[tuple[int, ...], Outputs] = {}
 
     def put(self, leaves: Sequence[Any], outputs: Outputs) -> None:
         """Keep the outputs of a call with these leaves."""
@@ -76,9 +76,9 @@ class Supply:
         self._outputs.clear()
 
 
-def _name(leaves: Sequence[Any]) -> int:
-    """Of a call, while its leaves live: its first tensor with axes, made for it alone."""
-    return id(next(leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 1))
+def _name(leaves: Sequence[Any]) -> tuple[int, ...]:
+    """Of a call, while its leaves live: some of them all calls share, the latent none does."""
+    return tuple(id(leaf) for leaf in leaves if isinstance(leaf, Tensor))
 
 
 @dataclass

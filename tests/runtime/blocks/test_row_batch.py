@@ -329,6 +329,31 @@ def test_a_model_that_is_not_attached_says_how():
     assert "specdiff.attach(model)" in reason
 
 
+class SharedFirst(Velocity):
+    """One whose first argument all rows share."""
+
+    def forward(self, condition: Tensor, hidden_states: Tensor, timestep: Tensor) -> Tensor:
+        return super().forward(hidden_states, timestep, condition)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("quality", ["balanced", "dense"])
+def test_an_input_that_all_rows_share_does_not_give_them_one_output(quality):
+    model, plain = SharedFirst(), SharedFirst()
+    specdiff.attach(model)
+    drawn = [Request(seed, 28, quality=quality) for seed in range(3)]
+    sessions = [each.session(model) for each in drawn]
+    shared = drawn[0].condition
+    for _ in range(2):  # the first steps are dense
+        latents, times = (torch.cat([getattr(r, name) for r in drawn]) for name in PARTS[:2])
+        with specdiff.rows(model, sessions):
+            found = model(shared, latents, times)
+        torch.testing.assert_close(found, plain(shared, latents, times), rtol=0.05, atol=0.05)
+        for each in drawn:
+            each.done += 1
+    assert len(model.batches) <= 4
+
+
 class WithIds(Velocity):
     """One that takes a table shared by all rows, [4, 3]."""
 
