@@ -48,6 +48,11 @@ class Geometry:
         return self.heads * self.head_width
 
     @property
+    def rotary(self) -> tuple[int, ...]:
+        """Channels of a head that turn with frame, row and column, as FLUX divides them."""
+        return tuple(self.head_width * share // 16 for share in (2, 7, 7))
+
+    @property
     def tokens(self) -> int:
         """Image tokens."""
         return self.frames * self.side**2
@@ -213,7 +218,7 @@ def _flux(geometry: Geometry) -> Any:
         joint_attention_dim=geometry.prompt_width,
         pooled_projection_dim=geometry.pooled_width,
         guidance_embeds=True,
-        axes_dims_rope=tuple(geometry.head_width * share // 16 for share in (2, 7, 7)),
+        axes_dims_rope=geometry.rotary,
     )
 
 
@@ -241,7 +246,7 @@ def _qwen(geometry: Geometry) -> Any:
         attention_head_dim=geometry.head_width,
         num_attention_heads=geometry.heads,
         joint_attention_dim=geometry.prompt_width,
-        axes_dims_rope=tuple(geometry.head_width * share // 16 for share in (2, 7, 7)),
+        axes_dims_rope=geometry.rotary,
     )
 
 

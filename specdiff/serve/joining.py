@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from specdiff.runtime.blocks.row_parts import taken
+
 
 @dataclass(frozen=True)
 class Call:
@@ -66,14 +68,8 @@ def parted(output: Any, rows: Sequence[int]) -> list[Any]:
     """The output of each call, of that of the joined one."""
     if len(rows) == 1:
         return [output]
-    total, places = sum(rows), [slice(a, b) for a, b in pairwise([0, *accumulate(rows)])]
-
-    def part(value: Any, place: slice) -> Any:
-        has_rows = isinstance(value, list) or (isinstance(value, Tensor) and value.ndim)
-        return value[place] if has_rows and len(value) == total else value
-
-    leaves, form = pytree.tree_flatten(output, is_leaf=is_list)
-    return [pytree.tree_unflatten([part(leaf, p) for leaf in leaves], form) for p in places]
+    places = pairwise([0, *accumulate(rows)])
+    return [taken(output, range(begin, end), sum(rows)) for begin, end in places]
 
 
 def _is_batch(leaf: object) -> bool:

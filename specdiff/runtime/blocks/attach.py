@@ -106,9 +106,8 @@ class Attachment:
                 return self._rows.answer(own, (args, kwargs), named)
             except Unsupported as error:
                 self._state.refusals.add(str(error))
-                self._state.count_dense(str(error))
                 self._state.say(logger, f"attached model runs dense: {error}")
-                return own(*args, **kwargs)
+                return self._whole(own, args, kwargs, str(error))
         key = self._key(leaves, arguments)
         for _ in range(2):  # blocks may not be those of the last look
             form = self._forms.get(key)
@@ -126,7 +125,11 @@ class Attachment:
                 self._lost[key] = max(0.0, self._lost[key] - 1 / FORGIVEN)
             return form.restored(outputs)
         reason = self._forms.get(key)
-        self._state.count_dense(reason if isinstance(reason, str) else OTHER_BLOCKS)
+        return self._whole(own, args, kwargs, reason if isinstance(reason, str) else OTHER_BLOCKS)
+
+    def _whole(self, own: Own, args: Any, kwargs: Any, reason: str) -> Any:
+        """The output of one call that runs dense."""
+        self._state.count_dense(reason)
         with under(RootCall("whole")):
             return own(*args, **kwargs)
 

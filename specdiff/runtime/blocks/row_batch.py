@@ -141,8 +141,7 @@ class RowBatches:
         """
         batch = len(sessions)
         _check(call, batch)
-        refusal = self._refusals.get(self._key(*pytree.tree_flatten(call)))
-        if refusal is not None:
+        if self._refusals and (refusal := self._refusals.get(self._key_of(call))):
             raise Unsupported(refusal)
         named = list(dict.fromkeys(sessions))
         places = [[i for i, each in enumerate(sessions) if each is session] for session in named]
@@ -152,11 +151,13 @@ class RowBatches:
             try:
                 forms = self._formed(own, call, groups, batch)
             except Unsupported as error:
-                key = self._key(*pytree.tree_flatten(call))
-                remember(self._refusals, key, str(error), MAX_FORMS)
+                remember(self._refusals, self._key_of(call), str(error), MAX_FORMS)
                 raise
             outputs = self._evaluated(own, call, groups, forms, batch)
         return joined(outputs, places, batch)
+
+    def _key_of(self, call: Call) -> Hashable:
+        return self._key(*pytree.tree_flatten(call))
 
     def _formed(self, own: Own, call: Call, groups: Sequence[Group], batch: int) -> list[Form]:
         """What answers each group; found by one call of all rows where it is new or unchecked."""

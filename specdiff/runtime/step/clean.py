@@ -15,7 +15,7 @@ from specdiff.runtime.sampler.fresh import Fresh
 from specdiff.runtime.step.call import Call
 from specdiff.runtime.streams.stream import CleanPicture
 from specdiff.runtime.tokens.clock import beyond
-from specdiff.runtime.tokens.forecast import REACH
+from specdiff.runtime.tokens.forecast import ahead
 
 TIMED = "the sampler draws noise (leave out timesteps: what it draws is to be seen)"
 ANEW = "the sampler draws all of its noise anew at each step"
@@ -69,9 +69,8 @@ def _put_in(call: Call, outputs: Sequence[Any], fresh: Fresh) -> None:
     signature, sigma = call.programs.signature, _sigma(call, fresh)
     newest, *older = call.stream.fit.clean
     clean = newest.parts
-    if older and newest.sigma != older[0].sigma:
-        span = newest.sigma - older[0].sigma
-        share = max(-REACH, min(REACH, (sigma - newest.sigma) / span))
+    if older:
+        share = ahead(sigma, newest.sigma, older[0].sigma)
         clean = tuple(beyond(*pair, share) for pair in zip(clean, older[0].parts, strict=True))
     triples = zip(
         signature.moving_parts(call.inputs), clean, signature.moved_by(outputs), strict=True

@@ -212,9 +212,7 @@ class Inquiry:
             return None
         others = self._owner.beside(self._table)
         if own is not None:
-            last = own.times[-1]
-            others = [o for o in others if o.times and o.times[-1] != last]
-            others = [o for o in others if not own.trail.turns_back(o.times[-1])]
+            others = [other for other in others if other.trail.is_ahead_of(own.trail)]
         return predecessor(others, self._parts, time, self._left_at)
 
     def _left_at(self, stream: Stream, latents: Sequence[Tensor]) -> Tensor:

@@ -66,6 +66,12 @@ class Trail:
         """Whether an evaluation at this time runs against those so far."""
         return turns_back(self.times, time)
 
+    def is_ahead_of(self, other: Trail) -> bool:
+        """Whether it has come to a later time than another, as that one's time runs."""
+        if not self.times or self.times[-1] == other.times[-1]:
+            return False
+        return not other.turns_back(self.times[-1])
+
     def returns(self, time: float) -> bool:
         """Whether an evaluation at this time is no later than the first of those so far."""
         return (time - self.times[0]) * self.direction <= 0 and time != self.times[-1]

@@ -54,11 +54,16 @@ def _linear(history: History, time: Clock, unit: float) -> Tensor:
     newest, *older = history.computed
     if not older:
         return newest.tokens
-    # A slope measured over a short span is mostly curvature and noise: follow it no further than a
-    # share of that span (sigmas of a shifted schedule start close together and end far apart).
-    span = newest.times - older[0].times
-    ahead = within(time - newest.times, REACH * distance(newest.times, older[0].times))
-    return beyond(newest.tokens, older[0].tokens, ratio(ahead, span))
+    return beyond(newest.tokens, older[0].tokens, ahead(time, newest.times, older[0].times))
+
+
+def ahead(time: Clock, newest: Clock, before: Clock) -> Clock:
+    """How far beyond two outputs their line is followed, as a share of the way between them.
+
+    A slope measured over a short span is mostly curvature and noise: it is followed no further than
+    a share of that span (sigmas of a shifted schedule start close together and end far apart).
+    """
+    return ratio(within(time - newest, REACH * distance(newest, before)), newest - before)
 
 
 @_register("mean")

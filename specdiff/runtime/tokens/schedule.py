@@ -79,14 +79,13 @@ def placed(plan: Plan, progress: tuple[float, ...]) -> tuple[int | None, ...]:
     Each dense entry has an evaluation of its own, the nearest that is left, so that there are as
     many as were asked for.
     """
-    whole, due = max(len(plan.ratios) - 1, 1), dict[int, int]()
-    evaluation = -1
+    if len(progress) <= len(plan.dense):
+        return plan.dense[: len(progress)]
+    whole, due, evaluation = len(plan.ratios) - 1, dict[int, int](), -1
     for number, entry in enumerate(plan.dense):
         after = len(plan.dense) - 1 - number
-        free = range(evaluation + 1, max(len(progress) - after, evaluation + 2))
-        evaluation = min(
-            free, key=lambda i: abs(progress[min(i, len(progress) - 1)] - entry / whole)
-        )
+        free = range(evaluation + 1, len(progress) - after)
+        evaluation = min(free, key=lambda i: abs(progress[i] - entry / whole))
         due[evaluation] = entry
     others = [round(share * whole) for share in progress]
     return tuple(

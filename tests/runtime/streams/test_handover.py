@@ -13,34 +13,28 @@ from torch import Tensor, nn
 import specdiff
 from specdiff.runtime.step.step import CONTINUED
 from specdiff.runtime.tokens.history import History
+from tests.runtime.blocks.test_row_times import times_of as apart
+from tests.runtime.blocks.test_whole_steps import DENSE as PLANNED
+from tests.runtime.blocks.test_whole_steps import STEPS, Denoiser
 
-STEPS = 28
-PLANNED = len(specdiff.Options(quality="balanced").resolve().plan.dense)
 SCALE = 3.0
 
 Guided = Callable[[float], bool]
 """Whether a step is guided, in one batch, by the share of steps before it."""
 
 
-class Velocity(nn.Module):
+class Velocity(Denoiser):
     """[B, 6, 8] of latent, time and condition."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.mix = nn.Linear(8, 8)
 
     def forward(
         self, hidden_states: Tensor, timestep: Tensor, condition: Tensor, skip: bool = False
     ) -> Tensor:
-        sigma = timestep.reshape(-1, 1, 1)
-        velocity = torch.sin(self.mix(hidden_states) + condition + 2 * sigma)
+        velocity = self.velocity(hidden_states, timestep, condition)
         return 0.9 * velocity if skip else velocity
 
 
 def times_of(steps: int) -> Tensor:
-    even = torch.linspace(1, 0, steps + 1)
-    return 3 * even / (1 + 2 * even)
+    return apart([1.0], steps)[:, 0]
 
 
 @torch.no_grad()
