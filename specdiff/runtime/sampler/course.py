@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from specdiff.runtime.sampler.displacement import Displacement
 from specdiff.runtime.sampler.learned import Times
 from specdiff.runtime.sampler.noise import Process
 from specdiff.runtime.sampler.remains import Awaited
-from specdiff.runtime.sampler.sampler_fit import Displacement
 from specdiff.runtime.sampler.solution import Solution
 
 

@@ -15,8 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from specdiff.runtime.sampler.displacement import TINY, Displacement, Ways
 from specdiff.runtime.sampler.row_times import paced
-from specdiff.runtime.sampler.sampler_fit import TINY, Displacement, Ways
 
 
 class Half(Protocol):

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from specdiff.runtime.sampler.displacement import as_float32
 from specdiff.runtime.sampler.remains import ROUNDED, UNEXPLAINED, Seen
-from specdiff.runtime.sampler.sampler_fit import as_float32
 
 FOLLOWED = UNEXPLAINED / 2
 """What a row may leave, relative to its step, to be explained: `remains` finds no more in it, for

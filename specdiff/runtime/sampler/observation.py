@@ -10,10 +10,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from specdiff.runtime.sampler.displacement import POOR_FIT, Displacement
 from specdiff.runtime.sampler.guidance_pair import Joint
 from specdiff.runtime.sampler.noise import Process
 from specdiff.runtime.sampler.row_times import RowTimes, UnreadTimes
-from specdiff.runtime.sampler.sampler_fit import POOR_FIT, Displacement
 
 
 @dataclass(frozen=True)

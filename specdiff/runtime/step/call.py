@@ -10,11 +10,11 @@ from torch import Tensor
 
 from specdiff.program import Programs
 from specdiff.runtime.records.recording import StepRecord
+from specdiff.runtime.sampler.displacement import POOR_FIT, Displacement, Scalar
 from specdiff.runtime.sampler.fresh import Fresh
 from specdiff.runtime.sampler.learned import LearnedTimes
 from specdiff.runtime.sampler.noise import Process
 from specdiff.runtime.sampler.observation import Reading
-from specdiff.runtime.sampler.sampler_fit import POOR_FIT, Displacement, Scalar
 from specdiff.runtime.sampler.timeline import of_steps
 from specdiff.runtime.streams.caches import CachePool
 from specdiff.runtime.streams.registry import ModelState

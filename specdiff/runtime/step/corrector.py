@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from specdiff.runtime.sampler.sampler_fit import Displacement
+from specdiff.runtime.sampler.displacement import Displacement
 from specdiff.runtime.sampler.timeline import next_time
 from specdiff.runtime.step.call import Call
 from specdiff.runtime.tokens.correction import Correction, on_top

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from specdiff.runtime.sampler.course import Course
+from specdiff.runtime.sampler.displacement import POOR_FIT, Displacement, guided
 from specdiff.runtime.sampler.learned import Times, exact_times
 from specdiff.runtime.sampler.remains import Awaited, precision_of
-from specdiff.runtime.sampler.sampler_fit import POOR_FIT, Displacement, guided
 from specdiff.runtime.sampler.timeline import NEAR, evaluations_left, next_time
 from specdiff.runtime.step.call import Call
 from specdiff.runtime.step.corrector import FIRST_ORDER_FIT, doubted, is_of_first_order, note_proof

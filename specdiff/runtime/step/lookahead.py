@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from specdiff.runtime.sampler.displacement import Displacement, Ways, guided
 from specdiff.runtime.sampler.remains import Seen
-from specdiff.runtime.sampler.sampler_fit import Displacement, Prediction, Ways, guided
+from specdiff.runtime.sampler.sampler_fit import Prediction
 from specdiff.runtime.sampler.timeline import time_unit
 from specdiff.runtime.step.call import Call
 from specdiff.runtime.step.speculation import landings, model_time, speculate

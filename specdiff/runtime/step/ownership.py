@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from specdiff.program import Signature
+from specdiff.runtime.sampler.displacement import Displacement
 from specdiff.runtime.sampler.guidance_pair import Joint
 from specdiff.runtime.sampler.known_step import lengths
 from specdiff.runtime.sampler.noise import Process
@@ -50,7 +51,6 @@ from specdiff.runtime.sampler.remains import (
     remains,
 )
 from specdiff.runtime.sampler.row_times import UnreadTimes, paced
-from specdiff.runtime.sampler.sampler_fit import Displacement
 from specdiff.runtime.step import fallbacks
 from specdiff.runtime.streams.handover import (
     companion,

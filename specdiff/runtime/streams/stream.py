@@ -24,12 +24,13 @@ from torch import Tensor
 
 from specdiff.program import Signature
 from specdiff.runtime.sampler.course import Course
+from specdiff.runtime.sampler.displacement import Ways
 from specdiff.runtime.sampler.guidance_pair import Joint
 from specdiff.runtime.sampler.known_step import FOLLOWED, KnownStep
 from specdiff.runtime.sampler.noise import Process
 from specdiff.runtime.sampler.observation import Reading
 from specdiff.runtime.sampler.remains import ROUNDED, Awaited, Seen
-from specdiff.runtime.sampler.sampler_fit import Prediction, Ways
+from specdiff.runtime.sampler.sampler_fit import Prediction
 from specdiff.runtime.sampler.scheduler import Run
 from specdiff.runtime.streams.caches import Lease
 from specdiff.runtime.streams.keys import Conditions

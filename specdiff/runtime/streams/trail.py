@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from specdiff.runtime.sampler.displacement import Ways
 from specdiff.runtime.sampler.guidance_pair import Joint
 from specdiff.runtime.sampler.known_step import follows
 from specdiff.runtime.sampler.observation import Reading
 from specdiff.runtime.sampler.remains import DEPTH, UNEXPLAINED, Awaited, Seen
 from specdiff.runtime.sampler.row_times import RowTimes
-from specdiff.runtime.sampler.sampler_fit import Ways
 
 CHECK_LAG = 2
 """Evaluations from one to the reading of what it showed, where nothing may wait for a device."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specdiff.runtime.sampler.sampler_fit import as_float32
+from specdiff.runtime.sampler.displacement import as_float32
 from specdiff.runtime.tokens.clock import Clock, chosen, of_values, plus, ratio, scaled
 from specdiff.runtime.tokens.history import ComputedOutput
 

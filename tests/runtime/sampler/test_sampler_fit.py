@@ -16,8 +16,9 @@ from torch import Tensor
 import specdiff as sd
 from specdiff.errors import OptionError
 from specdiff.options import Options
+from specdiff.runtime.sampler.displacement import Displacement, guided
 from specdiff.runtime.sampler.noise import BETAS, Diffusion, Flow, processes, usual_tables
-from specdiff.runtime.sampler.sampler_fit import Displacement, Prediction, guided
+from specdiff.runtime.sampler.sampler_fit import Prediction
 from tests.helpers import PLAN
 from tests.runtime.test_api import NoReadback
 from tests.runtime.toy import ToyPrograms, noise, prompt, toy
