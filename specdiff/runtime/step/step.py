@@ -49,7 +49,7 @@ def tokens_due(call: Call) -> int:
         call.state.say(logger, f"{UNSELECTABLE}: {call.programs.signature.unselectable}")
     if call.given is not None and len(call.given) <= call.settings.few:
         count, reason = tokens, FEW
-    if count < tokens and not call.stream.history.computed:
+    if count < tokens and not call.stream.history.leads_on:
         count, reason = tokens, CONTINUED
         call.state.counters.fallbacks[CONTINUED] += 1
     if 0 < count < tokens and not call.stream.selected.lease:

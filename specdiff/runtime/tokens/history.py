@@ -9,9 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specdiff.runtime.tokens.clock import Clock
+from specdiff.runtime.tokens.clock import Clock, beyond, ratio
 
 DEPTH = 3
+LED = 0.5
+"""Of the way from what was computed elsewhere to the first output here, the most that its line may
+miss. The same function of the rows misses little; an adapter switched on is missed by all of it."""
 
 
 class StepOutput(NamedTuple):
@@ -50,17 +53,24 @@ class History:
         """What may have been computed of these rows elsewhere; the first outputs tell which."""
         self._apart = False
         """Whether some tokens were computed without the others."""
+        self._wanted = 1
+        """How many outputs forecasts start from at least."""
 
     @property
     def batch(self) -> int:
         """B."""
         return self._shape[0]
 
+    @property
+    def leads_on(self) -> bool:
+        """Whether forecasts can start from what was computed."""
+        return len(self.computed) >= self._wanted
+
     def record_dense(self, time: Clock, tokens: Tensor) -> None:
         """Every token was computed: `tokens` [B, N, C], owned by the history from now on."""
         newest = ComputedOutput(self._of_each(time) if self._apart else time, tokens)
-        before = _nearest(tokens, self._inherited) if self._inherited else self.computed
-        self.computed, self._inherited = (newest, *before)[:DEPTH], ()
+        self.computed = (newest, *self._led_here(time, tokens))[:DEPTH]
+        self._inherited = ()
         self._counts, self._age = self._counts + 1, self._age * 0
         self._record_step(time, tokens)
 
@@ -96,10 +106,12 @@ class History:
     def inherit(self, other: History) -> None:
         """Go on from what was computed elsewhere of as many rows, or of twice as many: guidance.
 
-        It is of use from the first outputs on. What is not of one time is left behind.
+        It is of use from the first outputs on, if it leads there: else two of them are needed, as
+        a line to them from those of another function goes nowhere. What is not of one time is left
+        behind.
         """
         (rows, _), (before, _) = self._shape, other._shape
-        whole = other.computed
+        self._wanted, whole = 2, other.computed
         if any(isinstance(output.times, Tensor) for output in whole) or not whole:
             return
         if before == rows:
@@ -134,6 +146,15 @@ class History:
         """int32 [B, N]: how often each token was served from cache (the paper's cf)."""
         return self.evaluations - self.counts
 
+    def _led_here(self, time: Clock, tokens: Tensor) -> tuple[ComputedOutput, ...]:
+        """What was computed before that leads to new outputs. Reads the device if inherited."""
+        if not self._inherited:
+            return self.computed
+        before = _nearest(tokens, self._inherited)
+        led = _is_on_line(time, tokens, before)
+        self._wanted = 1 if led else 2
+        return before if led else ()
+
     def _take_apart(self) -> None:
         """Know each token by itself from here on."""
         if not self._apart:
@@ -165,6 +186,16 @@ def _nearest(
         ComputedOutput(a.times, torch.where(first, a.tokens, b.tokens))
         for a, b in zip(one, other, strict=True)
     )
+
+
+def _is_on_line(time: Clock, tokens: Tensor, before: tuple[ComputedOutput, ...]) -> bool:
+    """Whether the line through earlier outputs leads near new ones."""
+    if len(before) < 2:
+        return False
+    newer, older = before[:2]
+    share = ratio(time - newer.times, newer.times - older.times)
+    missed = torch.dist(tokens, beyond(newer.tokens, older.tokens, share))
+    return bool(missed <= LED * torch.dist(tokens, newer.tokens))
 
 
 def _of_all(

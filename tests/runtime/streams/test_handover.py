@@ -100,19 +100,38 @@ def test_generations_of_other_latents_do_not_go_on_in_each_other():
     assert specdiff.stats(model).dense == before == 2 * PLANNED
 
 
+def straight() -> list[Tensor]:
+    """Of two rows at three times, on a line."""
+    start, slope = torch.randn(2, 2, 3, 4)
+    return [start, start + slope, start + 2 * slope]
+
+
 @pytest.mark.parametrize("half", [0, 1])
 def test_what_was_computed_of_the_half_that_goes_on_is_kept(half):
     pair, single = History(2, 3, torch.device("cpu")), History(1, 3, torch.device("cpu"))
-    outputs = [torch.randn(2, 3, 4) for _ in range(2)]
-    for time, output in zip((9.0, 8.0), outputs, strict=True):
+    outputs = straight()
+    for time, output in zip((9.0, 8.0), outputs, strict=False):
         pair.record_dense(time, output)
     single.inherit(pair)
     assert not single.computed  # which half is not known yet
-    newest = outputs[1][half : half + 1] + 0.1
-    single.record_dense(7.0, newest)
+    single.record_dense(7.0, outputs[2][half : half + 1] + 0.1)
+    assert single.leads_on
     assert [output.times for output in single.computed] == [7.0, 8.0, 9.0]
     assert torch.equal(single.computed[1].tokens, outputs[1][half : half + 1])
     assert torch.equal(single.computed[2].tokens, outputs[0][half : half + 1])
+
+
+def test_what_another_function_computed_is_left_behind():
+    """As where an adapter is switched on: two outputs of its own are needed for a line."""
+    one, other = History(2, 3, torch.device("cpu")), History(2, 3, torch.device("cpu"))
+    before = straight()
+    one.record_dense(9.0, before[0])
+    one.record_dense(8.0, before[1])
+    other.inherit(one)
+    for time, leads_on in ((7.0, False), (6.0, True)):
+        other.record_dense(time, before[2] + 5 + time)
+        assert other.leads_on is leads_on
+    assert [output.times for output in other.computed] == [6.0, 7.0]
 
 
 def test_what_other_rows_computed_is_left_behind():
