@@ -51,6 +51,9 @@ def serve(
     _require_extra(["fastapi", "uvicorn", "prometheus_client", *(["ray"] if ray else [])])
     import uvicorn
 
+    from specdiff.serve.heap import share_heap
+
+    share_heap()
     from specdiff.serve.app import create_app
     from specdiff.serve.engine import CHOICES
 

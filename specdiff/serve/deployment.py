@@ -23,6 +23,7 @@ from specdiff.serve.app import create_app
 from specdiff.serve.drawing import Local
 from specdiff.serve.engine import Engine
 from specdiff.serve.events import Card, Counts, Event, Failure, Picture, Progress
+from specdiff.serve.heap import share_heap
 
 NAME = "specdiff"
 """Of the application on the cluster."""
@@ -52,6 +53,7 @@ class Replica:
     """An engine in a process of its own. Serve calls it ready once the first picture is drawn."""
 
     def __init__(self, wish: Wish) -> None:
+        share_heap()
         quiet_libraries()
         model = load_picture_model(wish.target, torch.device(wish.device))
         engine = Engine(model, wish.quality, wish.running, wish.waiting)

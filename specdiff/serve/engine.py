@@ -15,6 +15,7 @@ import uuid
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -170,12 +171,9 @@ class Engine:
             raise Cancelled
         began = time.monotonic()
         with Preparation(self._preparing) as preparation:
-
-            def answer(part: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-                preparation.end()
-                return self._answer(generation, pipeline.scheduler, part, args, kwargs)
-
+            answer = partial(self._answer, generation, preparation)
             pipeline = self.model.beside(StandIn(self.model.denoiser, answer))
+            generation.scheduler = pipeline.scheduler
             picture = self.model.draw(generation.order, pipeline)
         if not picture.isfinite().all():
             return Failure("broken", "the picture holds values that are not finite")
@@ -186,14 +184,15 @@ class Engine:
     def _answer(
         self,
         generation: Generation,
-        scheduler: Any,
+        preparation: Preparation,
         part: str,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> Any:
         """What the denoiser returns to a pipeline."""
-        steps = len(scheduler.timesteps)
-        session, shares = generation.session_of(self.model.denoiser, part, scheduler)
+        preparation.end()
+        steps = len(generation.scheduler.timesteps)
+        session, shares = generation.session_of(self.model.denoiser, part)
         generation.calls += 1
         waiting = Waiting(call_of(args, kwargs), session, shares)
         self._rounds.expect(generation, True)

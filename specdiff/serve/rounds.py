@@ -110,11 +110,17 @@ class Rounds:
         self._thread.join()
 
     def _run(self) -> None:
-        while (waiting := self._next()) is not None:
-            for group in grouped(waiting):
-                self._answer(group)
+        while self._round():
+            pass
         for left in self._waiting:
             left.output.cancel()
+
+    def _round(self) -> bool:
+        """Answer what waits; nothing of it is kept until the next. False once it is closed."""
+        waiting = self._next()
+        for group in grouped(waiting or ()):
+            self._answer(group)
+        return waiting is not None
 
     def _next(self) -> list[Waiting] | None:
         with self._changed:

@@ -147,13 +147,14 @@ class RowBatches:
         places = [[i for i, each in enumerate(sessions) if each is session] for session in named]
         groups = [Group(*each, call, batch) for each in zip(named, places, strict=True)]
         with self._turn:
-            self._supply.clear()
+            self._supply.clear()  # of a call that failed
             try:
                 forms = self._formed(own, call, groups, batch)
             except Unsupported as error:
                 remember(self._refusals, self._key_of(call), str(error), MAX_FORMS)
                 raise
             outputs = self._evaluated(own, call, groups, forms, batch)
+            self._supply.clear()
         return joined(outputs, places, batch)
 
     def _key_of(self, call: Call) -> Hashable:
