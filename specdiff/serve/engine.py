@@ -26,6 +26,7 @@ from specdiff.errors import described
 from specdiff.models.picture_model import STEPS, Order, OrderError, PictureModel
 from specdiff.serve.events import Card, Counts, Event, Failure, Picture, Progress
 from specdiff.serve.generation import Cancelled, Generation, Preparation, Tell
+from specdiff.serve.heap import give_back
 from specdiff.serve.joining import call_of
 from specdiff.serve.rounds import Evaluate, Rounds, Waiting, by_rows
 from specdiff.serve.stand import StandIn
@@ -66,7 +67,7 @@ class Engine:
         self.most_waiting = waiting
         self._name = uuid.uuid4().hex[:8]
         self._attachment = specdiff.attach(model.denoiser, quality=quality)
-        self._rounds = Rounds(model.denoiser, evaluate)
+        self._rounds = Rounds(model.denoiser, evaluate, running)
         self._threads = ThreadPoolExecutor(running, thread_name_prefix="specdiff-draw")
         # Text encoders' tokenizers are not made for two threads at a time.
         self._preparing = threading.Lock()
@@ -89,6 +90,7 @@ class Engine:
                 return Failure("full", text, retry_after=self._retry_after())
             self._held += 1
         generation = Generation(order, quality, tell)
+        self._rounds.announce(generation)
         self._threads.submit(self._draw, generation)
         return generation
 
@@ -163,8 +165,11 @@ class Engine:
         with self._lock:
             self._drawing -= 1
             self._held -= 1
+            is_idle = not self._held
         if event is not None:
             generation.tell(event)
+        if is_idle:
+            give_back()
 
     def _drawn(self, generation: Generation) -> Event:
         if generation.is_cancelled:
@@ -194,7 +199,7 @@ class Engine:
         steps = len(generation.scheduler.timesteps)
         session, shares = generation.session_of(self.model.denoiser, part)
         generation.calls += 1
-        waiting = Waiting(call_of(args, kwargs), session, shares)
+        waiting = Waiting(call_of(args, kwargs), session, shares, begins=generation.calls == 1)
         self._rounds.expect(generation, True)
         output = generation.wait(waiting, self._rounds)
         if generation.calls >= steps * len(generation.parts):

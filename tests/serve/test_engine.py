@@ -134,12 +134,12 @@ def test_generations_leave_nothing_behind(flux: Path) -> None:
     def alive() -> Counter[str]:
         return Counter(kind.__name__ for kind in map(type, gc.get_objects()) if kind in kinds)
 
-    some(3)
+    some(2)
     gc.collect()
     gc.disable()
     try:
         before, threads = alive(), threading.active_count()
-        some(6)
+        some(4)
         until(lambda: alive() == before)
         assert threading.active_count() == threads
     finally:

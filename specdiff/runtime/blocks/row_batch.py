@@ -240,8 +240,10 @@ class RowBatches:
 
 
 def bucket(rows: int, batch: int) -> int:
-    """With how many rows the model is run for this many: a power of two, or all of the batch."""
-    return min(1 << (rows - 1).bit_length(), batch)
+    """With how many rows the model is run for this many: 1, 2, 3, 4, 6, 8, 12 ..., or the batch."""
+    power = 1 << (rows - 1).bit_length()
+    between = power * 3 // 4
+    return min(between if rows <= between else power, batch)
 
 
 def _run(own: Own, call: Call) -> Any:
