@@ -9,11 +9,12 @@ from __future__ import annotations
 import io
 import logging
 import math
+import queue
 import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from statistics import fmean
@@ -50,6 +51,7 @@ class Engine:
         quality: Of orders that name none.
         running: Generations in progress, at most.
         waiting: Generations in the queue, at most.
+        max_cache_bytes: What generations in progress keep for forecasts, at most.
         evaluate: How calls of several generations are answered.
     """
 
@@ -59,6 +61,7 @@ class Engine:
         quality: str = "balanced",
         running: int = 8,
         waiting: int = 64,
+        max_cache_bytes: int | None = None,
         evaluate: Evaluate = by_rows,
     ) -> None:
         self.model = model
@@ -66,7 +69,9 @@ class Engine:
         self.most_running = running
         self.most_waiting = waiting
         self._name = uuid.uuid4().hex[:8]
-        self._attachment = specdiff.attach(model.denoiser, quality=quality)
+        self._attachment = specdiff.attach(
+            model.denoiser, quality=quality, max_cache_bytes=max_cache_bytes
+        )
         self._rounds = Rounds(model.denoiser, evaluate, running)
         self._threads = ThreadPoolExecutor(running, thread_name_prefix="specdiff-draw")
         # Text encoders' tokenizers are not made for two threads at a time.
@@ -95,22 +100,30 @@ class Engine:
         return generation
 
     def warm_up(self) -> None:
-        """Draw a picture of the usual size, as the first is slow; then the engine is ready."""
-        model, ended = self.model, threading.Event()
+        """Draw pictures of the usual size, one and then two together; then the engine is ready.
+
+        The first of each kind are slow, above all where the model is compiled.
+        """
+        model = self.model
         prompt = (model.prompts or ("a red apple",))[0]
-        last: list[Event] = []
+        order = Order(prompt, model.side, model.side, WARM_UP_STEPS, seed=0)
+        counts = {1, min(2, self.most_running)}
+        last = [event for count in counts for event in self._last_events([order] * count)]
+        self._is_warm = all(isinstance(event, Picture) for event in last)
+        if not self._is_warm:
+            logger.error("the first pictures failed: %s", last)
+
+    def _last_events(self, orders: Sequence[Order]) -> list[Event]:
+        """Draw orders together; the last event of each."""
+        ended: queue.SimpleQueue[Event] = queue.SimpleQueue()
 
         def tell(event: Event) -> None:
-            last[:] = [event]
             if not isinstance(event, Progress):
-                ended.set()
+                ended.put(event)
 
-        order = Order(prompt, model.side, model.side, WARM_UP_STEPS, seed=0)
-        if not isinstance(self.submit(order, None, tell), Failure):
-            ended.wait()
-        self._is_warm = bool(last) and isinstance(last[0], Picture)
-        if not self._is_warm:
-            logger.error("the first picture failed: %s", last)
+        started = [self.submit(order, None, tell) for order in orders]
+        failed: list[Event] = [each for each in started if isinstance(each, Failure)]
+        return failed + [ended.get() for _ in range(len(orders) - len(failed))]
 
     def why_not_ready(self) -> str:
         """Why no picture can be drawn now; empty if one can."""

@@ -31,7 +31,8 @@ from specdiff.runtime.blocks.row_parts import joined, taken
 from specdiff.runtime.records.recording import StepRecord, begun, ended
 from specdiff.runtime.step.dispatch import Due, Runtime
 from specdiff.runtime.step.shapes import remember
-from specdiff.runtime.streams.registry import ModelState, Session
+from specdiff.runtime.streams.budget import keep_within
+from specdiff.runtime.streams.registry import ModelState, Session, effective
 
 logger = logging.getLogger(__name__)
 
@@ -155,6 +156,9 @@ class RowBatches:
                 raise
             outputs = self._evaluated(own, call, groups, forms, batch)
             self._supply.clear()
+            limit = effective(forms[0].runtime.options, self._state, None).max_cache_bytes
+            if limit is not None:
+                keep_within(limit, self._state.sessions)
         return joined(outputs, places, batch)
 
     def _key_of(self, call: Call) -> Hashable:

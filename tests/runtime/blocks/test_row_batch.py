@@ -15,6 +15,7 @@ import specdiff
 from specdiff.plan import Plan
 from specdiff.runtime.blocks.row_batch import bucket
 from specdiff.runtime.blocks.row_parts import joined, taken
+from specdiff.runtime.streams.budget import kept_bytes
 from tests.runtime.blocks.test_whole_steps import Denoiser
 
 PARTS = ("latent", "now", "condition")
@@ -299,6 +300,34 @@ def test_a_request_that_is_dropped_leaves_nothing_behind():
     del session
     gc.collect()
     assert dropped() is None
+
+
+def test_over_budget_the_oldest_gives_way():
+    """Its next step is dense, and so are later ones until others have made room."""
+    model = Velocity()
+    specdiff.attach(model)
+    exact = requests()[:3]
+    for each in exact:
+        each.quality = "dense"
+        alone(model, each)
+    free = batched(model, requests()[:3])
+    first = Request(1, 28)
+    with torch.no_grad(), first.session(model) as session:
+        model(first.latent, first.now, first.condition)
+        kept = kept_bytes(*session.streams())
+    del session
+    specdiff.configure(model, max_cache_bytes=12 * kept)  # not enough for three
+    specdiff.reset(model)
+    drawn = requests()[:3]
+    kinds = batched(model, drawn)
+    assert specdiff.stats(model).fallbacks["cache budget exceeded"] > 3
+    assert kinds[-1] == free[-1]  # the youngest was never in need
+    assert kinds[0].count("dense") > free[0].count("dense")
+    for one, expected in zip(drawn, exact, strict=True):
+        assert (one.latent - expected.latent).norm() < 0.02 * expected.latent.norm()
+    specdiff.configure(model, max_cache_bytes=0)
+    (all_dense,) = batched(model, [Request(1, 28)])
+    assert all_dense == ["dense"] * 28
 
 
 def test_rows_and_sessions_have_to_fit():
