@@ -25,6 +25,7 @@ from specdiff.integrations.comfyui import __main__ as command
 from specdiff.integrations.comfyui.node import options_of
 from specdiff.integrations.comfyui.patch import patched
 from specdiff.integrations.comfyui.steps import steps_of
+from specdiff.options import Options
 from specdiff.plan import Plan
 
 STEPS = 12
@@ -169,6 +170,18 @@ def sample_ancestral(
     return x
 
 
+class Inpainting:
+    """`KSamplerX0Inpaint`: puts the picture below, here an empty one, back outside the mask."""
+
+    def __init__(self, guider: Guider, noise: Tensor, mask: Tensor) -> None:
+        self._guider, self._noise, self._mask = guider, noise, mask
+
+    def __call__(self, x: Tensor, sigma: Tensor, **options: Any) -> Tensor:
+        below = sigma[:, None, None, None] * self._noise
+        answer = self._guider(x * self._mask + below * (1 - self._mask), sigma, **options)
+        return answer * self._mask
+
+
 def draw(
     patcher: Patcher,
     function: Any = sample_euler,
@@ -179,6 +192,7 @@ def draw(
     sigmas: Tensor = SIGMAS,
     shape: tuple[int, ...] = (1, 4, 8, 8),
     callback: Any = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """`CFGGuider.inner_sample`."""
     guider = Guider(patcher, cfg, conds, batched)
@@ -186,12 +200,13 @@ def draw(
     sampler = SimpleNamespace(sampler_function=function, extra_options={})
 
     def sample(_: Any, sigmas: Tensor, extra: Any, callback: Any, noise: Tensor, *rest: Any) -> Any:
-        return function(guider, noise, sigmas, extra, callback, True)
+        asked = guider if mask is None else Inpainting(guider, noise, mask)
+        return function(asked, noise, sigmas, extra, callback, True)
 
     run = Executor(sample, patcher.all("sampler_sample"), sampler)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     extra = {"model_options": options, "seed": 0}
-    out: Tensor = run.execute(guider, sigmas, extra, callback, noise, None, None, True)
+    out: Tensor = run.execute(guider, sigmas, extra, callback, noise, None, mask, True)
     return out
 
 
@@ -240,6 +255,40 @@ def test_takes_the_steps_of_the_plan(
     assert calls(patcher, lambda: draw(model, sigmas=SIGMAS**power)) == 5
     assert "12 steps, 12 evaluations: 5 computed, 7 forecast (2.40x)" in caplog.text
     assert "5 as planned" in caplog.text
+
+
+def karras(first: float, last: float, steps: int = 28) -> Tensor:
+    ends = [sigma ** (1 / 7) for sigma in (first, last)]
+    sigmas = torch.linspace(*ends, steps) ** 7  # type: ignore[call-overload]
+    return torch.cat([sigmas, torch.zeros(1)])
+
+
+@pytest.mark.parametrize(("first", "last"), [(1.0, 0.003), (14.6, 0.03)])
+def test_uneven_noise_levels_are_computed_where_the_noise_is(
+    patcher: Patcher, caplog: pytest.LogCaptureFixture, first: float, last: float
+) -> None:
+    """As many as planned, and earlier; of a flow, and of a noise schedule."""
+    sigmas, seen = karras(first, last), list[float]()
+    hook = patcher.model.register_forward_pre_hook(lambda _, args: seen.append(float(args[1][0])))
+    draw(patched(patcher, quality="balanced"), sigmas=sigmas)
+    hook.remove()
+    planned = Options(quality="balanced").resolve().plan.dense
+    assert f"28 evaluations: {len(planned)} computed" in caplog.text
+    assert seen[0] == pytest.approx(first) and seen[-1] == pytest.approx(last)
+    assert sum(seen) > sum(float(sigmas[i]) for i in planned)
+
+
+@pytest.mark.parametrize("width", [2, 6])
+@pytest.mark.parametrize("function", [sample_euler, sample_ancestral])
+def test_inpainting_is_no_noise(
+    patcher: Patcher, caplog: pytest.LogCaptureFixture, function: Any, width: int
+) -> None:
+    """Outside the mask the picture is put back at each step, however small the mask is."""
+    mask = torch.zeros(1, 4, 8, 8)
+    mask[..., :width, :width] = 1
+    draw(patched(patcher, plan=PLAN), function, mask=mask)
+    assert ("5 computed, 7 forecast" in caplog.text) == (function is sample_euler)
+    assert ("samplers that add noise" in caplog.text) == (function is sample_ancestral)
 
 
 def test_a_sampler_of_two_evaluations_a_step(

@@ -60,17 +60,24 @@ class Run:
         sigmas: the schedule, the end included.
         sampler: its name, for the log.
         steps: what it makes of the answers, if known.
+        mask: of inpainting, of the shape of the latent; 1 where it is painted anew.
     """
 
     def __init__(
-        self, settings: Settings, sigmas: Sequence[float], sampler: str, steps: Steps | None
+        self,
+        settings: Settings,
+        sigmas: Sequence[float],
+        sampler: str,
+        steps: Steps | None,
+        mask: Tensor | None = None,
     ) -> None:
         self._settings = settings
         self._sigmas = list(sigmas)
+        self._clocks = [self._clock(sigma) for sigma in self._sigmas[:-1]]
         self._schedule = Schedule.of(settings, (1,), selectable=False)
         self._sampler = sampler
         self._steps = steps
-        self._watch = Watch()
+        self._watch = Watch(mask)
         self._lanes: dict[Hashable, Lane] = {}
         self._visits: Counter[float] = Counter()
         self._counts: Counter[str] = Counter()
@@ -144,14 +151,19 @@ class Run:
         on_schedule = abs(steps[index] - sigma) <= NEAR * abs(sigma)
         if not on_schedule and index and (sigma - steps[index]) * (steps[-1] - steps[0]) < 0:
             index -= 1  # between the one before and this one
-        place = Place.known(index, len(steps))
+        place = Place.of(self._clocks[: index + 1], self._clocks, self._schedule.usual)
         is_dense, _ = self._schedule.decide(place)
-        clock = sigma / (1 + sigma) if max(self._sigmas) > 1 else sigma
         kind = (on_schedule, self._visits[sigma])
         self._visits[sigma] += 1
-        moment = Moment(self._visits.total() - 1, sigma, clock, kind, self._weights(sigma))
+        moment = Moment(
+            self._visits.total() - 1, sigma, self._clock(sigma), kind, self._weights(sigma)
+        )
         strays = self._watch.strays(x)
         return _Evaluation(x.shape, moment, strays, PLANNED if is_dense else "")
+
+    def _clock(self, sigma: float) -> float:
+        """The noise from 0 to 1: a flow's own sigma; sigmas of a noise schedule have no end."""
+        return sigma / (1 + sigma) if max(self._sigmas) > 1 else sigma
 
     def _weights(self, sigma: float) -> Weights | None:
         """What the sampler makes of directions, if it is known.
