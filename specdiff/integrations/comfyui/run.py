@@ -22,6 +22,7 @@ from torch import Tensor
 from specdiff.integrations.comfyui.lane import Lane, Moment
 from specdiff.integrations.comfyui.steps import NEAR, Steps
 from specdiff.integrations.comfyui.watch import Watch
+from specdiff.runtime.sampler.timeline import unlike_a_flow
 from specdiff.runtime.sampler.weights import Weights
 from specdiff.runtime.tokens.schedule import Place, Schedule
 from specdiff.settings import Settings, why_off
@@ -73,8 +74,9 @@ class Run:
     ) -> None:
         self._settings = settings
         self._sigmas = list(sigmas)
-        self._clocks = [self._clock(sigma) for sigma in self._sigmas[:-1]]
         self._schedule = Schedule.of(settings, (1,), selectable=False)
+        clocks = [self._clock(sigma) for sigma in self._sigmas[:-1]]
+        self._progress = unlike_a_flow(clocks) if clocks else None
         self._sampler = sampler
         self._steps = steps
         self._watch = Watch(mask)
@@ -151,7 +153,7 @@ class Run:
         on_schedule = abs(steps[index] - sigma) <= NEAR * abs(sigma)
         if not on_schedule and index and (sigma - steps[index]) * (steps[-1] - steps[0]) < 0:
             index -= 1  # between the one before and this one
-        place = Place.of(self._clocks[: index + 1], self._clocks, self._schedule.usual)
+        place = Place.known(index, len(steps), self._progress)
         is_dense, _ = self._schedule.decide(place)
         kind = (on_schedule, self._visits[sigma])
         self._visits[sigma] += 1
