@@ -121,7 +121,10 @@ class Guider:
         conds = [self.conds[0], None if self.cfg == 1 else self.conds[1]]
         asked = Executor(calc, self.patcher.all("calc_cond_batch"))
         good, bad = asked.execute(self.patcher.model, conds, x, sigma, options)
-        return good if self.cfg == 1 else bad + (good - bad) * self.cfg  # type: ignore[no-any-return]
+        guided = good if self.cfg == 1 else bad + (good - bad) * self.cfg
+        for function in options.get("sampler_post_cfg_function", ()):
+            guided = function({"denoised": guided, "uncond_denoised": bad, "input": x})
+        return guided  # type: ignore[no-any-return]
 
 
 def sample_euler(
@@ -409,6 +412,45 @@ def test_weights_of_samplers() -> None:
     after = torch.randn(1)
     torch.manual_seed(0)
     assert torch.equal(torch.randn(1), after)  # nothing was drawn from the run's numbers
+
+
+def _post(options: dict[str, Any], function: Any) -> dict[str, Any]:
+    """`comfy.model_patcher.set_model_options_post_cfg_function`."""
+    return {**options, "sampler_post_cfg_function": [function]}
+
+
+def sample_cfg_pp(order: int) -> Any:
+    """Euler, or a sampler of two steps, by the answers without guidance."""
+
+    def sample(
+        model: Any, x: Tensor, sigmas: Tensor, extra_args: Any, callback: Any, disable: Any
+    ) -> Tensor:
+        unguided: list[Tensor] = []
+
+        def keep(given: dict[str, Tensor]) -> Tensor:
+            unguided.append(given["uncond_denoised"])
+            return given["denoised"]
+
+        extra = {**extra_args, "model_options": _post(extra_args["model_options"], keep)}
+        for now, then in pairwise(sigmas):
+            answer = model(x, now * x.new_ones(len(x)), **extra)
+            moved = answer + then * (x - unguided[-1]) / now
+            if order == 2 and len(unguided) > 1:
+                moved = moved + then * (answer - unguided[-2])
+            x = moved
+        return x
+
+    return sample
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_samplers_that_magnify_what_forecasts_miss(
+    patcher: Patcher, caplog: pytest.LogCaptureFixture, order: int
+) -> None:
+    made = draw(patched(patcher, plan=PLAN), sample_cfg_pp(order), cfg=4.0)
+    assert ("12 as the sampler magnifies" in caplog.text) == (order == 2)
+    exact = torch.equal(made, draw(patcher, sample_cfg_pp(order), cfg=4.0))
+    assert exact == (order == 2)
 
 
 def test_options() -> None:

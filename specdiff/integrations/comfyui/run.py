@@ -32,6 +32,7 @@ NEW = "nothing like it was computed before"
 NEWS = "its conditions changed"
 STRAYED = "the latent moved where no prediction leads, as samplers that add noise move it"
 WINDOW = "a part of the latent was asked for, as context windows do"
+MAGNIFIED = "the sampler magnifies what forecasts miss, as cfg_pp ones of higher order do"
 UNEVEN = "the batch is at several noise levels"
 
 
@@ -79,6 +80,7 @@ class Run:
         self._progress = unlike_a_flow(clocks) if clocks else None
         self._sampler = sampler
         self._steps = steps
+        self._magnified = MAGNIFIED if steps is not None and steps.magnifies else ""
         self._watch = Watch(mask)
         self._lanes: dict[Hashable, Lane] = {}
         self._visits: Counter[float] = Counter()
@@ -90,7 +92,8 @@ class Run:
         """One evaluation: `compute` asks `answer` for what it needs."""
         low, high = timestep.aminmax()
         sigma = float(high)
-        if off := why_off(self._settings) or (UNEVEN if low != high else "") or _end(sigma):
+        uneven = UNEVEN if low != high else ""
+        if off := why_off(self._settings) or self._magnified or uneven or _end(sigma):
             return self._untouched(off, compute)
         self._evaluation = evaluation = self._next(x, sigma)
         try:
