@@ -294,6 +294,16 @@ def test_inpainting_is_no_noise(
     assert ("samplers that add noise" in caplog.text) == (function is sample_ancestral)
 
 
+@pytest.mark.parametrize("steps", [1, 4, 8])
+def test_few_steps_are_computed(
+    patcher: Patcher, caplog: pytest.LogCaptureFixture, steps: int
+) -> None:
+    sigmas = torch.linspace(1, 0, steps + 1)
+    made = draw(patched(patcher, quality="fast"), sigmas=sigmas)
+    assert torch.equal(made, draw(patcher, sigmas=sigmas))
+    assert f"{steps} as steps are few" in caplog.text
+
+
 def test_a_sampler_of_two_evaluations_a_step(
     patcher: Patcher, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -28,6 +28,7 @@ from specdiff.runtime.tokens.schedule import Place, Schedule
 from specdiff.settings import Settings, why_off
 
 PLANNED = "planned"
+FEW = "steps are few, too far apart to forecast"
 NEW = "nothing like it was computed before"
 NEWS = "its conditions changed"
 STRAYED = "the latent moved where no prediction leads, as samplers that add noise move it"
@@ -164,7 +165,9 @@ class Run:
             self._visits.total() - 1, sigma, self._clock(sigma), kind, self._weights(sigma)
         )
         strays = self._watch.strays(x)
-        return _Evaluation(x.shape, moment, strays, PLANNED if is_dense else "")
+        planned = PLANNED if is_dense else ""
+        reason = FEW if len(steps) <= self._settings.few else planned
+        return _Evaluation(x.shape, moment, strays, reason)
 
     def _clock(self, sigma: float) -> float:
         """The noise from 0 to 1: a flow's own sigma; sigmas of a noise schedule have no end."""
