@@ -355,8 +355,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         table = Table(node(Path(folder)), said, Path(folder))
         for name in given.models:
-            lines += table.lines(name, given.forms)
-            print(*lines, sep="\n", flush=True)
+            new = table.lines(name, given.forms)
+            lines += new
+            print(*new, sep="\n", flush=True)
     if given.markdown is not None:
         with given.markdown.open("a", encoding="utf-8") as out:
             out.write("\n".join(lines) + "\n")
