@@ -27,7 +27,6 @@ def start() -> None:
     os.environ.update(ONE_RANK, WORLD_SIZE="1")
     torch.distributed.init_process_group("gloo", rank=0, world_size=1)
     torch.version.cuda = "13.0"
-    import xfuser.envs
     from xfuser.core.distributed import parallel_state, runtime_state
     from xfuser.core.distributed.attention_backend import AttentionBackendType
 

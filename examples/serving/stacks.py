@@ -2,9 +2,9 @@
 
     python examples/serving/stack_xdit.py --markdown examples/serving/stacks.md
 
-Each script loads the denoisers of one stack from its own wheel, with small sizes and random weights,
-and has each draw on a CPU: eager, then under specdiff whole, by blocks as the stack compiles them,
-and attached alone. So a table says what is accelerated, not how fast or how good.
+Each script loads the denoisers of one stack from its own wheel, with small sizes and random
+weights, and has each draw on a CPU: eager, then under specdiff whole, by blocks as the stack
+compiles them, and attached alone. So a table says what is accelerated, not how fast or how good.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import logging
+import os
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -84,6 +85,8 @@ class Stack:
     by_blocks: Callable[[nn.Module], None]
     around: Callable[[int], AbstractContextManager[Any]]
     """What is entered around the call of a step."""
+    plugins: Callable[[], None] | None = None
+    """Runs the entry points of its plug-in group, as its workers do."""
 
 
 def flux_inputs() -> dict[str, Any]:
@@ -124,8 +127,8 @@ def wan_inputs() -> dict[str, Any]:
 
 
 def noise(*shape: int) -> Tensor:
-    """One sample."""
-    return torch.randn(1, *shape)
+    """One sample, the same for every stack."""
+    return torch.randn(1, *shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
 def randomized(model: nn.Module) -> nn.Module:
@@ -206,7 +209,10 @@ def row(stack: Stack, denoiser: Denoiser, way: str, dense: Tensor, inner: str) -
     """A line of the table."""
     model = randomized(denoiser.build())
     with listening() as said:
-        call = prepared(stack, model, way, inner)
+        try:
+            call = prepared(stack, model, way, inner)
+        except ValueError as error:
+            return f"| {denoiser.name} | {way} | the stack refuses: {error} | | | | | |"
         drawn, stats = {}, {}
         for name, options in (("steps", {}), ("tokens", SELECTING), ("all", COMPUTING)):
             specdiff.configure(model, **{"plan": None, "cache_ratio": None, **options})
@@ -234,7 +240,19 @@ HEAD = (
 )
 
 
-def main(stack: Stack, notes: Sequence[str] = ()) -> None:
+def switched_on(stack: Stack) -> str:
+    """Whether the stack's own loading of plug-ins makes specdiff what compiles for all."""
+    if stack.plugins is None:
+        return "It has no plug-ins."
+    os.environ["SPECDIFF"] = "balanced"
+    stack.plugins()
+    del os.environ["SPECDIFF"]
+    default = torch.compiler.get_default_backend()
+    given = f"{default.func.__name__}, {default.keywords['options']}"
+    return f"Its plug-ins, with SPECDIFF=balanced, make the default backend {given}."
+
+
+def main(stack: Stack) -> None:
     """Print the table of a stack, or write it."""
     parser = argparse.ArgumentParser(description=f"{stack.name}: its denoisers under specdiff")
     parser.add_argument("--models", nargs="+", help="default: all")
@@ -245,7 +263,7 @@ def main(stack: Stack, notes: Sequence[str] = ()) -> None:
     torch.set_grad_enabled(False)
     versions = ", ".join(f"{name} {version(name)}" for name in (*stack.packages, "torch"))
     _write(f"\n## {stack.name}\n\n{versions}; {datetime.date.today()}.", given.markdown)
-    for note in (*notes, "", HEAD):
+    for note in ("", switched_on(stack), "", HEAD):
         _write(note, given.markdown)
     for denoiser in stack.denoisers:
         if given.models and denoiser.name not in given.models:
