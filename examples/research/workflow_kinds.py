@@ -152,11 +152,7 @@ class PixelVAE(nn.Module):
     config = SimpleNamespace(
         block_out_channels=(1, 1), latent_channels=12, scaling_factor=1.0, shift_factor=0.0
     )
-    dtype = torch.float32
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.nothing = nn.Parameter(torch.zeros(1), requires_grad=False)  # has a device
+    dtype, device = torch.float32, torch.device("cpu")
 
     def encode(self, pictures: Tensor) -> Any:
         """[B, 3, H, W] to [B, 12, H / 2, W / 2]."""

@@ -261,6 +261,24 @@ def test_models_without_state_are_named():
             call({})
 
 
+@pytest.mark.parametrize("name_rows", [False, True])
+def test_a_session_of_a_model_that_is_neither_compiled_nor_attached_says_so(caplog, name_rows):
+    model = torch.nn.Linear(2, 2)
+    for _ in range(2):
+        session = sd.session(model)
+        with sd.rows(model, [session]) if name_rows else session:
+            model(torch.zeros(1, 2))
+    assert caplog.text.count("specdiff.attach(model)") == 1
+
+
+def test_a_class_is_no_scheduler():
+    class Scheduler:
+        def step(self): ...
+
+    with pytest.raises(OptionError, match=r"Scheduler is a class.*pipe.scheduler"):
+        sd.session(toy(), scheduler=Scheduler)
+
+
 def test_a_noise_schedule_of_numpy():
     given = torch.linspace(0.99, 0.01, 10)
     found = Options(alphas_cumprod=given.numpy()).alphas_cumprod

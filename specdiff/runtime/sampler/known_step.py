@@ -19,6 +19,9 @@ FOLLOWED = UNEXPLAINED / 2
 """What a row may leave, relative to its step, to be explained: `remains` finds no more in it, for
 all that it looks at has x and p in it."""
 
+FIRST_ORDER = 5e-3
+"""The same of a step that followed its own prediction alone, in float32."""
+
 
 class KnownStep(NamedTuple):
     """x' = kept x + moved p."""
@@ -57,15 +60,15 @@ def _lengths(now: Tensor, before: Tensor, prediction: Tensor, known: KnownStep) 
     return norms
 
 
-def follows(lengths: Sequence[Sequence[float]], precision: float) -> bool:
+def follows(lengths: Sequence[Sequence[float]], precision: float, most: float) -> bool:
     """Whether every row of a step, of such lengths, went where it was known to go.
 
     Args:
         lengths: as of `lengths`, on the host.
         precision: relative rounding of the latents.
+        most: what a row may miss, relative to its step.
     """
     rounding = ROUNDED * precision
     return all(
-        left <= FOLLOWED * step + rounding * before
-        for left, step, before in zip(*lengths, strict=True)
+        left <= most * step + rounding * before for left, step, before in zip(*lengths, strict=True)
     )

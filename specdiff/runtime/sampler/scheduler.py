@@ -63,10 +63,15 @@ class Scheduler:
     """A user's scheduler.
 
     Raises:
-        OptionError: it has no `step`.
+        OptionError: it has no `step`, or is a class.
     """
 
     def __init__(self, scheduler: Any) -> None:
+        if isinstance(scheduler, type):
+            raise OptionError(
+                f"scheduler: {scheduler.__name__} is a class; give what the pipeline steps with,"
+                " such as pipe.scheduler"
+            )
         if not callable(getattr(scheduler, "step", None)):
             raise OptionError(
                 f"scheduler: a {type(scheduler).__name__} has no method step; give a scheduler as"

@@ -7,18 +7,25 @@ earlier predictions again, what was put on top of them too.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from specdiff.runtime.sampler.displacement import Displacement
+from specdiff.runtime.sampler.known_step import FIRST_ORDER
 from specdiff.runtime.sampler.timeline import next_time
 from specdiff.runtime.step.call import Call
+from specdiff.runtime.step.scheduled import GIVE_SCHEDULER
 from specdiff.runtime.tokens.correction import Correction, on_top
 from specdiff.runtime.tokens.history import ComputedOutput
 
-FIRST_ORDER_FIT = 5e-3
-"""Relative residual of a first-order step, from float32 inner products."""
+logger = logging.getLogger(__name__)
+
+REUSES = (
+    "what forecasts cost is not made good: the sampler uses earlier predictions again, as multistep"
+    f" solvers do, or is none that is known (with it, {GIVE_SCHEDULER}, their weights are)"
+)
 PROOF = 4.0
 """Change of a prediction, as a multiple of what a first-order step may miss, that shows in the step
 of a sampler that uses the one before it again: half of it in Adams-Bashforth's."""
@@ -31,8 +38,10 @@ def settle(call: Call) -> None:
         stream.fit.correction = None  # what it knows grows old while nothing keeps it up
     if stream.fit.correction is None or stream.fit.sampler is None:
         return
-    if call.seen is not None and not is_of_first_order(call, call.seen):
+    bends = stream.trail.bends if call.seen is None else not is_of_first_order(call, call.seen)
+    if bends:
         stream.fit.correction, stream.fit.first_order = None, False
+        call.state.say(logger, REUSES)
     else:
         kept, moved = stream.fit.sampler.step(stream.times[-1], call.time, call.seen)
         stream.fit.correction.settle(kept, call.at_pace(moved))
@@ -58,7 +67,7 @@ def is_of_first_order(call: Call, seen: Displacement) -> bool:
 def _allowed(call: Call, seen: Displacement) -> float:
     """What a first-order step may miss, relative to its length."""
     assert call.reading is not None  # or nothing would have been seen
-    return FIRST_ORDER_FIT + call.reading.rounding(seen)
+    return FIRST_ORDER + call.reading.rounding(seen)
 
 
 def corrected(

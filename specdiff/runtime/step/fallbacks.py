@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from specdiff.program import Signature
 from specdiff.runtime.sampler.noise import Process
 from specdiff.runtime.sampler.observation import Reading
+from specdiff.runtime.step.scheduled import GIVE_SCHEDULER
 from specdiff.runtime.step.step import BUDGET
 from specdiff.runtime.streams.stream import Stream
 from specdiff.runtime.streams.table import MAX_STREAMS
@@ -25,8 +26,8 @@ NOT_FINITE = "latent is not finite"
 TIME_NOT_FINITE = "time is not finite"
 AMBIGUOUS = "ambiguous stream"
 AMBIGUOUS_HINT = (
-    "a latent came from nowhere: the sampler draws noise at each step (LCM, ancestral, stochastic"
-    " and SDE samplers run dense); or generations share a prompt tensor (give each a session); or a"
+    "a latent came from nowhere: the sampler draws noise at each step (LCM, ancestral, stochastic,"
+    f" SDE: {GIVE_SCHEDULER}); or generations share a prompt tensor (give each a session); or a"
     " batch holds both halves of classifier-free guidance (give guidance_scale)"
 )
 IDLE_AFTER = 2 * MAX_STREAMS

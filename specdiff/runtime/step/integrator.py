@@ -15,11 +15,12 @@ from torch import Tensor
 
 from specdiff.runtime.sampler.course import Course
 from specdiff.runtime.sampler.displacement import POOR_FIT, Displacement, guided
+from specdiff.runtime.sampler.known_step import FIRST_ORDER
 from specdiff.runtime.sampler.learned import Times, exact_times
 from specdiff.runtime.sampler.remains import Awaited, precision_of
 from specdiff.runtime.sampler.timeline import NEAR, evaluations_left, next_time
 from specdiff.runtime.step.call import Call
-from specdiff.runtime.step.corrector import FIRST_ORDER_FIT, doubted, is_of_first_order, note_proof
+from specdiff.runtime.step.corrector import doubted, is_of_first_order, note_proof
 from specdiff.runtime.streams.trail import CHECK_LAG
 
 logger = logging.getLogger(__name__)
@@ -141,7 +142,7 @@ def _follows(call: Call, course: Course) -> bool:
     if not stream.latents:
         return True
     course.orders.append(Awaited(_left_of_first_order(call)))
-    return len(course.orders) <= CHECK_LAG or course.orders.popleft().read() <= FIRST_ORDER_FIT
+    return len(course.orders) <= CHECK_LAG or course.orders.popleft().read() <= FIRST_ORDER
 
 
 def _left_of_first_order(call: Call) -> Tensor:

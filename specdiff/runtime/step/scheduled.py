@@ -11,6 +11,7 @@ from specdiff.runtime.tokens.shortfall import Shortfall
 
 logger = logging.getLogger(__name__)
 
+GIVE_SCHEDULER = "specdiff.configure(model, scheduler=pipe.scheduler)"
 UNUSED = "the scheduler that was given is not followed: {why}"
 WITHOUT = "what forecasts cost is not made good by the scheduler that was given: {why}"
 

@@ -16,6 +16,7 @@ from specdiff.runtime.step.clean import cleaned, why_dense
 from specdiff.runtime.step.corrector import corrected, filled_up, settle
 from specdiff.runtime.step.integrator import integrated
 from specdiff.runtime.step.lookahead import look_ahead
+from specdiff.runtime.step.scheduled import GIVE_SCHEDULER
 from specdiff.runtime.tokens.forecast import forecast
 from specdiff.runtime.tokens.importance import (
     least_important,
@@ -35,7 +36,7 @@ STRAYED = "unexplained step"
 STRAYED_HINT = (
     "unexplained step: the latent moved where neither earlier latents nor predictions lead, as if"
     " the sampler drew noise or a callback changed the latent; an evaluation after such a step runs"
-    " dense (a sampler that draws no noise is accelerated)"
+    f" dense (of a sampler that draws noise, {GIVE_SCHEDULER})"
 )
 
 

@@ -36,6 +36,10 @@ ELSEWHERE = (
     "a session is left in another context than it was entered in, so calls in between may have run"
     " without it: enter it in the thread, task or generator step that calls the model"
 )
+UNSEEN = (
+    "no call of the model came to specdiff within a session: compile it with"
+    ' backend="specdiff", or attach it, specdiff.attach(model)'
+)
 
 
 class StreamOwner:
@@ -111,6 +115,11 @@ class ModelState(StreamOwner):
             return None
         return "" if "" in reasons else "; ".join(dict.fromkeys(reasons))
 
+    @property
+    def unseen(self) -> bool:
+        """Whether no call of the model has come to the runtime."""
+        return not (self.graphs or self.refusals or self.counters.fallbacks)
+
     def count_dense(self, reason: str) -> None:
         """An evaluation ran dense for this reason."""
         self.counters.dense += 1
@@ -157,6 +166,8 @@ class Session(StreamOwner):
             self.state.say(logger, ELSEWHERE)
         if kind is not None:  # an aborted generation is not gone on with
             self.abort()
+        elif self.state.unseen:
+            self.state.say(logger, UNSEEN)
 
     def abort(self) -> None:
         """Forget the generation: the next evaluation begins another."""
@@ -175,8 +186,10 @@ class Rows:
         _ACTIVE.set((*_ACTIVE.get(), self))
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         _ACTIVE.set(tuple(each for each in _ACTIVE.get() if each is not self))
+        if kind is None and self.state.unseen:
+            self.state.say(logger, UNSEEN)
 
 
 _STATES: WeakIdKeyDictionary = WeakIdKeyDictionary()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from specdiff.runtime.sampler.displacement import Ways
 from specdiff.runtime.sampler.guidance_pair import Joint
-from specdiff.runtime.sampler.known_step import follows
+from specdiff.runtime.sampler.known_step import FIRST_ORDER, FOLLOWED, follows
 from specdiff.runtime.sampler.observation import Reading
 from specdiff.runtime.sampler.remains import DEPTH, UNEXPLAINED, Awaited, Seen
 from specdiff.runtime.sampler.row_times import RowTimes
@@ -42,6 +42,8 @@ class Trail:
         """Whether the latest step that was looked at is unexplained."""
         self.steady = True
         """Whether all steps so far went where they were known to go."""
+        self.bends = False
+        """Whether one of those left out what earlier predictions, or somebody else, had added."""
         self._checks: deque[tuple[Awaited, float | None]] = deque()
         self._spreads: deque[Awaited] = deque()
         """How far apart the times of rows are."""
@@ -92,7 +94,10 @@ class Trail:
         sent, precision = self._checks.popleft()
         if precision is None:
             self.strays = sent.read() > UNEXPLAINED
-        elif follows(sent.read(), precision):
+            return
+        lengths = sent.read()
+        self.bends |= not follows(lengths, precision, FIRST_ORDER)
+        if follows(lengths, precision, FOLLOWED):
             self.strays = False
         else:  # this once it is waited for; from here on more is looked at
             self.steady = False
