@@ -14,7 +14,8 @@ from torch import Tensor
 from specdiff.models.textures import codes_of
 
 CLASSES = ("stream", "peaks", "hillside", "brushes", "fig", "dandelions", "cat", "coffee")
-GUIDANCE_SCALE = 6.0
+GUIDANCE_SCALE = 7.0
+"""What the pipeline takes where nothing is said."""
 
 
 def class_codes(names: Sequence[str]) -> tuple[Tensor, Tensor]:
