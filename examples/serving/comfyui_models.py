@@ -35,6 +35,13 @@ from specdiff.plan import Plan
 STEPS = 12
 PLAN = Plan.of(STEPS, (0, 1, 3, 6, 9, 11))
 EVERY_STEP = Plan.every(1)
+CFG_PP = (
+    "euler_cfg_pp",
+    "dpmpp_2m_cfg_pp",
+    "res_multistep_cfg_pp",
+    "gradient_estimation_cfg_pp",
+    "dpmpp_2s_ancestral_cfg_pp",
+)
 ABSENT = ("av", "av.container", "av.subtitles", "av.subtitles.stream")
 """What only other nodes need."""
 TEXT = 24
@@ -245,6 +252,9 @@ FORMS = {
     "heun": Form(sampler="heun"),
     "dpmpp_2m": Form(sampler="dpmpp_2m"),
     "euler_ancestral": Form(sampler="euler_ancestral"),
+    **{
+        f"guided, {sampler}": Form(guidance=1.5, sampler=sampler, only="FLUX") for sampler in CFG_PP
+    },
     "guided, ControlNet until half-way": Form(_control, 4.0, only="FLUX"),
     "LoRA": Form(changed=_with_lora),
     "alone, again": Form(like="alone"),

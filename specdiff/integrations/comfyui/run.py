@@ -33,7 +33,7 @@ NEW = "nothing like it was computed before"
 NEWS = "its conditions changed"
 STRAYED = "the latent moved where no prediction leads, as samplers that add noise move it"
 WINDOW = "a part of the latent was asked for, as context windows do"
-MAGNIFIED = "the sampler magnifies what forecasts miss, as cfg_pp ones of higher order do"
+MAGNIFIED = "the sampler magnifies what forecasts miss, as cfg_pp ones do but Euler"
 UNEVEN = "the batch is at several noise levels"
 
 

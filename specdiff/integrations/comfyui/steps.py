@@ -27,8 +27,8 @@ class Steps:
 
     sigmas: tuple[float, ...]
     """Of its E evaluations."""
-    weights: Weights
-    """Of the directions in the latents."""
+    weights: Weights | None
+    """Of the directions in the latents; None: it adds noise."""
     reads_unguided: bool = False
     """Whether it asks for the answer without guidance, too."""
 
@@ -38,7 +38,7 @@ class Steps:
 
         It sets guided answers against earlier ones without guidance (`dpmpp_2m_cfg_pp`).
         """
-        return self.reads_unguided and not self.weights.is_first_order
+        return self.reads_unguided and not (self.weights and self.weights.is_first_order)
 
     def is_at(self, index: int, sigma: float) -> bool:
         """Whether evaluation `index` is at this noise level."""
@@ -95,6 +95,6 @@ def steps_of(sampler: Any, guider: Any, sigmas: Tensor) -> Steps | None:
     except Exception:
         return None  # it wants what only a real run has
     weights = Weights.of([*axes.latents, end])
-    if weights is None:
+    if weights is None and not axes.reads_unguided:
         return None
     return Steps(tuple(axes.sigmas), weights, axes.reads_unguided)
