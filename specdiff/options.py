@@ -145,7 +145,8 @@ class Options:
     """Limit on the bytes of all key/value caches of one compiled graph, or of one shape of a graph
     that takes several: lower holds less memory, and steps that would need more run dense. Where a
     single set of caches exceeds it, none is allocated; else the memory in which dense steps without
-    caches leave theirs, as large as one cache, comes on top."""
+    caches leave theirs, as large as one cache, comes on top. With `specdiff.rows`: limit on what
+    all sessions keep for forecasts; the oldest gives way, and its next step is dense."""
 
     kv_cache_dtype: str | None = _choice(None, tuple(KV_CACHE_DTYPES), runtime=False)
     """Codes in which caches hold the keys and values of attentions: "int8" or "fp8_e4m3", each with

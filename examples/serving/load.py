@@ -6,11 +6,14 @@ Starts `specdiff serve` on the demo model as it would run, with a server for eac
    that advances 8 pictures together and on one that draws them one by one.
 2. arrivals: requests come at random, at shares of what dense was measured to do at saturation.
 3. faults: clients that go away and requests that are malformed, among good ones, whose pictures
-   must be those that are drawn alone, but for rounding in a batch.
-4. memory: 1,000 generations of many sizes, lengths and qualities, by a tiny FLUX with random
+   must be those that are drawn alone, but for rounding in a batch. Then the same good ones where
+   memory for forecasts is short, against dense pictures.
+4. replicas: one on a Ray cluster is killed while it draws, in a network namespace of its own, as
+   Ray listens on all interfaces.
+5. memory: 1,000 generations of many sizes, lengths and qualities, by a tiny FLUX with random
    weights.
 
-Writes load.json and load.md beside itself. Replicas that die: tests/serve/test_cluster.py.
+Writes load.json and load.md beside itself.
 """
 
 from __future__ import annotations
@@ -20,9 +23,11 @@ import base64
 import http.client
 import io
 import json
+import math
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,7 +35,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -49,6 +54,7 @@ MALFORMED = (
     b'{"prompt": "frog", "steps": NaN}', b'{"prompt": "frog", "steps": 0}',
     b'{"prompt": "frog", "quality": "best"}', b'{"prompt": "frog", "colour": "red"}', b"\xff" * 99,
 )  # fmt: skip
+NAMESPACE = ("unshare", "--net", "--map-root-user", "--")
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -97,12 +103,16 @@ class Server:
 
 
 @contextmanager
-def running(together: int, port: int, target: str = "demo") -> Iterator[Server]:
-    """A server that advances so many pictures together."""
+def running(
+    together: int, port: int, target: str = "demo", more: Sequence[str] = ()
+) -> Iterator[Server]:
+    """A server that advances so many pictures together, with more options."""
     command = "from specdiff.cli.main import main; main()"
     options = ["--port", str(port), "--running", str(together), "--waiting", "512"]
-    options += ["--deadline", "3600"]
-    process = subprocess.Popen([sys.executable, "-c", command, "serve", target, *options])
+    options += ["--deadline", "3600", *more]
+    process = subprocess.Popen(
+        [sys.executable, "-c", command, "serve", target, *options], stdout=subprocess.DEVNULL
+    )
     server = Server(port, process.pid)
     try:
         while not is_ready(port):
@@ -199,11 +209,70 @@ def faults(server: Server, wanted: Sequence[Mapping[str, Any]]) -> dict[str, Any
     }
 
 
+def short_of_memory(server: Server, wanted: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Good requests where what all of them keep for forecasts is more than may be kept."""
+    dense = [server.ask({**body, "quality": "dense"}) for body in wanted]
+    with ThreadPoolExecutor(CLIENTS) as clients:
+        pictures = list(clients.map(server.ask, wanted))
+    assert all(status == 200 for status, _, _ in (*dense, *pictures))
+    sent = [content["data"][0]["b64_json"] for _, content, _ in pictures]
+    exact = [content["data"][0]["b64_json"] for _, content, _ in dense]
+    return {
+        "answered": len(sent),
+        "gave_way": server.metric("specdiff_fallbacks_total"),
+        "least_psnr": round(min(map(psnr, sent, exact)), 1),
+    }
+
+
+def psnr(one: str, other: str) -> float:
+    """Of two pictures, in dB."""
+    difference = differences(one, other)
+    squares = sum(c * (i % 256) ** 2 for i, c in enumerate(difference.histogram()))
+    count = 3 * difference.width * difference.height
+    return 10 * math.log10(255**2 * count / squares) if squares else math.inf
+
+
 def levels_apart(one: str, other: str) -> int:
     """The largest difference of two pictures, in levels of 255."""
+    return max(high for _, high in differences(one, other).getextrema())
+
+
+def differences(one: str, other: str) -> Image.Image:
+    """Of two pictures, by pixel and channel."""
     files = [io.BytesIO(base64.b64decode(text)) for text in (one, other)]
-    difference = ImageChops.difference(*(Image.open(file).convert("RGB") for file in files))
-    return max(high for _, high in difference.getextrema())
+    return ImageChops.difference(*(Image.open(file).convert("RGB") for file in files))
+
+
+def replica_killed(server: Server, wanted: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Good requests, whose only replica is killed once it draws them."""
+    alone = [server.ask(body)[1]["data"][0]["b64_json"] for body in wanted]
+    with ThreadPoolExecutor(CLIENTS) as clients:
+        asked = [clients.submit(server.ask, body) for body in wanted]
+        time.sleep(1)
+        killed = replicas()
+        under_way = sum(not each.done() for each in asked)
+        os.kill(killed[0], signal.SIGKILL)
+        answers = [each.result() for each in asked]
+    sent = [c["data"][0]["b64_json"] if s == 200 else "" for s, c, _ in answers]
+    return {
+        "replicas": len(killed),
+        "good": len(sent),
+        "under_way": under_way,
+        "answered": sum(status == 200 for status, _, _ in answers),
+        "refused_503": sum(status == 503 for status, _, _ in answers),
+        "most_levels_apart": max(levels_apart(a, b) for a, b in zip(sent, alone, strict=True) if a),
+        "slowest": round(max(seconds for _, _, seconds in answers), 1),
+    }
+
+
+def replicas() -> list[int]:
+    """Processes by the title that Ray gives to replicas."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended
+            if b"ServeReplica:specdiff:Replica" in file.read_bytes():
+                found.append(int(file.parent.name))
+    return found
 
 
 def wait_until_idle(server: Server) -> None:
@@ -232,6 +301,8 @@ def memory(server: Server, count: int) -> list[dict[str, float]]:
         with ThreadPoolExecutor(CLIENTS) as clients:
             assert all(status == 200 for status, _, _ in clients.map(server.ask, mixed))
         done = mark
+        wait_until_idle(server)
+        time.sleep(1)  # for what it gives back then
         found.append({"generations": mark, "resident_mib": round(server.resident_mib(), 1)})
         print(found[-1], flush=True)
     return found
@@ -264,6 +335,40 @@ def measure_arrivals(wanted: argparse.Namespace, dense: Sequence[Mapping[str, An
     return found
 
 
+def measure_faults(wanted: argparse.Namespace) -> dict[str, Any]:
+    """With memory enough, and with too little of it."""
+    with running(TOGETHER, wanted.port) as server:
+        found = faults(server, bodies(24, "balanced", 32, 12))
+    print(found, flush=True)
+    limit = ["--max-cache-bytes", str(wanted.budget)]
+    with running(TOGETHER, wanted.port, more=limit) as server:
+        short = short_of_memory(server, bodies(24, "balanced", 32, 28))
+    print(short, flush=True)
+    return {**found, "short_of_memory": {"budget": wanted.budget, **short}}
+
+
+def measure_replicas(wanted: argparse.Namespace) -> dict[str, Any]:
+    """In a namespace, by another process of this script."""
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder) / "told.json"
+        call = ["sh", "-c", 'ip link set lo up && exec "$@"', "sh", sys.executable, __file__]
+        subprocess.run(
+            [*NAMESPACE, *call, "--port", str(wanted.port), "--inside", str(told)],
+            env={**os.environ, "HOME": folder, "RAY_USAGE_STATS_ENABLED": "0"},
+            stdout=subprocess.DEVNULL,
+            check=True,
+        )
+        return json.loads(told.read_text())
+
+
+def inside(port: int, told: Path) -> None:
+    """The part of `measure_replicas` in the namespace."""
+    cluster = ["--ray", "local", "--replicas", "1"]
+    with running(TOGETHER, port, more=cluster) as server:
+        found = replica_killed(server, bodies(8, "balanced", 32, 100))
+    told.write_text(json.dumps(found))
+
+
 def saturation_table(part: Mapping[str, Any]) -> Iterator[str]:
     """As Markdown."""
     yield "| at saturation | pictures a second | CPU seconds a picture | median latency, s |"
@@ -290,6 +395,20 @@ def faults_text(part: Mapping[str, Any]) -> Iterator[str]:
     yield f"{f['most_levels_apart']} of 255; of {f['malformed']} malformed ones among them"
     yield f"{f['refused_with_reason']} were refused with a reason; {f['left']} clients left, and"
     yield f"{f['still_running']:g} generations were left of them."
+    short = f["short_of_memory"]
+    yield f"With {short['budget']} bytes for all that generations keep,"
+    yield f"{short['answered']} of 24 were answered, {short['gave_way']:g} steps ran dense as the"
+    yield "oldest had given way, and no picture was further from dense than"
+    yield f"{short['least_psnr']:g} dB."
+
+
+def replicas_text(part: Mapping[str, Any]) -> Iterator[str]:
+    """As a paragraph."""
+    f = part["found"]
+    yield f"Replicas: the only one was killed while {f['under_way']} of {f['good']} pictures were"
+    yield f"drawn. {f['answered']} came, none further off than {f['most_levels_apart']} of 255 from"
+    yield f"those drawn alone, and {f['refused_503']} were answered with 503; the slowest took"
+    yield f"{f['slowest']:g} s, the start of another replica included."
 
 
 def memory_text(part: Mapping[str, Any]) -> Iterator[str]:
@@ -302,6 +421,7 @@ PARTS = {
     "saturation": saturation_table,
     "arrivals": arrivals_table,
     "faults": faults_text,
+    "replicas": replicas_text,
     "memory": memory_text,
 }
 
@@ -313,8 +433,9 @@ def measure(part: str, wanted: argparse.Namespace, known: Mapping[str, Any]) -> 
     if part == "arrivals":
         return measure_arrivals(wanted, known["saturation"]["found"]["dense, together"])
     if part == "faults":
-        with running(TOGETHER, wanted.port) as server:
-            return faults(server, bodies(24, "balanced", 32, 12))
+        return measure_faults(wanted)
+    if part == "replicas":
+        return measure_replicas(wanted)
     sys.path.insert(0, str(FIGURES.parents[2]))
     from tests.examples.small import flux_folder
 
@@ -330,10 +451,14 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", help=f"which of {', '.join(PARTS)}; none: all")
     for name, usual in (
         ("port", 8765), ("pictures", 16), ("requests", 40), ("rounds", 2), ("side", 64),
-        ("steps", 28), ("generations", 1000),
+        ("steps", 28), ("generations", 1000), ("budget", 400_000),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=usual)
+    parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     wanted = parser.parse_args()
+    if wanted.inside is not None:
+        inside(wanted.port, wanted.inside)
+        return
     known = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
     for part in wanted.parts or PARTS:
         load = os.getloadavg()[0]

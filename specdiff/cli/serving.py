@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,6 +15,7 @@ from specdiff.errors import SpecdiffError
 
 if TYPE_CHECKING:
     from specdiff.serve.events import Backend
+    from specdiff.serve.start import Wish
 
 LOOPBACK = "127.0.0.1"
 PATIENCE = 10
@@ -35,6 +37,20 @@ def serve(
     running: Annotated[int, typer.Option(min=1, help="Pictures in progress, at most.")] = 8,
     waiting: Annotated[int, typer.Option(min=0, help="Pictures in the queue, at most.")] = 64,
     deadline: Annotated[float, typer.Option(min=1, help="Seconds until a request fails.")] = 300,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the model before the first picture.")
+    ] = False,
+    artifacts: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --compile: a file of compiled programs, read if it exists, else written. It"
+            " is code: read your own alone."
+        ),
+    ] = None,
+    max_cache_bytes: Annotated[
+        int | None,
+        typer.Option(min=0, help="What pictures in progress keep for forecasts, at most."),
+    ] = None,
     ray: Annotated[
         str | None,
         typer.Option(
@@ -53,15 +69,22 @@ def serve(
 
     from specdiff.serve.app import create_app
     from specdiff.serve.engine import CHOICES
+    from specdiff.serve.start import Wish
 
     if quality not in CHOICES:
         raise SpecdiffError(f"--quality: must be one of {', '.join(CHOICES)}")
+    if artifacts is not None and not compile:
+        raise SpecdiffError("--artifacts: holds what --compile makes; give that, too")
+    wish = Wish(
+        target, device, quality, running, waiting, compile,
+        None if artifacts is None else str(artifacts.resolve()),
+        max_cache_bytes, most_replicas=replicas,
+    )  # fmt: skip
     if ray is None:
-        backend, close = _here(target, device, quality, running, waiting)
+        backend, close = _here(wish)
     else:
-        from specdiff.serve.deployment import Wish, run_on_cluster, stop_on_cluster
+        from specdiff.serve.deployment import run_on_cluster, stop_on_cluster
 
-        wish = Wish(target, device, quality, running, waiting, most_replicas=replicas)
         backend, close = run_on_cluster(wish, ray), stop_on_cluster
     console.print(f"{target}: http://{host}:{port}", highlight=False)
     uvicorn.run(
@@ -81,18 +104,11 @@ def _require_extra(modules: Sequence[str]) -> None:
             )
 
 
-def _here(
-    target: str, device: str, quality: str, running: int, waiting: int
-) -> tuple[Backend, Callable[[], None]]:
-    """An engine in this process, which draws its first picture in the background."""
-    from specdiff.measure.machine import usable_device
-    from specdiff.models.picture_model import load_picture_model
-    from specdiff.models.subject import quiet_libraries
+def _here(wish: Wish) -> tuple[Backend, Callable[[], None]]:
+    """An engine in this process, which draws its first pictures in the background."""
     from specdiff.serve.drawing import Local
-    from specdiff.serve.engine import Engine
+    from specdiff.serve.start import engine_of, warm_up
 
-    quiet_libraries()
-    model = load_picture_model(target, usable_device(device))
-    engine = Engine(model, quality, running, waiting)
-    threading.Thread(target=engine.warm_up, daemon=True).start()
+    engine = engine_of(wish)
+    threading.Thread(target=warm_up, args=(engine, wish), daemon=True).start()
     return Local(engine), engine.close

@@ -198,11 +198,11 @@ def rows(compiled: torch.nn.Module, sessions: Sequence[Session]) -> Rows:
 
     Each session is one trajectory with its own plan, settings and history: the rows of a batch may
     be at any steps, join, leave and change places. Rows that are due are computed together, in
-    batches of 1, 2, 4, 8 ... rows, and the others forecast, so that skipping is throughput. The
-    batch is the first axis of the inputs. Both halves of guidance are two rows of one session. The
-    model has to be attached (`specdiff.attach(model)`), compiled or not. Inputs may be overwritten
-    after the call. A call that the model ends with an exception may be repeated. A session that
-    nobody holds any more leaves nothing behind.
+    batches of 1, 2, 3, 4, 6, 8, 12 ... rows, and the others forecast, so that skipping is
+    throughput. The batch is the first axis of the inputs. Both halves of guidance are two rows of
+    one session. The model has to be attached (`specdiff.attach(model)`), compiled or not. Inputs
+    may be overwritten after the call. A call that the model ends with an exception may be repeated.
+    A session that nobody holds any more leaves nothing behind.
 
     Args:
         compiled: the attached model.

@@ -11,18 +11,15 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from fastapi import FastAPI
 
-from specdiff.models.picture_model import Order, load_picture_model
-from specdiff.models.subject import quiet_libraries
+from specdiff.models.picture_model import Order
 from specdiff.serve.app import create_app
 from specdiff.serve.drawing import Local
-from specdiff.serve.engine import Engine
 from specdiff.serve.events import Card, Counts, Event, Failure, Picture, Progress
+from specdiff.serve.start import Wish, engine_of, warm_up
 
 NAME = "specdiff"
 """Of the application on the cluster."""
@@ -35,28 +32,13 @@ GRACE = 5.0
 """Seconds after the deadline in which a replica may say so itself."""
 
 
-@dataclass(frozen=True)
-class Wish:
-    """What replicas are made with; `target` is a path on every machine."""
-
-    target: str = "demo"
-    device: str = "cpu"
-    quality: str = "balanced"
-    running: int = 8
-    waiting: int = 64
-    replicas: int = 1
-    most_replicas: int = 1
-
-
 class Replica:
     """An engine in a process of its own. Serve calls it ready once the first picture is drawn."""
 
     def __init__(self, wish: Wish) -> None:
-        quiet_libraries()
-        model = load_picture_model(wish.target, torch.device(wish.device))
-        engine = Engine(model, wish.quality, wish.running, wish.waiting)
+        engine = engine_of(wish)
         self._local = Local(engine)
-        engine.warm_up()
+        warm_up(engine, wish)
         self.check_health()
 
     async def events(
@@ -202,13 +184,11 @@ def application(settings: Mapping[str, str]) -> Any:
     """
     from ray import serve
 
-    numbers = ("running", "waiting", "replicas", "most_replicas")
-    given = {k: int(v) if k in numbers else v for k, v in settings.items() if k != "deadline"}
     deadline = float(settings.get("deadline", 300.0))
 
     def front() -> FastAPI:
         return create_app(Replicas(serve.get_deployment_handle(REPLICA)), deadline)
 
-    wish: Any = Wish(**given)  # type: ignore[arg-type]
+    wish = Wish.of_text({name: text for name, text in settings.items() if name != "deadline"})
     deployment: Any = serve.deployment(serve.ingress(front)(), name="Front", num_replicas=1)
     return deployment.bind(replica_of(wish))

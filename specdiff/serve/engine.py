@@ -9,12 +9,14 @@ from __future__ import annotations
 import io
 import logging
 import math
+import queue
 import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -25,6 +27,7 @@ from specdiff.errors import described
 from specdiff.models.picture_model import STEPS, Order, OrderError, PictureModel
 from specdiff.serve.events import Card, Counts, Event, Failure, Picture, Progress
 from specdiff.serve.generation import Cancelled, Generation, Preparation, Tell
+from specdiff.serve.heap import give_back
 from specdiff.serve.joining import call_of
 from specdiff.serve.rounds import Evaluate, Rounds, Waiting, by_rows
 from specdiff.serve.stand import StandIn
@@ -48,6 +51,7 @@ class Engine:
         quality: Of orders that name none.
         running: Generations in progress, at most.
         waiting: Generations in the queue, at most.
+        max_cache_bytes: What generations in progress keep for forecasts, at most.
         evaluate: How calls of several generations are answered.
     """
 
@@ -57,6 +61,7 @@ class Engine:
         quality: str = "balanced",
         running: int = 8,
         waiting: int = 64,
+        max_cache_bytes: int | None = None,
         evaluate: Evaluate = by_rows,
     ) -> None:
         self.model = model
@@ -64,8 +69,10 @@ class Engine:
         self.most_running = running
         self.most_waiting = waiting
         self._name = uuid.uuid4().hex[:8]
-        self._attachment = specdiff.attach(model.denoiser, quality=quality)
-        self._rounds = Rounds(model.denoiser, evaluate)
+        self._attachment = specdiff.attach(
+            model.denoiser, quality=quality, max_cache_bytes=max_cache_bytes
+        )
+        self._rounds = Rounds(model.denoiser, evaluate, running)
         self._threads = ThreadPoolExecutor(running, thread_name_prefix="specdiff-draw")
         # Text encoders' tokenizers are not made for two threads at a time.
         self._preparing = threading.Lock()
@@ -88,26 +95,35 @@ class Engine:
                 return Failure("full", text, retry_after=self._retry_after())
             self._held += 1
         generation = Generation(order, quality, tell)
+        self._rounds.announce(generation)
         self._threads.submit(self._draw, generation)
         return generation
 
     def warm_up(self) -> None:
-        """Draw a picture of the usual size, as the first is slow; then the engine is ready."""
-        model, ended = self.model, threading.Event()
+        """Draw pictures of the usual size, one and then two together; then the engine is ready.
+
+        The first of each kind are slow, above all where the model is compiled.
+        """
+        model = self.model
         prompt = (model.prompts or ("a red apple",))[0]
-        last: list[Event] = []
+        order = Order(prompt, model.side, model.side, WARM_UP_STEPS, seed=0)
+        counts = {1, min(2, self.most_running)}
+        last = [event for count in counts for event in self._last_events([order] * count)]
+        self._is_warm = all(isinstance(event, Picture) for event in last)
+        if not self._is_warm:
+            logger.error("the first pictures failed: %s", last)
+
+    def _last_events(self, orders: Sequence[Order]) -> list[Event]:
+        """Draw orders together; the last event of each."""
+        ended: queue.SimpleQueue[Event] = queue.SimpleQueue()
 
         def tell(event: Event) -> None:
-            last[:] = [event]
             if not isinstance(event, Progress):
-                ended.set()
+                ended.put(event)
 
-        order = Order(prompt, model.side, model.side, WARM_UP_STEPS, seed=0)
-        if not isinstance(self.submit(order, None, tell), Failure):
-            ended.wait()
-        self._is_warm = bool(last) and isinstance(last[0], Picture)
-        if not self._is_warm:
-            logger.error("the first picture failed: %s", last)
+        started = [self.submit(order, None, tell) for order in orders]
+        failed: list[Event] = [each for each in started if isinstance(each, Failure)]
+        return failed + [ended.get() for _ in range(len(orders) - len(failed))]
 
     def why_not_ready(self) -> str:
         """Why no picture can be drawn now; empty if one can."""
@@ -162,20 +178,20 @@ class Engine:
         with self._lock:
             self._drawing -= 1
             self._held -= 1
+            is_idle = not self._held
         if event is not None:
             generation.tell(event)
+        if is_idle:
+            give_back()
 
     def _drawn(self, generation: Generation) -> Event:
         if generation.is_cancelled:
             raise Cancelled
         began = time.monotonic()
         with Preparation(self._preparing) as preparation:
-
-            def answer(part: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-                preparation.end()
-                return self._answer(generation, pipeline.scheduler, part, args, kwargs)
-
+            answer = partial(self._answer, generation, preparation)
             pipeline = self.model.beside(StandIn(self.model.denoiser, answer))
+            generation.scheduler = pipeline.scheduler
             picture = self.model.draw(generation.order, pipeline)
         if not picture.isfinite().all():
             return Failure("broken", "the picture holds values that are not finite")
@@ -186,16 +202,17 @@ class Engine:
     def _answer(
         self,
         generation: Generation,
-        scheduler: Any,
+        preparation: Preparation,
         part: str,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> Any:
         """What the denoiser returns to a pipeline."""
-        steps = len(scheduler.timesteps)
-        session, shares = generation.session_of(self.model.denoiser, part, scheduler)
+        preparation.end()
+        steps = len(generation.scheduler.timesteps)
+        session, shares = generation.session_of(self.model.denoiser, part)
         generation.calls += 1
-        waiting = Waiting(call_of(args, kwargs), session, shares)
+        waiting = Waiting(call_of(args, kwargs), session, shares, begins=generation.calls == 1)
         self._rounds.expect(generation, True)
         output = generation.wait(waiting, self._rounds)
         if generation.calls >= steps * len(generation.parts):

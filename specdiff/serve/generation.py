@@ -32,6 +32,8 @@ class Generation:
         self.quality = quality
         self.tell = tell
         self.began = time.monotonic()
+        self.scheduler: Any = None
+        """Of its pipeline, which it must not hold itself: that leads back here."""
         self.session: Session | None = None
         self.parts: set[str] = set()
         """Names of the calls in a step, where guidance makes two."""
@@ -46,7 +48,7 @@ class Generation:
         if waiting is not None:
             waiting.output.cancel()
 
-    def session_of(self, model: nn.Module, part: str, scheduler: Any) -> tuple[Session, bool]:
+    def session_of(self, model: nn.Module, part: str) -> tuple[Session, bool]:
         """The session of a call, and whether the call may be made one with others.
 
         A row stands for one prompt throughout. Guidance in separate calls has two, and its latent
@@ -55,22 +57,21 @@ class Generation:
         Args:
             model: The denoiser.
             part: Of guidance, which the call is.
-            scheduler: Of its pipeline, set to the generation.
         """
         is_new = part not in self.parts
         self.parts.add(part)
         shares = len(self.parts) == 1
         if self.session is None or (is_new and not shares):
-            self.session = self._new_session(model, scheduler, shares)
+            self.session = self._new_session(model, shares)
         return self.session, shares
 
-    def _new_session(self, model: nn.Module, scheduler: Any, knows_times: bool) -> Session:
-        options: dict[str, Any] = {"scheduler": scheduler}
+    def _new_session(self, model: nn.Module, knows_times: bool) -> Session:
+        options: dict[str, Any] = {"scheduler": self.scheduler}
         if self.quality is not None:
             options["quality"] = self.quality
         if knows_times:
             try:
-                return specdiff.session(model, scheduler.timesteps, **options)
+                return specdiff.session(model, self.scheduler.timesteps, **options)
             except OptionError:  # times in no order: they are read at every call
                 pass
         return specdiff.session(model, **options)

@@ -1,7 +1,9 @@
 """Rounds: calls from many generations, evaluated by one thread, what fits in one call of the model.
 
 A round begins when every generation that is between two steps has called, or after a short wait:
-so generations go in step, and none waits for one that encodes a prompt or decodes a picture.
+so generations go in step, and none waits for one that encodes a prompt or decodes a picture. Where
+all are about to begin, the first waits for the others as long as a round takes: of generations that
+begin together the same steps are computed, in one call.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from specdiff.runtime.streams.registry import Session
 from specdiff.serve.joining import Call, joinable, joined, parted
 
 PATIENCE = 0.05
-"""Seconds that a call waits for others, at most."""
+"""Seconds that a call waits for others, at most; one that begins, if a round takes no longer."""
 MOST_ROWS = 8
 """Rows of one call of the model, at most, unless a single generation has more."""
 Evaluate = Callable[[nn.Module, Sequence["Waiting"]], list[Any]]
@@ -34,11 +36,13 @@ class Waiting:
 
     Attributes:
         shares: Whether it may be made one with others.
+        begins: Whether it is the first of its generation.
     """
 
     call: Call
     session: Session
     shares: bool = True
+    begins: bool = False
     output: Future[Any] = field(default_factory=Future)
 
 
@@ -70,14 +74,19 @@ class Rounds:
     Args:
         model: An attached one.
         evaluate: How calls that can be made one are answered.
+        most: Generations in progress, at most.
     """
 
-    def __init__(self, model: nn.Module, evaluate: Evaluate) -> None:
+    def __init__(self, model: nn.Module, evaluate: Evaluate, most: int) -> None:
         self._model = model
         self._evaluate = evaluate
+        self._most = most
         self._changed = threading.Condition()
         self._waiting: list[Waiting] = []
+        self._ahead: set[object] = set()
         self._between: set[object] = set()
+        self._latest = 0.0
+        """Seconds that the latest round took."""
         self._closed = False
         self.calls = self.rows = self.failed_in_a_row = 0
         self._thread = threading.Thread(target=self._run, name="specdiff-rounds", daemon=True)
@@ -96,9 +105,15 @@ class Rounds:
             self._waiting.append(waiting)
             self._changed.notify_all()
 
+    def announce(self, generation: object) -> None:
+        """Say that a generation is to begin, once others have made room for it."""
+        with self._changed:
+            self._ahead.add(generation)
+
     def expect(self, generation: object, more: bool) -> None:
         """Say whether a generation is to call again: then a round waits for it a little."""
         with self._changed:
+            self._ahead.discard(generation)
             (self._between.add if more else self._between.discard)(generation)
             self._changed.notify_all()
 
@@ -110,25 +125,41 @@ class Rounds:
         self._thread.join()
 
     def _run(self) -> None:
-        while (waiting := self._next()) is not None:
-            for group in grouped(waiting):
-                self._answer(group)
+        while self._round():
+            pass
         for left in self._waiting:
             left.output.cancel()
+
+    def _round(self) -> bool:
+        """Answer what waits; nothing of it is kept until the next. False once it is closed."""
+        waiting = self._next()
+        began = time.monotonic()
+        for group in grouped(waiting or ()):
+            self._answer(group)
+        self._latest = time.monotonic() - began
+        return waiting is not None
 
     def _next(self) -> list[Waiting] | None:
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed)
-            until = time.monotonic() + PATIENCE
-            while len(self._waiting) < len(self._between) and not self._closed:
-                left = until - time.monotonic()
-                if left <= 0 or not self._changed.wait(left):
-                    break
+            began = time.monotonic()
+            while not self._closed and (left := began + self._patience() - time.monotonic()) > 0:
+                self._changed.wait(left)
             if self._closed:
                 return None
             waiting, self._waiting = self._waiting, []
         # Of a generation that was cancelled nobody waits for the output.
         return [each for each in waiting if each.output.set_running_or_notify_cancel()]
+
+    def _patience(self) -> float:
+        """Seconds to wait for more calls, from the first on."""
+        due = len(self._between)
+        all_begin = all(each.begins for each in self._waiting)
+        if all_begin:
+            due = min(due + len(self._ahead), self._most)
+        if len(self._waiting) >= due:
+            return 0.0
+        return max(PATIENCE, self._latest) if all_begin else PATIENCE
 
     def _answer(self, group: Sequence[Waiting]) -> None:
         try:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import queue
+import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
 from specdiff.models.picture_model import Order, PictureModel, load_folder, of_pipeline
+from specdiff.runtime.streams.registry import Session
+from specdiff.runtime.streams.stream import Stream
 from specdiff.serve.engine import Engine
 from specdiff.serve.events import Event, Failure, Picture, Progress
+from specdiff.serve.generation import Generation
 from tests.examples.small import flux_folder, sd3_folder
+from tests.serve.served import until
 
 CPU = torch.device("cpu")
 
@@ -105,6 +112,38 @@ def test_a_batch_that_fails_is_evaluated_one_by_one(
     assert all(isinstance(events[-1], Picture) for events in drawn(engine, *orders))
     assert max(batches) == 2
     assert not engine.why_broken()
+    engine.close()
+
+
+def test_generations_leave_nothing_behind(flux: Path) -> None:
+    """Drawn, stopped or failed: no object of theirs outlives them, collected garbage or not."""
+    engine = Engine(of_pipeline(load_folder(flux, CPU), "flux"), running=3)
+    sides, qualities = (32, 48), ("balanced", "dense", "fast")
+    kinds = (Generation, Session, Stream, FluxPipeline, FlowMatchEulerDiscreteScheduler)
+
+    def some(count: int) -> None:
+        for i in range(count):
+            order = Order("a red apple", sides[i % 2], 32, 4 + i % 5, i)
+            drawn(engine, order, order, quality=qualities[i % 3])
+        ended = engine.submit(Order("a red apple", 32, 32, 200, 0), None, lambda _: None)
+        assert isinstance(ended, Generation)
+        until(lambda: ended.calls > 1)
+        ended.cancel()
+        until(lambda: not engine.counts().running)
+
+    def alive() -> Counter[str]:
+        return Counter(kind.__name__ for kind in map(type, gc.get_objects()) if kind in kinds)
+
+    some(2)
+    gc.collect()
+    gc.disable()
+    try:
+        before, threads = alive(), threading.active_count()
+        some(4)
+        until(lambda: alive() == before)
+        assert threading.active_count() == threads
+    finally:
+        gc.enable()
     engine.close()
 
 

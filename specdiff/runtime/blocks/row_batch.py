@@ -31,7 +31,8 @@ from specdiff.runtime.blocks.row_parts import joined, taken
 from specdiff.runtime.records.recording import StepRecord, begun, ended
 from specdiff.runtime.step.dispatch import Due, Runtime
 from specdiff.runtime.step.shapes import remember
-from specdiff.runtime.streams.registry import ModelState, Session
+from specdiff.runtime.streams.budget import keep_within
+from specdiff.runtime.streams.registry import ModelState, Session, effective
 
 logger = logging.getLogger(__name__)
 
@@ -147,13 +148,17 @@ class RowBatches:
         places = [[i for i, each in enumerate(sessions) if each is session] for session in named]
         groups = [Group(*each, call, batch) for each in zip(named, places, strict=True)]
         with self._turn:
-            self._supply.clear()
+            self._supply.clear()  # of a call that failed
             try:
                 forms = self._formed(own, call, groups, batch)
             except Unsupported as error:
                 remember(self._refusals, self._key_of(call), str(error), MAX_FORMS)
                 raise
             outputs = self._evaluated(own, call, groups, forms, batch)
+            self._supply.clear()
+            limit = effective(forms[0].runtime.options, self._state, None).max_cache_bytes
+            if limit is not None:
+                keep_within(limit, self._state.sessions)
         return joined(outputs, places, batch)
 
     def _key_of(self, call: Call) -> Hashable:
@@ -239,8 +244,10 @@ class RowBatches:
 
 
 def bucket(rows: int, batch: int) -> int:
-    """With how many rows the model is run for this many: a power of two, or all of the batch."""
-    return min(1 << (rows - 1).bit_length(), batch)
+    """With how many rows the model is run for this many: 1, 2, 3, 4, 6, 8, 12 ..., or the batch."""
+    power = 1 << (rows - 1).bit_length()
+    between = power * 3 // 4
+    return min(between if rows <= between else power, batch)
 
 
 def _run(own: Own, call: Call) -> Any:

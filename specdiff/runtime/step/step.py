@@ -51,8 +51,8 @@ def tokens_due(call: Call) -> int:
     if call.given is not None and len(call.given) <= call.settings.few:
         count, reason = tokens, FEW
     if count < tokens and not call.stream.history.leads_on:
-        count, reason = tokens, CONTINUED
-        call.state.counters.fallbacks[CONTINUED] += 1
+        count, reason = tokens, BUDGET if call.stream.history.made_room else CONTINUED
+        call.state.counters.fallbacks[reason] += 1
     if 0 < count < tokens and not call.stream.selected.lease:
         count, reason = tokens, "no caches yet"
     if count < tokens and call.stream.conditions.news:

@@ -6,6 +6,7 @@ graph gets them as inputs. Neither side keeps the other alive.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -79,6 +80,10 @@ class StreamOwner:
         newest_first = sorted(seen, key=lambda each: times.index(each.time))
         return newest_first[:MOST_BESIDE]
 
+    def streams(self) -> list[Stream]:
+        """Of all graphs."""
+        return [stream for table in self._tables.values() for stream in table]
+
     def forget_streams(self) -> None:
         """Drop all streams; their caches go back to their pools."""
         self._tables.clear()
@@ -91,7 +96,8 @@ class ModelState(StreamOwner):
         super().__init__(keep_values=False)
         self.counters = Counters()
         self.recordings: list[Recording] = []
-        self.sessions: weakref.WeakSet[StreamOwner] = weakref.WeakSet()
+        self.sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        self.numbers = itertools.count()
         self.graphs: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         """Graphs this model has run, with a hash of the parameters each of them takes."""
         self.parts_run: set[tuple[int, int]] | None = None
@@ -151,6 +157,8 @@ class Session(StreamOwner):
         self.progress = None if times is None else Progress(times)
         self.overrides = check_overrides(options)
         self.scheduler = scheduler
+        self.number = next(state.numbers)
+        """In the order in which sessions of the model were made."""
         state.sessions.add(self)
 
     def __enter__(self) -> Session:

@@ -264,3 +264,9 @@ class Stream:
         self.fit.correction = self.fit.course = None
         self.fit.shortfall.break_off()
         self.fit.clean = ()
+
+    def make_room(self) -> None:
+        """Keep only where it is: the next evaluation is dense, and forecasts begin anew."""
+        self.break_off()
+        self.history.make_room()
+        self.trail.forget()

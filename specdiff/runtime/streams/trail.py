@@ -134,8 +134,9 @@ class Trail:
         self.model_time = model_time
 
     def forget(self) -> None:
-        """All but the times."""
+        """All but the times, and steps that were not looked at yet."""
         self.seen, self.joint = (), None
+        self._checks.clear()
 
 
 def direction_of(times: Sequence[float]) -> float:

@@ -55,6 +55,8 @@ class History:
         """Whether some tokens were computed without the others."""
         self._wanted = 1
         """How many outputs forecasts start from at least."""
+        self.made_room = False
+        """Whether outputs that were kept are no more."""
 
     @property
     def batch(self) -> int:
@@ -102,6 +104,12 @@ class History:
     def break_off(self) -> None:
         """Forget what was computed: it leads nowhere from here."""
         self.computed = self._inherited = ()
+
+    def make_room(self) -> None:
+        """Keep no outputs; forecasts begin once there are two again, as one has no line."""
+        self.break_off()
+        self.steps = ()
+        self._wanted, self.made_room = 2, True
 
     def inherit(self, other: History) -> None:
         """Go on from what was computed elsewhere of as many rows, or of twice as many: guidance.
