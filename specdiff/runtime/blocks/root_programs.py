@@ -133,9 +133,9 @@ def flattened(output: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
     if dataclasses.is_dataclass(output) and not pytree.is_namedtuple_instance(output):
         names = [field.name for field in dataclasses.fields(output) if field.init]
         parts = {name: getattr(output, name) for name in names}
-        leaves, restored = flattened(parts)
+        leaves, parts_of = flattened(parts)
         kind: Callable[..., Any] = type(output)
-        return leaves, lambda values: kind(**restored(values))
+        return leaves, lambda values: kind(**parts_of(values))
     leaves, structure = pytree.tree_flatten(output)
     is_value = [leaf is not None for leaf in leaves]
 
