@@ -24,7 +24,7 @@ from specdiff.passes.base import PassRecord
 from specdiff.passes.emit.lower import TIMETABLE, BlockPrograms, LoweredPrograms, ProgramCompiler
 from specdiff.passes.graph.dump import Dump
 from specdiff.passes.normalize.specialise import floats_of, specialise
-from specdiff.passes.select.block import select_block, work_of
+from specdiff.passes.select.block import lengths_of, returned_lengths, select_block, work_of
 from specdiff.passes.select.input_roles import short_name
 from specdiff.passes.select.quantize import quantized
 from specdiff.passes.share.outline import share_repeats
@@ -233,10 +233,9 @@ def compile_with_tokens(
             raise Unsupported(selection)
         return BlockPrograms(traced.module, selection, sample_of(options), compiler)
 
-    classes = traced.axes.classes
-    lengths = [classes.size(segment) for segment in traced.axes.segments]
     work = work_of(traced.module.graph)
-    return Block(alone, dense, module.forward, lengths, block_programs, parameters, work)
+    lengths = (lengths_of(traced.axes), returned_lengths(traced.axes))
+    return Block(alone, dense, module.forward, *lengths, block_programs, parameters, work)
 
 
 def compiled_at_first_call(

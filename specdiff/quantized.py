@@ -53,6 +53,11 @@ def is_packed(value: object) -> bool:
     return isinstance(value, Tensor) and type(value).__module__.startswith("diffusers.quantizers.")
 
 
+def is_loaded(value: object) -> bool:
+    """Whether it is a parameter of vLLM: it knows how it is loaded, and answers no op itself."""
+    return isinstance(value, Tensor) and type(value).__module__.startswith("vllm.")
+
+
 def skip_conversions(graph: fx.Graph) -> None:
     """Remove the calls of `torch.Tensor` that a weight of GGUF is made a plain tensor by."""
     for node in graph.find_nodes(op="call_function", target=Tensor):

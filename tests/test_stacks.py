@@ -302,3 +302,43 @@ def test_a_default_that_somebody_else_chose_stays(monkeypatch, caplog):
     switch_on()
     assert torch_adapter.default_backend() == "eager"
     assert "'eager' is the default backend already" in caplog.text
+
+
+class Loaded(nn.Parameter):
+    """As vLLM's parameters: they know how they are loaded, and answer as any tensor does."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+Loaded.__module__ = "vllm.model_executor.parameter"
+
+
+def loaded(model: nn.Module) -> nn.Module:
+    """With weights of vLLM's class, one of them transposed as those of 8 bits are."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight = Loaded(module.weight.detach().t().contiguous().t(), False)
+    return model
+
+
+@pytest.mark.usefixtures("_default")
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_weights_of_vllm(model, dynamic):
+    torch_adapter.set_default_backend(specdiff.backend(**SELECTING, inner_backend="aot_eager"))
+    with torch.inference_mode():
+        dense = generate(loaded(model))
+        drawn = generate(module_compile(model, dynamic=dynamic))
+    assert step_counts(model) == SELECTED
+    assert 0 < (drawn - dense).norm() < 0.1 * dense.norm()
+
+
+@pytest.mark.usefixtures("_default")
+def test_weights_of_vllm_by_blocks(model):
+    torch_adapter.set_default_backend(specdiff.backend(inner_backend="eager"))
+    _forwards(loaded(model))
+    specdiff.attach(model, **SELECTING)
+    with torch.inference_mode():
+        generate(model)
+    assert step_counts(model)[1:] == (6, 0)

@@ -56,27 +56,34 @@ class Said(logging.Handler):
         self.line = record.getMessage()
 
 
+def start(checkout: Path) -> None:
+    """Make ComfyUI of a checkout importable, on the CPU, with stand-ins for what is absent."""
+    demo.load_pipeline()  # diffusers is imported before the stand-ins
+    for name in (f"{root}{part}" for root in ABSENT for part in ("", ".transforms")):
+        module = MagicMock(name=name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        sys.modules.setdefault(name, module)
+    sys.modules.setdefault("torchaudio.functional", MagicMock())
+    sys.path.insert(0, str(checkout))
+    arguments, sys.argv = sys.argv, ["main.py", "--cpu", "--use-pytorch-cross-attention"]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import comfy.cli_args
+
+    sys.argv = arguments
+
+
 class ComfyUI:
     """ComfyUI from a checkout, with the demo model in its own FLUX code."""
 
     def __init__(self, checkout: Path) -> None:
-        demo.load_pipeline()  # diffusers is imported before the stand-ins
-        for name in (f"{root}{part}" for root in ABSENT for part in ("", ".transforms")):
-            module = MagicMock(name=name)
-            module.__spec__ = importlib.machinery.ModuleSpec(name, None)
-            sys.modules.setdefault(name, module)
-        sys.modules.setdefault("torchaudio.functional", MagicMock())
-        sys.path.insert(0, str(checkout))
-        arguments, sys.argv = sys.argv, ["main.py", "--cpu", "--use-pytorch-cross-attention"]
-        import comfy.options
-
-        comfy.options.enable_args_parsing()
+        start(checkout)
         import comfy.model_patcher
         import comfy.sample
         import comfy.samplers
         import comfyui_version
 
-        sys.argv = arguments
         self.version = comfyui_version.__version__
         self.samplers: list[str] = comfy.samplers.KSampler.SAMPLERS
         self.schedulers: list[str] = comfy.samplers.KSampler.SCHEDULERS
@@ -160,6 +167,7 @@ def rows(
     steps: int,
     cfg: float,
     prompts: Sequence[str],
+    keep: Path | None,
 ) -> Iterator[str]:
     """A line of the table for each sampler and scheduler."""
     for sampler, scheduler in cases:
@@ -170,13 +178,16 @@ def rows(
             drawn = [comfy.draw(model, prompt, count, *how) for prompt in prompts]
             return drawn, comfy.evaluations / len(prompts)
 
+        def alone(count: int, draw: Any = draw, how: Any = how) -> tuple[list[Tensor], float]:
+            return _kept(keep, (*how, count, *prompts), lambda: draw(count, comfy.patcher))
+
         try:
-            dense, all_evaluations = draw(steps, comfy.patcher)
+            dense, all_evaluations = alone(steps)
             made, computed = draw(steps, patched(comfy.patcher, plan=PLANS[steps]))
             line = said.line
             fewer, few = dense, all_evaluations
             for count in _counts(steps, computed, all_evaluations) if computed < few else ():
-                fewer, few = draw(count, comfy.patcher)
+                fewer, few = alone(count)
                 if few >= computed:
                     break
         except Exception as error:
@@ -188,6 +199,17 @@ def rows(
             f" | {all_evaluations / computed:.2f} | {ours:.1f} | {theirs:.1f} ({few:.0f})"
             f" | {ours - theirs:+.1f} | {line.partition('Computed: ')[2]} |"
         )
+
+
+def _kept(folder: Path | None, of: Sequence[Any], draw: Any) -> Any:
+    """What `draw` gives, from the folder if it is there from an earlier run."""
+    file = folder / ("-".join(map(str, of)).replace(" ", "_") + ".pt") if folder else None
+    if file is not None and file.exists():
+        return torch.load(file)
+    drawn = draw()
+    if file is not None:
+        torch.save(drawn, file)
+    return drawn
 
 
 def _counts(steps: int, computed: float, evaluations: float) -> range:
@@ -211,6 +233,7 @@ def main() -> None:
     parser.add_argument("--schedulers", nargs="+", default=["simple"], help="or all")
     parser.add_argument("--cfg", type=float, default=1.0)
     parser.add_argument("--prompts", nargs="+", default=list(PROMPTS))
+    parser.add_argument("--keep", type=Path, help="folder of pictures without a plan, drawn once")
     parser.add_argument("--markdown", type=Path, help="file that the tables go on top of")
     given = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -228,7 +251,7 @@ def main() -> None:
         cases = [(sampler, scheduler) for sampler in samplers for scheduler in schedulers]
         for line in (title, HEAD):
             _write(line, given.markdown)
-        for line in rows(comfy, said, cases, steps, given.cfg, given.prompts):
+        for line in rows(comfy, said, cases, steps, given.cfg, given.prompts, given.keep):
             _write(line, given.markdown)
 
 

@@ -191,6 +191,7 @@ class Training:
             "average": self.average.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "at": asdict(self.at),
+            "random": torch.get_rng_state(),
         }
         torch.save(state, self.work / "checkpoint.tmp")
         (self.work / "checkpoint.tmp").replace(self.work / "checkpoint.pt")
@@ -202,6 +203,7 @@ class Training:
     def load(self) -> None:
         """Continue from the checkpoint in the work folder."""
         state = torch.load(self.work / "checkpoint.pt", map_location=self.device)
+        torch.set_rng_state(state["random"].cpu())
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):

@@ -12,9 +12,11 @@ from specdiff.errors import SpecdiffError
 
 
 def evaluate_methods(
-    model: Annotated[str, typer.Option(help="The trained model: emoji or textures.")] = "emoji",
+    model: Annotated[
+        str, typer.Option(help="The trained model: emoji, textures or photos.")
+    ] = "emoji",
     weights: Annotated[
-        Path | None, typer.Option(help="Of the textures model, which has none in the package.")
+        Path | None, typer.Option(help="Of textures or photos, which have none in the package.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for results, table and plot.")] = Path("eval"),
     quick: Annotated[
@@ -77,9 +79,11 @@ def evaluate_methods(
 
 
 def tune_plan(
-    model: Annotated[str, typer.Option(help="The trained model: emoji or textures.")] = "emoji",
+    model: Annotated[
+        str, typer.Option(help="The trained model: emoji, textures or photos.")
+    ] = "emoji",
     weights: Annotated[
-        Path | None, typer.Option(help="Of the textures model, which has none in the package.")
+        Path | None, typer.Option(help="Of textures or photos, which have none in the package.")
     ] = None,
     target: Annotated[
         float | None,
@@ -112,7 +116,7 @@ def tune_plan(
     sampling equation, in the mean and the worst tenth.
 
     Tunes on seeds that `specdiff eval` does not use, and on emoji on other prompts, too; textures
-    has the same classes for both. For a pipeline of your own, see specdiff.tune.
+    and photos have the same classes for both. For a pipeline of your own, see specdiff.tune.
     """
     options = parse_options(option or [])
     require_compiler()

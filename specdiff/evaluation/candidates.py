@@ -26,7 +26,7 @@ from specdiff.evaluation.solvers import solvers
 from specdiff.models.subject import STEPS, Subject
 from specdiff.plan import Plan
 
-FEWER_STEPS = (7, 9, 12, 14, 18)
+FEWER_STEPS = (7, 9, 10, 12, 14, 18)
 REFERENCE_STEPS = 150
 SPECDIFF: Mapping[str, Mapping[str, Any]] = {
     "specdiff, closest": {"quality": "closest"},

@@ -18,6 +18,8 @@ SOLUTION = "solution_db"
 """PSNR to the solution of the sampling equation; `PSNR` is to the dense run."""
 WORST = "_worst_tenth"
 """Ends the name of a PSNR's mean over the worst tenth of pictures."""
+LOWEST, EACH = "_lowest", "_each"
+"""End the names of a PSNR's minimum, and of the list of all."""
 
 
 @dataclass(frozen=True)

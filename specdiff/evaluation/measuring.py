@@ -17,7 +17,16 @@ import specdiff
 from specdiff import torch_adapter
 from specdiff.errors import SpecdiffError
 from specdiff.evaluation.features import Probe, features, kernel_distance
-from specdiff.evaluation.findings import FEATURES, FLOPS, PSNR, SOLUTION, SPEEDUP, WORST
+from specdiff.evaluation.findings import (
+    EACH,
+    FEATURES,
+    FLOPS,
+    LOWEST,
+    PSNR,
+    SOLUTION,
+    SPEEDUP,
+    WORST,
+)
 from specdiff.evaluation.measures import (
     PeakMemory,
     closeness,
@@ -159,8 +168,8 @@ def _psnr_values(name: str, each: Sequence[float]) -> Values:
     return {
         name: _rounded(statistics.fmean(each)),
         f"{name}{WORST}": _rounded(worst_tenth(each)),
-        f"{name}_lowest": _rounded(min(each)),
-        f"{name}_each": [_rounded(value) for value in each],
+        f"{name}{LOWEST}": _rounded(min(each)),
+        f"{name}{EACH}": [_rounded(value) for value in each],
     }
 
 

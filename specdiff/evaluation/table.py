@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from specdiff.evaluation.findings import (
+    EACH,
     FEATURES,
     FLOPS,
+    LOWEST,
     PSNR,
     SOLUTION,
     SPEEDUP,
@@ -36,6 +40,13 @@ def _psnr(values: Mapping[str, Any]) -> str:
     return "equal" if values[PSNR] is None else f"{values[PSNR]:.1f}"
 
 
+def _tenth_percentile(values: Mapping[str, Any]) -> str:
+    each = values.get(PSNR + EACH)
+    if not each or None in each:
+        return ""
+    return f"{np.percentile(each, 10):.1f}"
+
+
 def _peak(values: Mapping[str, Any]) -> str:
     peak = values.get("peak_bytes")
     return "" if peak is None else f"{peak / MEBIBYTE:.0f}"
@@ -45,7 +56,9 @@ COLUMNS: Mapping[str, Cell] = {
     "speedup": _number(SPEEDUP, "{:.2f}x"),
     "FLOPs": _number(FLOPS, "{:.0%}"),
     "PSNR, dB": _psnr,
+    "10th percentile": _tenth_percentile,
     "worst tenth": _number(PSNR + WORST, "{:.1f}"),
+    "lowest": _number(PSNR + LOWEST, "{:.1f}"),
     "to the solution, dB": _number(SOLUTION, "{:.1f}"),
     "its worst tenth": _number(SOLUTION + WORST, "{:.1f}"),
     "SSIM": _number("ssim", "{:.3f}"),

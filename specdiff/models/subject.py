@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from specdiff.errors import SpecdiffError
-from specdiff.models import demo, textures
+from specdiff.models import demo, photos, textures
 
-MODELS = ("emoji", "textures")
+MODELS = ("emoji", "textures", "photos")
 STEPS = 28
 TUNED_ON = 24
 """Stored prompts at the start of the demo's list that its defaults may have been tuned on."""
@@ -136,33 +136,55 @@ def texture(device: torch.device, weights: Path | None) -> Subject:
     Raises:
         SpecdiffError: Its weights are missing.
     """
+    scale = textures.GUIDANCE_SCALE
+    return _crops("textures", textures.CLASSES, textures.class_codes, scale, device, weights)
+
+
+def photo(device: torch.device, weights: Path | None) -> Subject:
+    """The model of photographs, strongly guided: both halves in one batch.
+
+    Raises:
+        SpecdiffError: Its weights are missing.
+    """
+    scale = photos.GUIDANCE_SCALE
+    return _crops("photos", photos.CLASSES, photos.class_codes, scale, device, weights)
+
+
+def _crops(
+    name: str,
+    classes: tuple[str, ...],
+    codes: Callable[[list[str]], tuple[Tensor, Tensor]],
+    scale: float,
+    device: torch.device,
+    weights: Path | None,
+) -> Subject:
     if weights is None or not weights.is_file():
         given = "not given" if weights is None else f"not at {weights}"
         raise SpecdiffError(
-            f"weights of the textures model: {given}. They do not ship with the package: pass"
-            " --weights the path of textures.safetensors, which a clone of the repository has in"
-            " examples/training/textures"
+            f"weights of the {name} model: {given}. They do not ship with the package: pass"
+            f" --weights the path of {name}.safetensors, which a clone of the repository has in"
+            f" examples/training/{name}"
         )
 
     def arguments(prompt: str) -> dict[str, Any]:
-        tokens, pooled = (code.to(device) for code in textures.class_codes([prompt]))
+        tokens, pooled = (code.to(device) for code in codes([prompt]))
         return {
             "prompt_embeds": tokens,
             "pooled_prompt_embeds": pooled,
             "negative_prompt_embeds": torch.zeros_like(tokens),
             "negative_pooled_prompt_embeds": torch.zeros_like(pooled),
-            "guidance_scale": textures.GUIDANCE_SCALE,
+            "guidance_scale": scale,
             "height": textures.PIPELINE_SIDE,
             "width": textures.PIPELINE_SIDE,
         }
 
     return Subject(
-        "textures",
+        name,
         lambda: _silent(textures.wrap_pipeline(textures.load_transformer(weights, device))),
-        textures.CLASSES,
+        classes,
         _remembered(arguments),
         textures.to_pixels,
-        {"guidance_scale": textures.GUIDANCE_SCALE},
+        {"guidance_scale": scale},
     )
 
 
@@ -190,4 +212,6 @@ def find_subject(model: str, weights: Path | None, device: torch.device) -> Subj
         return emoji(device)
     if model == "textures":
         return texture(device, weights)
+    if model == "photos":
+        return photo(device, weights)
     raise SpecdiffError(f"no model {model!r}: choose from {', '.join(MODELS)}")

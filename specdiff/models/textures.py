@@ -43,12 +43,17 @@ def class_codes(names: Sequence[str]) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: A name is not one of `CLASSES`.
     """
-    unknown = sorted(set(names) - set(CLASSES))
+    return codes_of(names, CLASSES, seed=0)
+
+
+def codes_of(names: Sequence[str], classes: Sequence[str], seed: int) -> tuple[Tensor, Tensor]:
+    """The code of each name among `classes`, see `class_codes`; another seed makes other codes."""
+    unknown = sorted(set(names) - set(classes))
     if unknown:
-        raise ValueError(f"no class {unknown[0]!r}; there are {', '.join(CLASSES)}")
-    generator = torch.Generator().manual_seed(0)
-    codes = torch.randn(len(CLASSES), CODE_TOKENS + 1, CODE_WIDTH, generator=generator)
-    chosen = codes[[CLASSES.index(name) for name in names]]
+        raise ValueError(f"no class {unknown[0]!r}; there are {', '.join(classes)}")
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randn(len(classes), CODE_TOKENS + 1, CODE_WIDTH, generator=generator)
+    chosen = codes[[classes.index(name) for name in names]]
     return chosen[:, 1:], chosen[:, 0]
 
 

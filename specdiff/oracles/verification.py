@@ -141,7 +141,7 @@ def verify(
         blocks = [] if alone else _blocks(module, inputs, known)
 
         def run(*values: Any) -> Any:
-            pairs = _every_pair(module, analysis, blocks, torch_adapter.as_bytes(values))
+            pairs = _every_pair(module, analysis, blocks, torch_adapter.as_plain(values))
             verdicts.append(_verdict(analysis, pairs, known, tolerance))
             return module(*values)
 

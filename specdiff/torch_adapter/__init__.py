@@ -36,7 +36,7 @@ from specdiff.torch_adapter.ops import (
     storage_of,
 )
 from specdiff.torch_adapter.placeholders import (
-    as_bytes,
+    as_plain,
     copy_graph,
     example_outputs,
     is_module_state,
@@ -60,7 +60,7 @@ __all__ = [
     "OpArgument",
     "SHARED_CALL",
     "WRITES_TO_INPUTS",
-    "as_bytes",
+    "as_plain",
     "cold_caches",
     "compile_program",
     "compile_untouched",

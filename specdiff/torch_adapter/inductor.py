@@ -19,9 +19,10 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from specdiff.errors import OptionError
 from specdiff.quantized import (
+    is_loaded,
     is_packed,
 )
-from specdiff.torch_adapter.placeholders import as_bytes
+from specdiff.torch_adapter.placeholders import as_plain
 
 InductorSettings = Mapping[str, Any]
 
@@ -59,9 +60,9 @@ def compile_program(
     Parameters and caches stay static inputs: CUDA graphs would copy them before each run
     otherwise. Outside a Dynamo compilation Inductor learns of them through a tracing context.
     """
-    if any(map(is_packed, inputs)):
-        compiled_for_bytes = compile_program(module, as_bytes(inputs), backend, settings)
-        return lambda values: compiled_for_bytes(as_bytes(values))
+    if any(is_packed(value) or is_loaded(value) for value in inputs):
+        compiled_for_plain = compile_program(module, as_plain(inputs), backend, settings)
+        return lambda values: compiled_for_plain(as_plain(values))
     if backend == "eager":
         return lambda values: module(*values)
     _restore_static_metadata(module)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from specdiff.errors import Unsupported
 from specdiff.quantized import (
+    is_loaded,
     is_packed,
 )
 
@@ -141,10 +142,10 @@ def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
     return copied
 
 
-def as_bytes(values: Sequence[Any]) -> list[Any]:
-    """Inputs of a graph, those of GGUF as plain tensors."""
+def as_plain(values: Sequence[Any]) -> list[Any]:
+    """Inputs of a graph, those of GGUF and vLLM as plain tensors."""
     with torch._C.DisableTorchFunctionSubclass():
-        return [v.as_subclass(Tensor) if is_packed(v) else v for v in values]
+        return [v.as_subclass(Tensor) if is_packed(v) or is_loaded(v) else v for v in values]
 
 
 def require_plain_tensors(inputs: Sequence[Any]) -> None:
@@ -154,6 +155,8 @@ def require_plain_tensors(inputs: Sequence[Any]) -> None:
     than Dynamo's; what answers ops itself (GGUF in diffusers) makes constants of fakes.
     """
     for value in inputs:
+        if is_loaded(value):
+            continue
         answers = isinstance(value, Tensor) and _torch_function(type(value)) not in _PLAIN
         if answers or is_traceable_wrapper_subclass(value):
             name = type(value).__name__

@@ -16,6 +16,7 @@ from specdiff.errors import Unsupported, described
 from specdiff.quantized import (
     after_vmap,
     for_vmap,
+    is_loaded,
     is_packed,
     keep_whole,
     quantized_weights,
@@ -48,7 +49,8 @@ def export_functional(module: fx.GraphModule, inputs: Sequence[Any]) -> fx.Graph
         module = copy_graph(module)
         skip_conversions(module.graph)
         module.recompile()
-    inputs = _with_stand_ins(inputs, (*quantized, *packed))
+    loaded = tuple(i for i, value in enumerate(inputs) if is_loaded(value))
+    inputs = _with_stand_ins(inputs, (*quantized, *packed, *loaded))
     require_plain_tensors(inputs)
     require_one_autocast(module.graph)
     if any(node.target is Tensor.set_ for node in module.graph.nodes):
@@ -77,7 +79,9 @@ def _with_stand_ins(inputs: Sequence[Any], positions: Sequence[int]) -> list[Any
         value, mode = inputs[position], TracingContext.get().fake_mode
         assert mode is not None
         with mode:  # fakes of another mode get symbolic sizes
-            found[position] = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+            found[position] = torch.empty_strided(
+                value.shape, value.stride(), dtype=value.dtype, device=value.device
+            )
     return found
 
 

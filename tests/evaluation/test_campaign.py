@@ -16,7 +16,9 @@ from specdiff.errors import SpecdiffError
 from specdiff.evaluation.campaign import PHASES, RESULTS, Campaign
 from specdiff.evaluation.candidates import all_candidates, choose, fewer_steps
 from specdiff.evaluation.findings import (
+    EACH,
     FEATURES,
+    LOWEST,
     PSNR,
     SOLUTION,
     SPEEDUP,
@@ -280,6 +282,14 @@ def test_table_and_plot_show_methods_and_reasons(finished: Path, tmp_path: Path)
     assert "- broken: RuntimeError: this model has no blocks" in text
     draw_frontier(findings, tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_says_the_worst_pictures() -> None:
+    values = {PSNR: 40.0, PSNR + LOWEST: 30.0, PSNR + EACH: [30.0, *[40.0] * 9, 50.0]}
+    found = Findings(TERMS, {}, {"near": Finding("near", 28, {}, values=values)})
+    heading, _, row = markdown(found).splitlines()
+    assert heading == "| method | PSNR, dB | 10th percentile | lowest |"
+    assert row == "| near | 40.0 | 40.0 | 30.0 |"
 
 
 def test_results_are_strict_json(finished: Path) -> None:

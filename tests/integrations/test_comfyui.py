@@ -25,6 +25,7 @@ from specdiff.integrations.comfyui import __main__ as command
 from specdiff.integrations.comfyui.node import options_of
 from specdiff.integrations.comfyui.patch import patched
 from specdiff.integrations.comfyui.steps import steps_of
+from specdiff.options import Options
 from specdiff.plan import Plan
 
 STEPS = 12
@@ -120,7 +121,10 @@ class Guider:
         conds = [self.conds[0], None if self.cfg == 1 else self.conds[1]]
         asked = Executor(calc, self.patcher.all("calc_cond_batch"))
         good, bad = asked.execute(self.patcher.model, conds, x, sigma, options)
-        return good if self.cfg == 1 else bad + (good - bad) * self.cfg  # type: ignore[no-any-return]
+        guided = good if self.cfg == 1 else bad + (good - bad) * self.cfg
+        for function in options.get("sampler_post_cfg_function", ()):
+            guided = function({"denoised": guided, "uncond_denoised": bad, "input": x})
+        return guided  # type: ignore[no-any-return]
 
 
 def sample_euler(
@@ -169,6 +173,18 @@ def sample_ancestral(
     return x
 
 
+class Inpainting:
+    """`KSamplerX0Inpaint`: puts the picture below, here an empty one, back outside the mask."""
+
+    def __init__(self, guider: Guider, noise: Tensor, mask: Tensor) -> None:
+        self._guider, self._noise, self._mask = guider, noise, mask
+
+    def __call__(self, x: Tensor, sigma: Tensor, **options: Any) -> Tensor:
+        below = sigma[:, None, None, None] * self._noise
+        answer = self._guider(x * self._mask + below * (1 - self._mask), sigma, **options)
+        return answer * self._mask
+
+
 def draw(
     patcher: Patcher,
     function: Any = sample_euler,
@@ -179,6 +195,7 @@ def draw(
     sigmas: Tensor = SIGMAS,
     shape: tuple[int, ...] = (1, 4, 8, 8),
     callback: Any = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """`CFGGuider.inner_sample`."""
     guider = Guider(patcher, cfg, conds, batched)
@@ -186,12 +203,13 @@ def draw(
     sampler = SimpleNamespace(sampler_function=function, extra_options={})
 
     def sample(_: Any, sigmas: Tensor, extra: Any, callback: Any, noise: Tensor, *rest: Any) -> Any:
-        return function(guider, noise, sigmas, extra, callback, True)
+        asked = guider if mask is None else Inpainting(guider, noise, mask)
+        return function(asked, noise, sigmas, extra, callback, True)
 
     run = Executor(sample, patcher.all("sampler_sample"), sampler)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     extra = {"model_options": options, "seed": 0}
-    out: Tensor = run.execute(guider, sigmas, extra, callback, noise, None, None, True)
+    out: Tensor = run.execute(guider, sigmas, extra, callback, noise, None, mask, True)
     return out
 
 
@@ -240,6 +258,50 @@ def test_takes_the_steps_of_the_plan(
     assert calls(patcher, lambda: draw(model, sigmas=SIGMAS**power)) == 5
     assert "12 steps, 12 evaluations: 5 computed, 7 forecast (2.40x)" in caplog.text
     assert "5 as planned" in caplog.text
+
+
+def karras(first: float, last: float, steps: int = 28) -> Tensor:
+    ends = [sigma ** (1 / 7) for sigma in (first, last)]
+    sigmas = torch.linspace(*ends, steps) ** 7  # type: ignore[call-overload]
+    return torch.cat([sigmas, torch.zeros(1)])
+
+
+@pytest.mark.parametrize(("first", "last"), [(1.0, 0.003), (14.6, 0.03)])
+def test_uneven_noise_levels_are_computed_where_the_noise_is(
+    patcher: Patcher, caplog: pytest.LogCaptureFixture, first: float, last: float
+) -> None:
+    """As many as planned, and earlier; of a flow, and of a noise schedule."""
+    sigmas, seen = karras(first, last), list[float]()
+    hook = patcher.model.register_forward_pre_hook(lambda _, args: seen.append(float(args[1][0])))
+    draw(patched(patcher, quality="balanced"), sigmas=sigmas)
+    hook.remove()
+    planned = Options(quality="balanced").resolve().plan.dense
+    assert f"28 evaluations: {len(planned)} computed" in caplog.text
+    assert seen[0] == pytest.approx(first) and seen[-1] == pytest.approx(last)
+    assert sum(seen) > sum(float(sigmas[i]) for i in planned)
+
+
+@pytest.mark.parametrize("width", [2, 6])
+@pytest.mark.parametrize("function", [sample_euler, sample_ancestral])
+def test_inpainting_is_no_noise(
+    patcher: Patcher, caplog: pytest.LogCaptureFixture, function: Any, width: int
+) -> None:
+    """Outside the mask the picture is put back at each step, however small the mask is."""
+    mask = torch.zeros(1, 4, 8, 8)
+    mask[..., :width, :width] = 1
+    draw(patched(patcher, plan=PLAN), function, mask=mask)
+    assert ("5 computed, 7 forecast" in caplog.text) == (function is sample_euler)
+    assert ("samplers that add noise" in caplog.text) == (function is sample_ancestral)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 8])
+def test_few_steps_are_computed(
+    patcher: Patcher, caplog: pytest.LogCaptureFixture, steps: int
+) -> None:
+    sigmas = torch.linspace(1, 0, steps + 1)
+    made = draw(patched(patcher, quality="fast"), sigmas=sigmas)
+    assert torch.equal(made, draw(patcher, sigmas=sigmas))
+    assert f"{steps} as steps are few" in caplog.text
 
 
 def test_a_sampler_of_two_evaluations_a_step(
@@ -360,6 +422,45 @@ def test_weights_of_samplers() -> None:
     after = torch.randn(1)
     torch.manual_seed(0)
     assert torch.equal(torch.randn(1), after)  # nothing was drawn from the run's numbers
+
+
+def _post(options: dict[str, Any], function: Any) -> dict[str, Any]:
+    """`comfy.model_patcher.set_model_options_post_cfg_function`."""
+    return {**options, "sampler_post_cfg_function": [function]}
+
+
+def sample_cfg_pp(order: int) -> Any:
+    """Euler, or a sampler of two steps, by the answers without guidance."""
+
+    def sample(
+        model: Any, x: Tensor, sigmas: Tensor, extra_args: Any, callback: Any, disable: Any
+    ) -> Tensor:
+        unguided: list[Tensor] = []
+
+        def keep(given: dict[str, Tensor]) -> Tensor:
+            unguided.append(given["uncond_denoised"])
+            return given["denoised"]
+
+        extra = {**extra_args, "model_options": _post(extra_args["model_options"], keep)}
+        for now, then in pairwise(sigmas):
+            answer = model(x, now * x.new_ones(len(x)), **extra)
+            moved = answer + then * (x - unguided[-1]) / now
+            if order == 2 and len(unguided) > 1:
+                moved = moved + then * (answer - unguided[-2])
+            x = moved
+        return x
+
+    return sample
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_samplers_that_magnify_what_forecasts_miss(
+    patcher: Patcher, caplog: pytest.LogCaptureFixture, order: int
+) -> None:
+    made = draw(patched(patcher, plan=PLAN), sample_cfg_pp(order), cfg=4.0)
+    assert ("12 as the sampler magnifies" in caplog.text) == (order == 2)
+    exact = torch.equal(made, draw(patcher, sample_cfg_pp(order), cfg=4.0))
+    assert exact == (order == 2)
 
 
 def test_options() -> None:

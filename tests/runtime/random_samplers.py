@@ -68,7 +68,8 @@ class Sampler:
         By the scheduler; else of first-order samplers, by the times where they are uneven.
         """
         even = self.rho == 1 or self.told == "times"
-        return self.told == "scheduler" or (self.order == 1 and even)
+        by_scheduler = self.told == "scheduler" and not self.fresh  # which tells of no noise
+        return by_scheduler or (self.order == 1 and even)
 
 
 def drawn(model: Any, sampler: Sampler, seed: int = 0) -> Tensor:

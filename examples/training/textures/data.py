@@ -1,11 +1,9 @@
-"""Crops of the photographs that ship with scikit-image: real, busy, and nothing to download."""
+"""The photographs that ship with scikit-image: real, busy, and nothing to download."""
 
 import torch
 from skimage import data
 from torch import Tensor
 from torch.nn.functional import interpolate
-
-from specdiff.models.textures import CLASSES
 
 SOURCES = {
     "brick": (data.brick,),
@@ -34,24 +32,3 @@ def photographs(name: str) -> list[Tensor]:
         for one in originals
         for scale in SCALES
     ]
-
-
-class Crops:
-    """Random crops of the photographs, mirrored where no letters show it."""
-
-    def __init__(self) -> None:
-        self.photographs = [photographs(name) for name in CLASSES]
-
-    def draw(self, classes: Tensor, side: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw a crop for each class index `[B]`: float32 `[B, 3, side, side]` in [-1, 1]."""
-        return torch.stack([self._crop(index, side, generator) for index in classes.tolist()])
-
-    def _crop(self, index: int, side: int, generator: torch.Generator | None) -> Tensor:
-        def below(limit: int) -> int:
-            return int(torch.randint(limit, (), generator=generator))
-
-        choices = self.photographs[index]
-        whole = choices[below(len(choices))]
-        top, left = (below(size - side + 1) for size in whole.shape[1:])
-        crop = whole[:, top : top + side, left : left + side]
-        return crop.flip(-1) if CLASSES[index] != "page" and below(2) else crop

@@ -75,7 +75,7 @@ def _sample(
     schedule = options.get("transformer_options", {}).get("sample_sigmas", sigmas)
     sampler = executor.class_obj
     steps = steps_of(sampler, guider, schedule)
-    run = Run(settings, schedule.tolist(), _name_of(sampler), steps)
+    run = Run(settings, schedule.tolist(), _name_of(sampler), steps, denoise_mask)
     args = (guider, sigmas, {**extra_args, "model_options": {**options, KEY: run}}, callback, noise)
     try:
         return executor(*args, latent_image, denoise_mask, *rest, **more)

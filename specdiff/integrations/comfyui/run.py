@@ -22,15 +22,18 @@ from torch import Tensor
 from specdiff.integrations.comfyui.lane import Lane, Moment
 from specdiff.integrations.comfyui.steps import NEAR, Steps
 from specdiff.integrations.comfyui.watch import Watch
+from specdiff.runtime.sampler.timeline import unlike_a_flow
 from specdiff.runtime.sampler.weights import Weights
 from specdiff.runtime.tokens.schedule import Place, Schedule
 from specdiff.settings import Settings, why_off
 
 PLANNED = "planned"
+FEW = "steps are few, too far apart to forecast"
 NEW = "nothing like it was computed before"
 NEWS = "its conditions changed"
 STRAYED = "the latent moved where no prediction leads, as samplers that add noise move it"
 WINDOW = "a part of the latent was asked for, as context windows do"
+MAGNIFIED = "the sampler magnifies what forecasts miss, as cfg_pp ones of higher order do"
 UNEVEN = "the batch is at several noise levels"
 
 
@@ -60,17 +63,26 @@ class Run:
         sigmas: the schedule, the end included.
         sampler: its name, for the log.
         steps: what it makes of the answers, if known.
+        mask: of inpainting, of the shape of the latent; 1 where it is painted anew.
     """
 
     def __init__(
-        self, settings: Settings, sigmas: Sequence[float], sampler: str, steps: Steps | None
+        self,
+        settings: Settings,
+        sigmas: Sequence[float],
+        sampler: str,
+        steps: Steps | None,
+        mask: Tensor | None = None,
     ) -> None:
         self._settings = settings
         self._sigmas = list(sigmas)
         self._schedule = Schedule.of(settings, (1,), selectable=False)
+        clocks = [self._clock(sigma) for sigma in self._sigmas[:-1]]
+        self._progress = unlike_a_flow(clocks) if clocks else None
         self._sampler = sampler
         self._steps = steps
-        self._watch = Watch()
+        self._magnified = MAGNIFIED if steps is not None and steps.magnifies else ""
+        self._watch = Watch(mask)
         self._lanes: dict[Hashable, Lane] = {}
         self._visits: Counter[float] = Counter()
         self._counts: Counter[str] = Counter()
@@ -81,7 +93,8 @@ class Run:
         """One evaluation: `compute` asks `answer` for what it needs."""
         low, high = timestep.aminmax()
         sigma = float(high)
-        if off := why_off(self._settings) or (UNEVEN if low != high else "") or _end(sigma):
+        uneven = UNEVEN if low != high else ""
+        if off := why_off(self._settings) or self._magnified or uneven or _end(sigma):
             return self._untouched(off, compute)
         self._evaluation = evaluation = self._next(x, sigma)
         try:
@@ -144,14 +157,21 @@ class Run:
         on_schedule = abs(steps[index] - sigma) <= NEAR * abs(sigma)
         if not on_schedule and index and (sigma - steps[index]) * (steps[-1] - steps[0]) < 0:
             index -= 1  # between the one before and this one
-        place = Place.known(index, len(steps))
+        place = Place.known(index, len(steps), self._progress)
         is_dense, _ = self._schedule.decide(place)
-        clock = sigma / (1 + sigma) if max(self._sigmas) > 1 else sigma
         kind = (on_schedule, self._visits[sigma])
         self._visits[sigma] += 1
-        moment = Moment(self._visits.total() - 1, sigma, clock, kind, self._weights(sigma))
+        moment = Moment(
+            self._visits.total() - 1, sigma, self._clock(sigma), kind, self._weights(sigma)
+        )
         strays = self._watch.strays(x)
-        return _Evaluation(x.shape, moment, strays, PLANNED if is_dense else "")
+        planned = PLANNED if is_dense else ""
+        reason = FEW if len(steps) <= self._settings.few else planned
+        return _Evaluation(x.shape, moment, strays, reason)
+
+    def _clock(self, sigma: float) -> float:
+        """The noise from 0 to 1: a flow's own sigma; sigmas of a noise schedule have no end."""
+        return sigma / (1 + sigma) if max(self._sigmas) > 1 else sigma
 
     def _weights(self, sigma: float) -> Weights | None:
         """What the sampler makes of directions, if it is known.

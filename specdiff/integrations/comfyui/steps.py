@@ -29,6 +29,16 @@ class Steps:
     """Of its E evaluations."""
     weights: Weights
     """Of the directions in the latents."""
+    reads_unguided: bool = False
+    """Whether it asks for the answer without guidance, too."""
+
+    @property
+    def magnifies(self) -> bool:
+        """Whether its pictures depend on the answers so much that every forecast shows.
+
+        It sets guided answers against earlier ones without guidance (`dpmpp_2m_cfg_pp`).
+        """
+        return self.reads_unguided and not self.weights.is_first_order
 
     def is_at(self, index: int, sigma: float) -> bool:
         """Whether evaluation `index` is at this noise level."""
@@ -47,6 +57,7 @@ class _Axes:
         self.inner_model = guider
         self.latents: list[Tensor] = []
         self.sigmas: list[float] = []
+        self.reads_unguided = False
         self._size = size
 
     def __call__(self, x: Tensor, sigma: Tensor, **options: Any) -> Tensor:
@@ -57,6 +68,7 @@ class _Axes:
         self.sigmas.append(float(sigma.flatten()[0]))
         answer = x - self.sigmas[-1] * direction
         for function in options.get("model_options", {}).get("sampler_post_cfg_function", ()):
+            self.reads_unguided = True
             answer = function({"denoised": answer, "uncond_denoised": answer, "input": x})
         return answer
 
@@ -83,4 +95,6 @@ def steps_of(sampler: Any, guider: Any, sigmas: Tensor) -> Steps | None:
     except Exception:
         return None  # it wants what only a real run has
     weights = Weights.of([*axes.latents, end])
-    return Steps(tuple(axes.sigmas), weights) if weights is not None else None
+    if weights is None:
+        return None
+    return Steps(tuple(axes.sigmas), weights, axes.reads_unguided)

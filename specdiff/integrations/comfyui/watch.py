@@ -8,11 +8,22 @@ from torch import Tensor
 
 from specdiff.runtime.sampler.remains import DEPTH, UNEXPLAINED, Seen, remains
 
+OPEN = 0.999
+"""Of a mask, from which on nothing of the picture below is put back."""
+
 
 class Watch:
-    """The steps of one run."""
+    """The steps of one run.
 
-    def __init__(self) -> None:
+    Args:
+        mask: of the shape of the latent, 1 where it is painted anew; None: everywhere. Outside,
+            each step puts the picture back, which nothing that was seen leads to.
+    """
+
+    def __init__(self, mask: Tensor | None = None) -> None:
+        opened = mask >= OPEN if mask is not None else None
+        everywhere = opened is None or not opened.flatten(1).any(1).all()
+        self._open = None if everywhere else opened
         self._seen: tuple[Seen, ...] = ()
         self._parts: tuple[Seen, ...] = ()
 
@@ -22,11 +33,16 @@ class Watch:
             return False
         if x.shape != self._seen[0].latents[0].shape:
             return True
-        return remains([x], self._seen, self._parts, len(x)).item() > UNEXPLAINED
+        return remains([self._opened(x)], self._seen, self._parts, len(x)).item() > UNEXPLAINED
 
     def leave(self, x: Tensor, sigma: float, answer: Tensor, parts: Sequence[Tensor]) -> None:
         """What the evaluation gave: the guided answer, and those it was made of."""
-        ways = [(((x - each).float() / sigma),) for each in (answer, *parts)]
-        guided, *others = (Seen(sigma, (x.clone(),), (way,)) for way in ways)
+        ways = [self._opened((x - each).float() / sigma) for each in (answer, *parts)]
+        latent = self._opened(x.clone())
+        guided, *others = (Seen(sigma, (latent,), ((way,),)) for way in ways)
         self._seen = (guided, *self._seen)[:DEPTH]
         self._parts = (*others, *self._parts)[: 3 * DEPTH]
+
+    def _opened(self, values: Tensor) -> Tensor:
+        """What the sampler moves by itself; zeros elsewhere, which are taken not to move."""
+        return values if self._open is None else values * self._open

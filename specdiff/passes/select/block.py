@@ -34,6 +34,18 @@ def work_of(graph: fx.Graph) -> Hashable:
     return frozenset(work.items())
 
 
+def lengths_of(axes: AxisFacts) -> frozenset[int]:
+    """Tokens of each segment of a block."""
+    return frozenset(axes.classes.size(segment) for segment in axes.segments)
+
+
+def returned_lengths(axes: AxisFacts) -> frozenset[int]:
+    """Tokens of each segment that an output of a block has: text that only serves has none."""
+    outputs = [node for node in axes.graph.output_node().all_input_nodes if is_tensor(node)]
+    returned = [s for s in axes.segments if any(axes.axes_with(node, s) for node in outputs)]
+    return frozenset(axes.classes.size(segment) for segment in returned)
+
+
 def select_block(axes: AxisFacts, tokens: int, is_state: Sequence[bool]) -> Selection:
     """The selection in which the one segment with this many tokens is prunable.
 

@@ -293,6 +293,8 @@ def _patches_of(outputs: Sequence[Any], visits: Sequence[Visit]) -> Patches:
         raise Unsupported(f"the model returns {len(outputs)} values, not one tensor")
     lengths = frozenset(length for visit in visits for length in visit.block.lengths)
     ways = list(possible(outputs[0].shape, lengths))
+    if len(ways) > 1:  # the prompt may be as long as the picture in larger patches: it ends inside
+        ways = [way for way in ways if way.tokens in visits[-1].block.returned]
     if len(ways) != 1:
         raise Unsupported(
             f"an output of shape {list(outputs[0].shape)} can be seen in {len(ways)} ways as"

@@ -71,6 +71,7 @@ class Block:
         dense: the block as it was traced, compiled.
         eager: the block as it was traced.
         lengths: tokens of each segment that the block's attentions read.
+        returned: those of the segments that its outputs have.
         plan: programs for a number of prunable tokens. Raises Unsupported.
         parameters: positions of parameters and buffers among the inputs.
         work: what the block computes: equal for one that was traced anew for other strides, but
@@ -82,7 +83,8 @@ class Block:
         alone: Callable[..., Any],
         dense: Callable[..., Any],
         eager: Callable[..., Any],
-        lengths: Sequence[int],
+        lengths: frozenset[int],
+        returned: frozenset[int],
         plan: Callable[[int], ProgramsOfBlock],
         parameters: Sequence[int],
         work: Hashable = None,
@@ -90,7 +92,8 @@ class Block:
         self._alone = alone
         self.dense = dense
         self.eager = eager
-        self.lengths = frozenset(lengths)
+        self.lengths = lengths
+        self.returned = returned
         self.work = work
         self._plan = plan
         self._parameters = tuple(parameters)

@@ -126,12 +126,21 @@ def forward(
 
 
 def flattened(output: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
-    """The leaves of an output, in a dataclass, too, and what makes an output of leaves."""
+    """The leaves of an output, in a dataclass, too, and what makes an output of leaves.
+
+    None is no leaf: models of xDiT return a tensor and None.
+    """
     if dataclasses.is_dataclass(output) and not pytree.is_namedtuple_instance(output):
         names = [field.name for field in dataclasses.fields(output) if field.init]
         parts = {name: getattr(output, name) for name in names}
-        leaves, structure = pytree.tree_flatten(parts)
+        leaves, restored = flattened(parts)
         kind: Callable[..., Any] = type(output)
-        return leaves, lambda values: kind(**pytree.tree_unflatten(list(values), structure))
+        return leaves, lambda values: kind(**restored(values))
     leaves, structure = pytree.tree_flatten(output)
-    return leaves, lambda values: pytree.tree_unflatten(list(values), structure)
+    is_value = [leaf is not None for leaf in leaves]
+
+    def restored(values: Sequence[Any]) -> Any:
+        rest = iter(values)
+        return pytree.tree_unflatten([next(rest) if v else None for v in is_value], structure)
+
+    return [leaf for leaf in leaves if leaf is not None], restored

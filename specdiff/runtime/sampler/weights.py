@@ -52,6 +52,12 @@ class Weights:
         """Their number."""
         return self.rows.shape[1]
 
+    @property
+    def is_first_order(self) -> bool:
+        """Whether each latent follows from the one before and its prediction alone."""
+        pairs = ((self.rows[i, :i], self.rows[i + 1, :i]) for i in range(1, self.evaluations))
+        return all(_parallel(one, other) is not None for one, other in pairs)
+
     def due(self, index: int) -> list[float]:
         """Of predictions 0 to `index`, in the latent that follows from the last of them."""
         row: list[float] = self.rows[index + 1, : index + 1].tolist()
@@ -62,8 +68,12 @@ class Weights:
 
         None where that differs from latent to latent.
         """
-        one, other = self.rows[index + 2 :, of], self.rows[index + 2 :, to]
-        square = float(other @ other)
-        ratio = float(one @ other) / square if square else 0.0
-        apart = float((one - ratio * other).norm())
-        return ratio if apart <= PARALLEL * max(float(one.norm()), 1e-30) else None
+        return _parallel(self.rows[index + 2 :, to], self.rows[index + 2 :, of])
+
+
+def _parallel(one: Tensor, other: Tensor) -> float | None:
+    """By how much more `other` is than `one`; None where they are no multiples."""
+    square = float(one @ one)
+    ratio = float(other @ one) / square if square else 0.0
+    apart = float((other - ratio * one).norm())
+    return ratio if apart <= PARALLEL * max(float(other.norm()), 1e-30) else None

@@ -41,7 +41,8 @@ def settle(call: Call) -> None:
     bends = stream.trail.bends if call.seen is None else not is_of_first_order(call, call.seen)
     if bends:
         stream.fit.correction, stream.fit.first_order = None, False
-        call.state.say(logger, REUSES)
+        if call.reading is None or stream.fit.sampler.trusted:  # else there is another message
+            call.state.say(logger, REUSES)
     else:
         kept, moved = stream.fit.sampler.step(stream.times[-1], call.time, call.seen)
         stream.fit.correction.settle(kept, call.at_pace(moved))

@@ -67,9 +67,9 @@ class Place:
         return cls(len(times) - 1, left, total, before, progress)
 
     @classmethod
-    def known(cls, index: int, total: int) -> Place:
+    def known(cls, index: int, total: int, progress: tuple[float, ...] | None = None) -> Place:
         """Of a generation that has `total` evaluations."""
-        return cls(index, total - index, total, total)
+        return cls(index, total - index, total, total, progress)
 
 
 @lru_cache(maxsize=64)

@@ -23,7 +23,8 @@ from specdiff.runtime.tokens.clock import plus, ratio
 from specdiff.runtime.tokens.history import ComputedOutput
 
 LARGEST = 1.0
-"""What is put on top of a prediction, at most, relative to it; more than that is no correction."""
+"""What is put on top of a prediction, at most, relative to it. The rest is left to later ones."""
+TINY = torch.finfo(torch.float32).tiny
 
 
 class Forecast(NamedTuple):
@@ -86,9 +87,15 @@ class Shortfall:
         return (known.float() + more).to(known.dtype)
 
     def break_off(self) -> None:
-        """What was computed is no ground for forecasts any longer."""
+        """What was computed is no ground for forecasts any longer, nor to know earlier ones better.
+
+        What was put on top of them still counts in later latents.
+        """
+        for forecasts in self._forecasts.values():
+            self._short |= {
+                at: -each.more for at, each in forecasts.items() if each.more is not None
+            }
         self._forecasts.clear()
-        self._short.clear()
 
     def _missing(self, index: int, known: Tensor, weights: Weights | None) -> Tensor | None:
         """What on top of `known` brings the next latent to where it should be; None: nothing.
@@ -108,8 +115,8 @@ class Shortfall:
         if not terms or not due[index]:
             return None
         more = torch.stack(terms).sum(0) / due[index]
-        too_much = _norm(more) > LARGEST * _norm(known.float())
-        return torch.where(too_much, 0.0, more)
+        share = LARGEST * _norm(known.float()) / _norm(more).clamp_min(TINY)
+        return more * share.clamp_max(1)
 
     def _join(self, index: int, weights: Weights) -> None:
         """Those that all later latents count alike are kept as one."""

@@ -181,6 +181,43 @@ def test_an_output_that_is_no_list_of_tokens_is_dense():
     assert "no input has the shape of an output" in attachment.reasons()[0]
 
 
+def test_a_prompt_as_long_as_the_picture_in_larger_patches():
+    """12 tokens of text; 12 x 16 positions are 12 patches of 4 x 4, and the model's 48 of 2 x 2."""
+    model, inputs = MODELS["sd3"]()
+    inputs["encoder_hidden_states"] = torch.randn(2, 12, 24)
+    whole = torch.compile(copy.deepcopy(model), backend=specdiff.backend(**EAGER, **SELECTING))
+    expected = generation(whole, inputs)
+    attachment = specdiff.attach(compile_blocks(model), **SELECTING)
+    torch.testing.assert_close(generation(model, inputs), expected, **EXACT)
+    assert evaluations(model)[1] > 0
+    assert attachment.reasons() == ()
+
+
+class WithNone(nn.Module):
+    """As xDiT's wrappers return it: the prediction and None in a tuple of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = compile_blocks(MODELS["sd3"]()[0])
+
+    def forward(self, **inputs):
+        return ((self.inner(**inputs)[0], None),)
+
+
+def test_an_output_with_none_beside_it():
+    inputs = sd3(layers=2)[1]
+    model = WithNone()
+    specdiff.attach(model, **SELECTING)
+    latent = inputs["hidden_states"]
+    with torch.no_grad():
+        for now in torch.linspace(1000, 0, 9)[:-1]:
+            time = torch.full_like(inputs["timestep"], float(now))
+            ((velocity, nothing),) = model(**{**inputs, "hidden_states": latent, "timestep": time})
+            assert nothing is None
+            latent = latent - velocity / 8
+    assert evaluations(model)[1] > 0
+
+
 def test_attaching_twice_and_then_detaching_leaves_nothing_open():
     model, inputs = MODELS["sd3"]()
     exact = generation(model, inputs)

@@ -146,3 +146,12 @@ def test_columns_that_later_latents_count_alike() -> None:
 def test_what_no_prediction_gave_is_noise() -> None:
     assert Weights.of([torch.zeros(3), torch.tensor([0.5, 0, 0.1]), torch.zeros(3)]) is None
     assert Weights.of([torch.zeros(3), torch.tensor([torch.nan, 0, 0]), torch.zeros(3)]) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"), [(*LINEAR[0], True), (*LINEAR[3], False), (*LINEAR[2], False)]
+)
+def test_samplers_of_first_order(name: str, options: dict[str, Any], expected: bool) -> None:
+    run = run_of(made(name, options))
+    assert run.weights is not None
+    assert run.weights.is_first_order == expected

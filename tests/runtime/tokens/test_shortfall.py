@@ -81,8 +81,24 @@ def test_no_weights_no_change() -> None:
     assert shortfall.computed(0, 2, computed, None) is computed[0].tokens
 
 
-def test_what_would_change_more_than_there_is_is_no_correction() -> None:
+def test_no_more_is_put_on_top_than_there_is_and_the_rest_later() -> None:
     prediction, shortfall, weights = torch.ones(1, 2, 3), Shortfall(), adams(1)
     shortfall.forecast(0, 1, 1.0, 9 * prediction, weights)
     computed = [ComputedOutput(torch.full((1, 2), float(i)), prediction) for i in (2, 0)]
-    assert torch.equal(shortfall.computed(0, 2, computed, weights), prediction)
+    for index in (2, 3, 4):
+        assert shortfall.computed(0, index, computed, weights).abs().max() < 1e-6
+        computed.insert(0, ComputedOutput(torch.full((1, 2), index + 1.0), prediction))
+
+
+def test_what_was_put_on_top_counts_after_a_break() -> None:
+    """Where the model changes, earlier predictions are as wrong as they were."""
+    prediction, weights = torch.ones(1, 2, 3), adams(2)
+    whole, broken = Shortfall(), Shortfall()
+    for shortfall in (whole, broken):
+        shortfall.forecast(0, 1, 1.0, 1.2 * prediction, weights)
+        computed = [ComputedOutput(torch.full((1, 2), float(i)), prediction) for i in (2, 0)]
+        assert not torch.equal(shortfall.computed(0, 2, computed, weights), prediction)
+    broken.break_off()
+    computed.insert(0, ComputedOutput(torch.full((1, 2), 3.0), prediction))
+    found = [shortfall.computed(0, 3, computed, weights) for shortfall in (whole, broken)]
+    assert torch.equal(*found) and not torch.equal(found[0], prediction)

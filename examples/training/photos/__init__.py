@@ -1,0 +1,1 @@
+"""Data of the photograph model; its trained weights lie here, too."""
