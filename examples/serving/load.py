@@ -397,8 +397,8 @@ def budget_text(part: Mapping[str, Any]) -> Iterator[str]:
     """As a paragraph."""
     f = part["found"]
     yield f"Budget: with {f['bytes']} bytes for all that generations keep, {f['answered']} of 24"
-    yield f"were answered; {f['gave_way']:g} steps ran dense as the oldest had given way, and no picture"
-    yield f"was further from dense than {f['least_psnr']:g} dB."
+    yield f"were answered; {f['gave_way']:g} steps ran dense as the oldest had given way, and no"
+    yield f"picture was further from dense than {f['least_psnr']:g} dB."
 
 
 def replicas_text(part: Mapping[str, Any]) -> Iterator[str]:
