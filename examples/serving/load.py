@@ -6,11 +6,11 @@ Starts `specdiff serve` on the demo model as it would run, with a server for eac
    that advances 8 pictures together and on one that draws them one by one.
 2. arrivals: requests come at random, at shares of what dense was measured to do at saturation.
 3. faults: clients that go away and requests that are malformed, among good ones, whose pictures
-   must be those that are drawn alone, but for rounding in a batch. Then the same good ones where
-   memory for forecasts is short, against dense pictures.
-4. replicas: one on a Ray cluster is killed while it draws, in a network namespace of its own, as
+   must be those that are drawn alone, but for rounding in a batch.
+4. budget: memory for forecasts is short; against dense pictures.
+5. replicas: one on a Ray cluster is killed while it draws, in a network namespace of its own, as
    Ray listens on all interfaces.
-5. memory: 1,000 generations of many sizes, lengths and qualities, by a tiny FLUX with random
+6. memory: 1,000 generations of many sizes, lengths and qualities, by a tiny FLUX with random
    weights.
 
 Writes load.json and load.md beside itself.
@@ -335,16 +335,12 @@ def measure_arrivals(wanted: argparse.Namespace, dense: Sequence[Mapping[str, An
     return found
 
 
-def measure_faults(wanted: argparse.Namespace) -> dict[str, Any]:
-    """With memory enough, and with too little of it."""
-    with running(TOGETHER, wanted.port) as server:
-        found = faults(server, bodies(24, "balanced", 32, 12))
-    print(found, flush=True)
+def measure_budget(wanted: argparse.Namespace) -> dict[str, Any]:
+    """With less memory than all that are in progress need."""
     limit = ["--max-cache-bytes", str(wanted.budget)]
     with running(TOGETHER, wanted.port, more=limit) as server:
-        short = short_of_memory(server, bodies(24, "balanced", 32, 28))
-    print(short, flush=True)
-    return {**found, "short_of_memory": {"budget": wanted.budget, **short}}
+        found = short_of_memory(server, bodies(24, "balanced", 32, 28))
+    return {"bytes": wanted.budget, **found}
 
 
 def measure_replicas(wanted: argparse.Namespace) -> dict[str, Any]:
@@ -395,11 +391,14 @@ def faults_text(part: Mapping[str, Any]) -> Iterator[str]:
     yield f"{f['most_levels_apart']} of 255; of {f['malformed']} malformed ones among them"
     yield f"{f['refused_with_reason']} were refused with a reason; {f['left']} clients left, and"
     yield f"{f['still_running']:g} generations were left of them."
-    short = f["short_of_memory"]
-    yield f"With {short['budget']} bytes for all that generations keep,"
-    yield f"{short['answered']} of 24 were answered, {short['gave_way']:g} steps ran dense as the"
-    yield "oldest had given way, and no picture was further from dense than"
-    yield f"{short['least_psnr']:g} dB."
+
+
+def budget_text(part: Mapping[str, Any]) -> Iterator[str]:
+    """As a paragraph."""
+    f = part["found"]
+    yield f"Budget: with {f['bytes']} bytes for all that generations keep, {f['answered']} of 24"
+    yield f"were answered; {f['gave_way']:g} steps ran dense as the oldest had given way, and no"
+    yield f"picture was further from dense than {f['least_psnr']:g} dB."
 
 
 def replicas_text(part: Mapping[str, Any]) -> Iterator[str]:
@@ -421,6 +420,7 @@ PARTS = {
     "saturation": saturation_table,
     "arrivals": arrivals_table,
     "faults": faults_text,
+    "budget": budget_text,
     "replicas": replicas_text,
     "memory": memory_text,
 }
@@ -433,7 +433,10 @@ def measure(part: str, wanted: argparse.Namespace, known: Mapping[str, Any]) -> 
     if part == "arrivals":
         return measure_arrivals(wanted, known["saturation"]["found"]["dense, together"])
     if part == "faults":
-        return measure_faults(wanted)
+        with running(TOGETHER, wanted.port) as server:
+            return faults(server, bodies(24, "balanced", 32, 12))
+    if part == "budget":
+        return measure_budget(wanted)
     if part == "replicas":
         return measure_replicas(wanted)
     sys.path.insert(0, str(FIGURES.parents[2]))

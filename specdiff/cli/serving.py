@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -37,16 +36,6 @@ def serve(
     running: Annotated[int, typer.Option(min=1, help="Pictures in progress, at most.")] = 8,
     waiting: Annotated[int, typer.Option(min=0, help="Pictures in the queue, at most.")] = 64,
     deadline: Annotated[float, typer.Option(min=1, help="Seconds until a request fails.")] = 300,
-    compile: Annotated[
-        bool, typer.Option("--compile", help="Compile the model before the first picture.")
-    ] = False,
-    artifacts: Annotated[
-        Path | None,
-        typer.Option(
-            help="With --compile: a file of compiled programs, read if it exists, else written. It"
-            " is code: read your own alone."
-        ),
-    ] = None,
     max_cache_bytes: Annotated[
         int | None,
         typer.Option(min=0, help="What pictures in progress keep for forecasts, at most."),
@@ -73,13 +62,7 @@ def serve(
 
     if quality not in CHOICES:
         raise SpecdiffError(f"--quality: must be one of {', '.join(CHOICES)}")
-    if artifacts is not None and not compile:
-        raise SpecdiffError("--artifacts: holds what --compile makes; give that, too")
-    wish = Wish(
-        target, device, quality, running, waiting, compile,
-        None if artifacts is None else str(artifacts.resolve()),
-        max_cache_bytes, most_replicas=replicas,
-    )  # fmt: skip
+    wish = Wish(target, device, quality, running, waiting, max_cache_bytes, most_replicas=replicas)
     if ray is None:
         backend, close = _here(wish)
     else:
@@ -107,8 +90,8 @@ def _require_extra(modules: Sequence[str]) -> None:
 def _here(wish: Wish) -> tuple[Backend, Callable[[], None]]:
     """An engine in this process, which draws its first pictures in the background."""
     from specdiff.serve.drawing import Local
-    from specdiff.serve.start import engine_of, warm_up
+    from specdiff.serve.start import engine_of
 
     engine = engine_of(wish)
-    threading.Thread(target=warm_up, args=(engine, wish), daemon=True).start()
+    threading.Thread(target=engine.warm_up, daemon=True).start()
     return Local(engine), engine.close

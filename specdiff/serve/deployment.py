@@ -19,7 +19,7 @@ from specdiff.models.picture_model import Order
 from specdiff.serve.app import create_app
 from specdiff.serve.drawing import Local
 from specdiff.serve.events import Card, Counts, Event, Failure, Picture, Progress
-from specdiff.serve.start import Wish, engine_of, warm_up
+from specdiff.serve.start import Wish, engine_of
 
 NAME = "specdiff"
 """Of the application on the cluster."""
@@ -38,7 +38,7 @@ class Replica:
     def __init__(self, wish: Wish) -> None:
         engine = engine_of(wish)
         self._local = Local(engine)
-        warm_up(engine, wish)
+        engine.warm_up()
         self.check_health()
 
     async def events(
