@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -73,6 +75,7 @@ def text_to_image(
     callback: Callable[..., dict[str, Any]] | None = None,
     negative: str = "",
     interrupted: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Callable[[], Drawing]:
     """Diffusers' FLUX pipeline.
 
@@ -81,10 +84,11 @@ def text_to_image(
         callback: on each step's end.
         negative: a prompt, for guidance in calls of its own.
         interrupted: whether each picture begins after another that was cut short.
+        dtype: of the model and its latents.
     """
 
     def load() -> Drawing:
-        pipe: Any = demo.load_pipeline()
+        pipe: Any = demo.load_pipeline().to(dtype)
         pipe.set_progress_bar_config(disable=True)
         pipe.scheduler = (steps_with or euler())()
 
@@ -106,7 +110,7 @@ def text_to_image(
 
 
 def _flux(pipe: Any, steps: int, prompt: str, seed: int, **more: Any) -> Tensor:
-    tokens, pooled = demo.prompt_embeddings([prompt])
+    tokens, pooled = (each.to(pipe.dtype) for each in demo.prompt_embeddings([prompt]))
     torch.manual_seed(seed)  # some schedulers draw from the global generator
     latents = pipe(
         prompt_embeds=tokens, pooled_prompt_embeds=pooled, num_inference_steps=steps,
@@ -114,7 +118,7 @@ def _flux(pipe: Any, steps: int, prompt: str, seed: int, **more: Any) -> Tensor:
         generator=torch.Generator().manual_seed(seed),
         callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"], **more,
     ).images  # fmt: skip
-    return demo.to_pixels(latents)
+    return demo.to_pixels(latents.float())
 
 
 def _times(pipe: Any, steps: int) -> Tensor:
@@ -144,6 +148,18 @@ def swap(pipe: Any, step: int, time: Tensor, given: dict[str, Any]) -> dict[str,
     if step == pipe.num_timesteps // 2:
         given = {**given, "prompt_embeds": demo.prompt_embeddings(["cactus"])[0]}
     return given
+
+
+def paint(pipe: Any, step: int, time: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+    """The upper half of the latent stays that of a picture, with the noise of its beginning."""
+    sigma, side = pipe.scheduler.sigmas[pipe.scheduler.step_index], SIDE // 2
+    generator = torch.Generator().manual_seed(torch.initial_seed())  # that of `_flux`
+    noise = torch.randn(1, 12, side, side, generator=generator)
+    noise = pipe._pack_latents(noise, 1, 12, side, side)
+    picture = demo.pack(_base() * 2 - 1)
+    half = picture.shape[1] // 2
+    kept = (sigma * noise + (1 - sigma) * picture)[:, :half].to(given["latents"].dtype)
+    return {**given, "latents": torch.cat([kept, given["latents"][:, half:]], dim=1)}
 
 
 class PixelVAE(nn.Module):
@@ -179,6 +195,7 @@ def _image_pipeline(kind: str, **more: Any) -> Any:
     return pipe
 
 
+@cache
 def _base() -> Tensor:
     pipe = demo.load_pipeline()
     pipe.set_progress_bar_config(disable=True)
@@ -305,6 +322,68 @@ def cut_off(model: nn.Module, prompt: str) -> Velocity:
     return velocity
 
 
+def flow_edit() -> Drawing:
+    """FlowEdit: a picture moved by how two prompts' velocities differ; noise anew each step."""
+    model = demo.load_transformer()
+
+    @torch.no_grad()
+    def draw(steps: int, prompt: str, seed: int) -> Tensor:
+        source, target = demo.prompt_embeddings(["watermelon"]), demo.prompt_embeddings([prompt])
+        generator = torch.Generator().manual_seed(seed)
+        even = torch.linspace(1, 0, steps + 1)
+        sigmas = demo.TIME_SHIFT * even / (1 + (demo.TIME_SHIFT - 1) * even)
+        start = demo.pack(_base() * 2 - 1).reshape(1, 32, 32, 48)
+        latent = start
+        for now, then in pairwise(sigmas[steps // 7 :]):
+            noised = (1 - now) * start + now * torch.randn(start.shape, generator=generator)
+            moved = latent + noised - start
+            apart = _call(model, moved, 1000 * now, target) - _call(
+                model, noised, 1000 * now, source
+            )
+            latent = latent + (then - now) * apart
+        return (latent / 2 + 0.5).clamp(0, 1)
+
+    return Drawing(model, euler()(), draw, lambda n: torch.empty(0))
+
+
+class Noise(nn.Module):
+    """The demo model as one that predicts noise, on the usual noise schedule: the same pictures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flow = demo.load_transformer()
+        self.kept = diffusers.DDIMScheduler().alphas_cumprod
+
+    def forward(self, sample: Tensor, timestep: Tensor, tokens: Tensor, pooled: Tensor) -> Tensor:
+        """The noise [1, 32, 32, 48] in a sample of that shape."""
+        signal, noise = self.kept[timestep].sqrt(), (1 - self.kept[timestep]).sqrt()
+        latent, sigma = sample / (signal + noise), noise / (signal + noise)
+        return latent + (1 - sigma) * _call(self.flow, latent, 1000 * sigma, (tokens, pooled))
+
+
+def of_noise(name: str) -> Callable[[], Drawing]:
+    """A loop around a model that predicts noise."""
+
+    def load() -> Drawing:
+        model = Noise()
+        steps_with = getattr(diffusers, name)(clip_sample=False)
+
+        @torch.no_grad()
+        def draw(steps: int, prompt: str, seed: int) -> Tensor:
+            given = demo.prompt_embeddings([prompt])
+            steps_with.set_timesteps(steps)
+            generator = torch.Generator().manual_seed(seed)
+            latent = torch.randn(1, 32, 32, 48, generator=generator)
+            for time in steps_with.timesteps:
+                found = model(latent, time, *given)
+                latent = steps_with.step(found, time, latent, generator=generator).prev_sample
+            return (latent / 2 + 0.5).clamp(0, 1)
+
+        return Drawing(model, steps_with, draw, lambda n: torch.empty(0))
+
+    return load
+
+
 MULTISTEP = {
     "DPM++ 2M": scheduler("DPMSolverMultistepScheduler", **FLOW),
     "UniPC": scheduler("UniPCMultistepScheduler", **FLOW),
@@ -349,6 +428,11 @@ KINDS = (
         Kind(f"{name}, sessions", text_to_image(make), ways=SESSIONS[2:])
         for name, make in {"UniPC": MULTISTEP["UniPC"], **NOISY}.items()
     ),
+    Kind("inpainting by a callback", text_to_image(callback=paint)),
+    Kind("FlowEdit, by hand", flow_edit),
+    *(Kind(name, of_noise(f"{name}Scheduler")) for name in ("DDIM", "DDPM")),
+    Kind("Euler, bfloat16", text_to_image(dtype=torch.bfloat16), ways=SESSIONS),
+    Kind("DPM++ 2M, bfloat16", text_to_image(MULTISTEP["DPM++ 2M"], dtype=torch.bfloat16)),
     *(Kind(f"{name}, 20 steps", text_to_image(make), 20) for name, make in MULTISTEP.items()),
     *(Kind(f"{name}, 50 steps", text_to_image(make), 50) for name, make in SPACED.items()),
 )

@@ -116,7 +116,8 @@ class Displacement:
             [t.float().masked_fill(s, 0) for t, s in zip(tensors, still, strict=True)]
             for tensors in (previous, *ways)
         ]
-        vectors = [[t.flatten() for t in tensors] for tensors in (steps, *moved)]
+        # A step of DDIM is small beside what it is the difference of: float32 would hide it.
+        vectors = [[t.flatten().to(wide(t.device)) for t in tensors] for tensors in (steps, *moved)]
         size = len(vectors)
         by_cell = {
             (i, j): _dot(vectors[i], vectors[j])
@@ -226,8 +227,13 @@ def free_among(candidates: Sequence[Process], like: Tensor) -> Tensor:
     return free.to(like.device, non_blocking=True)
 
 
+def wide(device: torch.device) -> torch.dtype:
+    """The widest floats of a device: Apple's have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def _dot(vectors: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
-    """Inner product of two lists of float32 vectors, as a scalar."""
+    """Inner product of two lists of vectors, as a scalar."""
     # Not as one matrix product, which the device may be allowed to round (TF32).
     pairs = zip(vectors, others, strict=True)
     return torch.stack([torch.dot(vector, other) for vector, other in pairs]).sum()

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdiff.runtime.sampler.displacement import wide
+
 DEPTH = 4
 """Evaluations that a step may follow from: UniPC of order three and the classical Runge-Kutta
 method use as many."""
@@ -82,12 +84,12 @@ def remains(
         rounding of the latents may leave.
     """
     vectors = [_rows(latents, batch), *_span(trail, others, batch)]
-    wide = torch.stack(vectors).to(_wide(vectors[0].device))
-    now, before = wide[0], wide[1]
+    rows = torch.stack(vectors).to(wide(vectors[0].device))
+    now, before = rows[0], rows[1]
     step = now - before
     # the tokens of a reference picture never move, and what is predicted for them moves nothing
     moved = step != 0
-    span = wide[1:].transpose(0, 1) * moved.unsqueeze(1)
+    span = rows[1:].transpose(0, 1) * moved.unsqueeze(1)
     inner = span @ span.mT
     size = inner.diagonal(dim1=1, dim2=2)
     scale = size.clamp_min(torch.finfo(size.dtype).tiny).rsqrt()
@@ -150,11 +152,6 @@ def _rows(tensors: Sequence[Tensor], batch: int) -> Tensor:
     rows = batch if all(len(t) == batch for t in tensors) else 1
     flat = [tensor.reshape(rows, -1) for tensor in tensors]
     return flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
-
-
-def _wide(device: torch.device) -> torch.dtype:
-    """Apple's devices have no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def precision_of(latents: Sequence[Tensor]) -> float:

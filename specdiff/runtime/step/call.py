@@ -145,11 +145,14 @@ class Call:
     def strays(self) -> bool:
         """Whether the latest step that was looked at is unexplained.
 
-        Noise of the size that the sampler has been found to add explains it.
+        Noise of the size that the sampler has been found to add explains it where tokens are
+        selected, which see it. Forecasts of whole predictions do not: noise changes these.
         """
         strays, sampler, seen = self.stream.trail.strays, self.stream.fit.sampler, self.seen
         if not strays or seen is None or sampler is None or not sampler.chosen:
             return strays
+        if not self.schedule.selects:
+            return True
         process, way = sampler.chosen
         start = self.stream.times[-1]
         adds_noise = process.step(start, self.time)[2] > 0

@@ -28,7 +28,8 @@ AMBIGUOUS = "ambiguous stream"
 AMBIGUOUS_HINT = (
     "a latent came from nowhere: the sampler draws noise at each step (LCM, ancestral, stochastic,"
     f" SDE: {GIVE_SCHEDULER}); or generations share a prompt tensor (give each a session); or a"
-    " batch holds both halves of classifier-free guidance (give guidance_scale)"
+    " batch holds both halves of classifier-free guidance (give guidance_scale); or a callback"
+    " changed most of the latent"
 )
 IDLE_AFTER = 2 * MAX_STREAMS
 """Generations that begin one after another, none of which goes on: more than users take turns."""

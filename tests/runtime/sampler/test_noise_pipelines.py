@@ -34,6 +34,8 @@ PLAN = {
     "method": "history",
     "plan": Plan.every(3, warmup=3),
 }
+WHOLE = {"cache_ratio": None, "plan": None, "method": None}
+"""By default whole steps are computed or forecast."""
 LINEAR = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
 HUNYUAN = {
     "beta_schedule": "scaled_linear",
@@ -236,3 +238,22 @@ def test_what_no_candidate_explains_is_said_once(caplog):
         pixart_image(fast, scheduler, steps=50)
     assert specdiff.stats(fast).speculative == 0
     assert [m for m in caplog.messages if m.startswith("no speculation")] == caplog.messages[:1]
+
+
+def test_no_whole_step_is_forecast_through_noise_of_a_known_size():
+    """Tokens that are selected see the noise; a forecast of a whole prediction does not."""
+    (make, image, scheduler, scale), _ = RUNS["hunyuan-ddpm"]
+    model = make()
+    fast = compiled(model, **WHOLE, guidance_scale=scale)
+    exact, result = image(model, scheduler()), image(fast, scheduler())
+    torch.testing.assert_close(result, exact)
+    stats = specdiff.stats(fast)
+    assert stats.skipped == 0 and stats.fallbacks["unexplained step"] > STEPS / 3
+
+
+def test_steps_of_ddim_are_known_to_be_of_first_order(caplog):
+    """They are small beside the two terms that they are the difference of."""
+    (make, image, scheduler, scale), _ = RUNS["dit-ddim"]
+    fast = compiled(make(), **WHOLE, guidance_scale=scale)
+    image(fast, scheduler())
+    assert specdiff.stats(fast).skipped and not caplog.messages
