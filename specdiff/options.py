@@ -146,7 +146,7 @@ class Options:
     that takes several: lower holds less memory, and steps that would need more run dense. Where a
     single set of caches exceeds it, none is allocated; else the memory in which dense steps without
     caches leave theirs, as large as one cache, comes on top. With `specdiff.rows`: limit on what
-    all sessions keep for forecasts; the oldest gives way, and its next step is dense."""
+    all that were named keep for forecasts; the oldest gives way, and runs dense for two steps."""
 
     kv_cache_dtype: str | None = _choice(None, tuple(KV_CACHE_DTYPES), runtime=False)
     """Codes in which caches hold the keys and values of attentions: "int8" or "fp8_e4m3", each with

@@ -24,6 +24,8 @@ from specdiff.serve.joining import Call, joinable, joined, parted
 
 PATIENCE = 0.05
 """Seconds that a call waits for others, at most; one that begins, if a round takes no longer."""
+LONGEST = 1.0
+"""Of that round: one that compiled says nothing of the next."""
 MOST_ROWS = 8
 """Rows of one call of the model, at most, unless a single generation has more."""
 Evaluate = Callable[[nn.Module, Sequence["Waiting"]], list[Any]]
@@ -159,7 +161,7 @@ class Rounds:
             due = min(due + len(self._ahead), self._most)
         if len(self._waiting) >= due:
             return 0.0
-        return max(PATIENCE, self._latest) if all_begin else PATIENCE
+        return max(PATIENCE, min(self._latest, LONGEST)) if all_begin else PATIENCE
 
     def _answer(self, group: Sequence[Waiting]) -> None:
         try:
@@ -171,7 +173,8 @@ class Rounds:
                     self._answer([each])
                 return
             self.failed_in_a_row += 1
-            group[0].output.set_exception(error)
+            # Without its frames, which lead back here and would keep what the call held.
+            group[0].output.set_exception(error.with_traceback(None))
             return
         self.failed_in_a_row = 0
         self.calls += 1

@@ -46,6 +46,7 @@ from specdiff.runtime.streams.registry import ModelState, named_rows
 
 logger = logging.getLogger(__name__)
 
+TRAINED = "gradients are recorded (torch.no_grad() around a picture's steps)"
 OTHER_BLOCKS = "the model calls other blocks each time"
 NO_BLOCKS = "no block of the model is compiled by specdiff"
 ROWS = "rows that were named are computed or forecast whole"
@@ -100,6 +101,8 @@ class Attachment:
         """The output of one call."""
         leaves, arguments = pytree.tree_flatten((args, kwargs))
         if torch.is_grad_enabled() and self._is_trained(leaves):
+            self._state.count_dense(TRAINED)
+            self._state.say(logger, f"running dense: {TRAINED}")
             return own(*args, **kwargs)
         if named := named_rows(self._state):
             try:
@@ -294,7 +297,8 @@ def _patches_of(outputs: Sequence[Any], visits: Sequence[Visit]) -> Patches:
     lengths = frozenset(length for visit in visits for length in visit.block.lengths)
     ways = list(possible(outputs[0].shape, lengths))
     if len(ways) > 1:  # the prompt may be as long as the picture in larger patches: it ends inside
-        ways = [way for way in ways if way.tokens in visits[-1].block.returned]
+        returned = visits[-1].block.returned
+        ways = [way for way in ways if way.tokens in returned] or ways
     if len(ways) != 1:
         raise Unsupported(
             f"an output of shape {list(outputs[0].shape)} can be seen in {len(ways)} ways as"

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -130,6 +131,8 @@ class RowBatches:
         self._forms: dict[Hashable, Form] = {}
         self._refusals: dict[Hashable, str] = {}
         """Why steps of such calls cannot be left out."""
+        self._named: weakref.WeakSet[Session] = weakref.WeakSet()
+        """Whoever had rows."""
         self._turn = threading.Lock()
 
     @torch.no_grad()
@@ -156,10 +159,14 @@ class RowBatches:
                 raise
             outputs = self._evaluated(own, call, groups, forms, batch)
             self._supply.clear()
-            limit = effective(forms[0].runtime.options, self._state, None).max_cache_bytes
-            if limit is not None:
-                keep_within(limit, self._state.sessions)
+            self._make_room(forms[0], named)
         return joined(outputs, places, batch)
+
+    def _make_room(self, form: Form, named: Sequence[Session]) -> None:
+        self._named.update(named)
+        limit = effective(form.runtime.options, self._state, None).max_cache_bytes
+        if limit is not None:
+            keep_within(limit, self._named)
 
     def _key_of(self, call: Call) -> Hashable:
         return self._key(*pytree.tree_flatten(call))

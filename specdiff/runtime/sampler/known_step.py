@@ -20,7 +20,7 @@ FOLLOWED = UNEXPLAINED / 2
 all that it looks at has x and p in it."""
 
 FIRST_ORDER = 5e-3
-"""The same of a step that followed its own prediction alone, in float32."""
+"""The same of a step that followed its own prediction alone."""
 
 
 class KnownStep(NamedTuple):

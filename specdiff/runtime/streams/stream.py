@@ -266,7 +266,7 @@ class Stream:
         self.fit.clean = ()
 
     def make_room(self) -> None:
-        """Keep only where it is: the next evaluation is dense, and forecasts begin anew."""
+        """Keep only where it is: two evaluations are dense, and forecasts begin anew."""
         self.break_off()
         self.history.make_room()
         self.trail.forget()

@@ -43,7 +43,7 @@ class Trail:
         self.steady = True
         """Whether all steps so far went where they were known to go."""
         self.bends = False
-        """Whether one of those left out what earlier predictions, or somebody else, had added."""
+        """Whether one of those had some of earlier predictions in it, as multistep solvers do."""
         self._checks: deque[tuple[Awaited, float | None]] = deque()
         self._spreads: deque[Awaited] = deque()
         """How far apart the times of rows are."""
@@ -96,9 +96,9 @@ class Trail:
             self.strays = sent.read() > UNEXPLAINED
             return
         lengths = sent.read()
-        self.bends |= not follows(lengths, precision, FIRST_ORDER)
         if follows(lengths, precision, FOLLOWED):
             self.strays = False
+            self.bends |= not follows(lengths, precision, FIRST_ORDER)
         else:  # this once it is waited for; from here on more is looked at
             self.steady = False
             self.strays = Awaited(remains_of(CHECK_LAG)).read() > UNEXPLAINED
@@ -135,7 +135,7 @@ class Trail:
 
     def forget(self) -> None:
         """All but the times, and steps that were not looked at yet."""
-        self.seen, self.joint = (), None
+        self.seen, self.joint, self.strays = (), None, False
         self._checks.clear()
 
 

@@ -73,6 +73,8 @@ class History:
         newest = ComputedOutput(self._of_each(time) if self._apart else time, tokens)
         self.computed = (newest, *self._led_here(time, tokens))[:DEPTH]
         self._inherited = ()
+        if self.leads_on:
+            self._wanted, self.made_room = 1, False
         self._counts, self._age = self._counts + 1, self._age * 0
         self._record_step(time, tokens)
 

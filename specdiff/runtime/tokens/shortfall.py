@@ -97,6 +97,12 @@ class Shortfall:
             }
         self._forecasts.clear()
 
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
+        waiting = [each for forecasts in self._forecasts.values() for each in forecasts.values()]
+        more = [each.more for each in waiting if each.more is not None]
+        return [*(each.handed for each in waiting), *more, *self._short.values()]
+
     def _missing(self, index: int, known: Tensor, weights: Weights | None) -> Tensor | None:
         """What on top of `known` brings the next latent to where it should be; None: nothing.
 

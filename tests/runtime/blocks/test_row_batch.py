@@ -15,7 +15,7 @@ import specdiff
 from specdiff.plan import Plan
 from specdiff.runtime.blocks.row_batch import bucket
 from specdiff.runtime.blocks.row_parts import joined, taken
-from specdiff.runtime.streams.budget import kept_bytes
+from specdiff.runtime.streams.budget import held_bytes
 from tests.runtime.blocks.test_whole_steps import Denoiser
 
 PARTS = ("latent", "now", "condition")
@@ -367,7 +367,7 @@ def test_over_budget_the_oldest_gives_way():
     first = Request(1, 28)
     with torch.no_grad(), first.session(model) as session:
         model(first.latent, first.now, first.condition)
-        kept = kept_bytes(*session.streams())
+        kept = held_bytes(*session.streams())
     del session
     specdiff.configure(model, max_cache_bytes=12 * kept)  # not enough for three
     specdiff.reset(model)
