@@ -13,7 +13,6 @@ from specdiff.errors import OptionError, SpecdiffError
 from specdiff.measure.comparison import psnr
 from specdiff.models.demo import held_out_prompts
 from specdiff.models.subject import MODELS, TUNING_SEED, emoji, find_subject
-from specdiff.models.textures import CLASSES
 from specdiff.plan import Plan
 from specdiff.tuning.search import Search, Spent, spaced
 from specdiff.tuning.tuner import Tuned, tune
@@ -262,7 +261,7 @@ def test_pictures_to_tune_on_are_not_measured_on(model, tmp_path):
     subject = find_subject(model, weights, torch.device("cpu"))
     tuned_on, measured = subject.tuning_requests(24), subject.requests(256, 100)
     shared = {r.prompt for r in tuned_on} & {r.prompt for r in measured}
-    assert shared == (set() if model == "emoji" else set(CLASSES))
+    assert shared == (set() if model == "emoji" else set(subject.prompts))
     assert not {r.seed for r in tuned_on} & {r.seed for r in measured}
     assert tuned_on[0].seed == TUNING_SEED
 
