@@ -51,6 +51,12 @@ class Said(logging.Handler):
 
     line = ""
 
+    def __init__(self) -> None:
+        super().__init__()
+        log = logging.getLogger("specdiff.integrations.comfyui")
+        log.setLevel(logging.INFO)
+        log.addHandler(self)
+
     def emit(self, record: logging.LogRecord) -> None:
         """Keep it."""
         self.line = record.getMessage()
@@ -238,9 +244,6 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_grad_enabled(False)
     comfy, said = ComfyUI(given.checkout), Said()
-    log = logging.getLogger("specdiff.integrations.comfyui")
-    log.setLevel(logging.INFO)
-    log.addHandler(said)
     samplers = given.samplers or comfy.samplers
     schedulers = comfy.schedulers if given.schedulers == ["all"] else given.schedulers
     for steps in given.steps:

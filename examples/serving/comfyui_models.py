@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import datetime
-import logging
 import re
 import sys
 import tempfile
@@ -354,9 +353,7 @@ def main() -> None:
     start(given.checkout)
     import comfyui_version
 
-    said, log = Said(), logging.getLogger("specdiff.integrations.comfyui")
-    log.setLevel(logging.INFO)
-    log.addHandler(said)
+    said = Said()
     lines = [
         f"\nComfyUI {comfyui_version.__version__}, torch {torch.__version__},"
         f" {datetime.date.today()}.\n",

@@ -10,14 +10,15 @@ import typer
 from specdiff.cli.common import console, make_folders, parse_options, require_compiler
 from specdiff.errors import SpecdiffError
 
+Model = Annotated[str, typer.Option(help="The trained model: emoji, textures or photos.")]
+Weights = Annotated[
+    Path | None, typer.Option(help="Of textures or photos, which have none in the package.")
+]
+
 
 def evaluate_methods(
-    model: Annotated[
-        str, typer.Option(help="The trained model: emoji, textures or photos.")
-    ] = "emoji",
-    weights: Annotated[
-        Path | None, typer.Option(help="Of textures or photos, which have none in the package.")
-    ] = None,
+    model: Model = "emoji",
+    weights: Weights = None,
     out: Annotated[Path, typer.Option(help="Folder for results, table and plot.")] = Path("eval"),
     quick: Annotated[
         bool, typer.Option("--quick", help="4 pictures, 2 of them timed, no large set.")
@@ -79,12 +80,8 @@ def evaluate_methods(
 
 
 def tune_plan(
-    model: Annotated[
-        str, typer.Option(help="The trained model: emoji, textures or photos.")
-    ] = "emoji",
-    weights: Annotated[
-        Path | None, typer.Option(help="Of textures or photos, which have none in the package.")
-    ] = None,
+    model: Model = "emoji",
+    weights: Weights = None,
     target: Annotated[
         float | None,
         typer.Option(

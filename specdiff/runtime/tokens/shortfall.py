@@ -18,13 +18,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from specdiff.runtime.sampler.displacement import TINY
 from specdiff.runtime.sampler.weights import Weights
 from specdiff.runtime.tokens.clock import plus, ratio
 from specdiff.runtime.tokens.history import ComputedOutput
 
 LARGEST = 1.0
 """What is put on top of a prediction, at most, relative to it. The rest is left to later ones."""
-TINY = torch.finfo(torch.float32).tiny
 
 
 class Forecast(NamedTuple):
