@@ -23,7 +23,10 @@ ROUNDED = 2.0**-8
 """Share of the unit of time by which a model's time may differ: it may be bf16."""
 LINEAR = 1e-3
 """What a scheduler's latents may miss of the sum of its weights, relative to their size."""
-UNSET = "it has no timesteps yet"
+UNSET = (
+    "it has no timesteps yet: call its set_timesteps before the model, or give the one that the"
+    " pipeline steps with"
+)
 ELSEWHERE = "the model is called at other times: give the one that the pipeline steps with"
 TURNS = "its times do not fall or rise throughout"
 UNDER_WAY = "the generation had begun without it"
@@ -88,7 +91,7 @@ class Scheduler:
         Weights are found once for each call of `set_timesteps`.
         """
         timesteps = getattr(self._scheduler, "timesteps", None)
-        if not isinstance(timesteps, Tensor) or not timesteps.numel():
+        if not isinstance(timesteps, Tensor) or not timesteps.numel() or self._is_new:
             return UNSET
         values = [float(value) for value in timesteps.tolist()]
         steps = [after - before for before, after in itertools.pairwise(values)]
@@ -120,6 +123,14 @@ class Scheduler:
         if levels is None or not (_near(levels[0], times[0]) or times[0] == timesteps[0]):
             return None
         return fresh_noise(_copied(self._scheduler), timesteps.cpu(), levels)
+
+    @property
+    def _is_new(self) -> bool:
+        """Whether its timesteps are those of training, which it has until they are set."""
+        config = getattr(self._scheduler, "config", None)
+        trained = getattr(config, "num_train_timesteps", None)
+        counted = getattr(self._scheduler, "num_inference_steps", None)
+        return counted is None and len(self._scheduler.timesteps) == trained
 
     @property
     def _unit(self) -> float:

@@ -127,6 +127,14 @@ def test_a_scheduler_that_does_not_run_the_model() -> None:
         Scheduler({})
 
 
+def test_a_scheduler_whose_timesteps_are_those_of_training() -> None:
+    """As it is before `set_timesteps`, where a loop has sigmas of its own."""
+    scheduler = pytest.importorskip("diffusers").FlowMatchEulerDiscreteScheduler(shift=3.0)
+    assert Scheduler(scheduler).run(1000.0) == scheduler_module.UNSET
+    scheduler.set_timesteps(1000)
+    assert isinstance(Scheduler(scheduler).run(1000.0), Run)
+
+
 def test_columns_that_later_latents_count_alike() -> None:
     """Euler: every prediction moves all later latents by its own step."""
     like, steps = torch.zeros(5), (0.4, 0.3, 0.2, 0.1)
