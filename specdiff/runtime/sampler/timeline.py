@@ -25,6 +25,18 @@ EVEN = 0.02
 """How far a step may be from its even place, as a share of the run."""
 MIDDLE = 4
 """Steps from which on a schedule has a middle."""
+CUT_OFF = 0.08
+"""Share of a run by noise, at its end, in which uneven times may stop and leave the rest to one
+step: too long a guess of it corrects too little, which is made good later; too short a one, too
+much."""
+AWAY = 0.8
+"""Shift below which times are none of a flow: its steps are shifted towards noise, if at all."""
+DRIFT = 0.05
+"""By how much, as a share, the length that half of a flow's times tell differs from what all do."""
+ROUNDED_SHIFT, ROUNDED_DRIFT = 4.5, 9.0
+"""How much further rounding leads: so often the unit of the times over the square of how far they
+came. Even times in bf16, fp16 and whole thousandths, of shifts from 1 (0.5) to 30, need 4.1 (8.2)
+of it."""
 CLOSE = 0.3
 """Evaluations by which a number may differ from the usual one that it is then taken for."""
 
@@ -48,7 +60,7 @@ def next_time(times: Sequence[float], given: Sequence[float] | None) -> float:
     """
     if given is not None:
         return given[len(times)] if len(times) < len(given) else end_of([*given, *times])
-    if evaluations_left(times, None) < 1 + NEAR:
+    if evaluations_left(times, None) < 1 + NEAR or _may_end(times):
         return end_of(times)
     return times[-1] + _next_step(times)
 
@@ -84,8 +96,7 @@ def evaluations_planned(times: Sequence[float], given: Sequence[float] | None, u
     distance = abs(times[-1] - times[0]) / time_unit(times) if times else 0.0
     if not distance:
         return usual
-    precision = 2.0 ** -max(map(_bits, times[-3:]))
-    guess = _total(times) if distance > ROUNDED * precision else math.nan
+    guess = _total(times) if distance > ROUNDED * _precision(times) else math.nan
     if math.isnan(guess):  # steps grow towards the end: there are no more than at their mean so far
         whole = abs(times[0] - end_of(times)) / time_unit(times)
         return min(usual, (len(times) - 1) * whole / distance)
@@ -122,6 +133,49 @@ def unlike_a_flow(given: Sequence[float]) -> tuple[float, ...] | None:
     return tuple(BY_NOISE * c + (1 - BY_NOISE) * i / last for i, c in enumerate(by_noise))
 
 
+def uneven_so_far(times: Sequence[float]) -> tuple[float, float] | None:
+    """How far the run had come at the previous evaluation and at this one, from 0 to 1, by noise.
+
+    None where the times so far may be even up to a shift: their number says it all. Others tell
+    another length the longer one looks, so that no guess of the end can be relied on.
+    """
+    if len(set(times)) < max(len(times), 3) or not (_leads_away(times) or _drifts(times)):
+        return None
+    unit, end = time_unit(times), end_of(times)
+    sigmas = [abs(time - end) / unit for time in (times[0], *times[-2:])]
+    if max(sigmas) > 1:
+        return None
+    first, before, now = (_evenly(sigma, SHIFT) for sigma in sigmas)
+    return 1 - before / first, 1 - now / first
+
+
+def _may_end(times: Sequence[float]) -> bool:
+    """Whether uneven times may stop here."""
+    came = uneven_so_far(times)
+    return came is not None and came[1] > 1 - CUT_OFF
+
+
+def _leads_away(times: Sequence[float]) -> bool:
+    """Whether steps are shifted away from noise, as Karras and exponential sigmas are at first."""
+    shift = _shift_of(times)
+    return shift is not None and shift < AWAY - ROUNDED_SHIFT * _rounding(times)
+
+
+def _drifts(times: Sequence[float]) -> bool:
+    """Whether half of the times tell another length of the run than all of them do."""
+    half = times[: len(times) // 2 + 1]
+    if len(times) <= MIDDLE:
+        return False
+    earlier, later = _total(half), _total(times)
+    allowed = DRIFT + ROUNDED_DRIFT * _rounding(half)  # from 1 on rounding may do anything
+    return allowed < 1 and abs(later - earlier) > allowed * min(later, earlier)  # not if one is NaN
+
+
+def _rounding(times: Sequence[float]) -> float:
+    """What rounding does to a shift and a length that times tell, up to a factor."""
+    return _precision(times) * (time_unit(times) / (times[-1] - times[0])) ** 2
+
+
 def _spread(values: Sequence[float]) -> list[float]:
     """From 0 to 1."""
     return [(values[0] - value) / (values[0] - values[-1]) for value in values]
@@ -142,6 +196,11 @@ def _shift(odds: Sequence[float], middle: int, last: int) -> float:
     rise, whole = (between - first) * last, (newest - first) * middle
     below = whole * between - rise * newest
     return (rise - whole) / below if below else 1.0
+
+
+def _precision(times: Sequence[float]) -> float:
+    """Of one of the last three, as a share: what its significant bits tell apart."""
+    return 2.0 ** -max(map(_bits, times[-3:]))
 
 
 def _bits(time: float) -> int:
@@ -165,19 +224,26 @@ def _total(times: Sequence[float]) -> float:
     Returns:
         Their number, as `Plan.due` takes it: need not be whole. NaN where the times tell no k.
     """
+    shift = _shift_of(times)
+    if shift is None:
+        return math.nan
+    last, unit, end = len(times) - 1, time_unit(times), end_of(times)
+    sigmas = (abs(time - end) / unit for time in (times[0], times[-1]))
+    start, here = (1 / (1 + shift * (1 / sigma - 1)) for sigma in sigmas)
+    return last + here * last / (start - here) if start > here else math.nan
+
+
+def _shift_of(times: Sequence[float]) -> float | None:
+    """The positive shift of the flow that has the first, the middle and the last of these times."""
     last, middle = len(times) - 1, (len(times) - 1) // 2
     if middle < 1:
-        return math.nan
+        return None
     unit, end = time_unit(times), end_of(times)
     sigmas = [abs(times[index] - end) / unit for index in (0, middle, last)]
     if min(sigmas) <= 0 or len(set(sigmas)) < 3:
-        return math.nan
-    odds = [1 / sigma - 1 for sigma in sigmas]
-    shift = _shift(odds, middle, last)
-    if shift <= 0:
-        return math.nan
-    start, here = (1 / (1 + shift * each) for each in (odds[0], odds[2]))
-    return last + here * last / (start - here) if start > here else math.nan
+        return None
+    shift = _shift([1 / sigma - 1 for sigma in sigmas], middle, last)
+    return shift if shift > 0 else None
 
 
 def _next_step(times: Sequence[float]) -> float:

@@ -38,13 +38,22 @@ STRAYED_HINT = (
     " the sampler drew noise or a callback changed the latent; an evaluation after such a step runs"
     f" dense (of a sampler that draws noise, {GIVE_SCHEDULER})"
 )
+UNEVEN = (
+    "times that are not even up to a shift towards noise (Karras, exponential, beta sigmas) do not"
+    f" tell where the generation ends, so the plan is placed by a guess: {GIVE_SCHEDULER} places it"
+    " exactly"
+)
 
 
 def tokens_due(call: Call) -> int:
     """Tokens to compute; all of them if a selective step would have no caches."""
     tokens, times = call.schedule.tokens, [*call.stream.times, call.time]
-    place = Place.of(times, call.given, call.schedule.usual)
+    place = Place.of(times, call.given, call.schedule.usual, call.stream.planned)
+    if place.so_far is not None:
+        call.state.say(logger, UNEVEN)
     count, reason = call.schedule.decide(place)
+    if count == tokens:
+        call.stream.planned = (*call.stream.planned, place.index)
     if reason == UNSELECTABLE:
         call.state.counters.fallbacks[UNSELECTABLE] += 1
         call.state.say(logger, f"{UNSELECTABLE}: {call.programs.signature.unselectable}")

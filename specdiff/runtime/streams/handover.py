@@ -63,7 +63,7 @@ def companion(streams: Iterable[Stream], latents: Sequence[Tensor], time: float)
 def fall_in(stream: Stream, other: Stream, index: int) -> None:
     """A stream that begins keeps step with another: its first evaluation is number `index`."""
     stream.trail.times = other.trail.times[:index]
-    stream.run = other.run
+    stream.run, stream.planned = other.run, other.planned
 
 
 def fitting(latents: Sequence[Tensor], before: Sequence[Tensor]) -> list[Tensor] | None:
@@ -88,5 +88,5 @@ def _of_rows(latent: Tensor, before: Tensor) -> Tensor | None:
 def take_over(stream: Stream, before: Stream) -> None:
     """A stream that begins goes on with the generation of another."""
     stream.trail.times = list(before.trail.times)
-    stream.run = before.run
+    stream.run, stream.planned = before.run, before.planned
     stream.history.inherit(before.history)

@@ -183,6 +183,8 @@ class Stream:
         """None outside of sessions with times."""
         self.run: Run | None = None
         """By a scheduler at hand, if there is one."""
+        self.planned: tuple[int, ...] = ()
+        """Evaluations that were to be dense by the plan."""
         self.trail = Trail()
         self.selected = Selected()
         self.fit = SamplerState()

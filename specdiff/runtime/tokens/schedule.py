@@ -15,6 +15,7 @@ from specdiff.runtime.sampler.timeline import (
     evaluations_left,
     evaluations_planned,
     of_steps,
+    uneven_so_far,
     unlike_a_flow,
 )
 from specdiff.settings import Settings
@@ -48,15 +49,27 @@ class Place:
     """The same, as it was known at the previous evaluation."""
     progress: tuple[float, ...] | None = None
     """How far the run has come at each evaluation, where that is known and uneven."""
+    so_far: tuple[float, float] | None = None
+    """How far it had come at the previous evaluation and at this one, where times that were found
+    to be uneven are all that is known."""
+    had: Sequence[int] = ()
+    """Earlier evaluations that were to be dense by its plan."""
 
     @classmethod
-    def of(cls, times: Sequence[float], given: Sequence[float] | None, usual: int) -> Place:
+    def of(
+        cls,
+        times: Sequence[float],
+        given: Sequence[float] | None,
+        usual: int,
+        had: Sequence[int] = (),
+    ) -> Place:
         """From the times so far, this evaluation's included; the two of a step are at one place.
 
         Args:
             times: of the evaluations.
             given: all times of the run, if known.
             usual: evaluations to expect while the times do not tell; 0: the total is not needed.
+            had: earlier evaluations that were to be dense.
         """
         steps = of_steps(given) if given is not None else None
         if steps is not None:
@@ -64,7 +77,8 @@ class Place:
         left, seen = evaluations_left(times, given), (times, times[:-1])
         total, before = (evaluations_planned(s, given, usual) if usual else 0 for s in seen)
         progress = unlike_a_flow(given) if given is not None and usual else None
-        return cls(len(times) - 1, left, total, before, progress)
+        found = uneven_so_far(times) if given is None and usual else None
+        return cls(len(times) - 1, left, total, before, progress, found, had)
 
     @classmethod
     def known(cls, index: int, total: int, progress: tuple[float, ...] | None = None) -> Place:
@@ -91,6 +105,26 @@ def placed(plan: Plan, progress: tuple[float, ...]) -> tuple[int | None, ...]:
     return tuple(
         due.get(i, None if plan.ratios[other] == 0 else other) for i, other in enumerate(others)
     )
+
+
+def owed(plan: Plan, place: Place) -> int | None:
+    """The entry of a list that is due in a run whose end nobody knows; None: it lies in a gap.
+
+    Dense entries are due where the noise is theirs. Those that were passed while the times seemed
+    even are made up for, no closer to each other than in the plan.
+    """
+    assert place.so_far is not None
+    before, now = place.so_far
+    whole, step, dense = len(plan.ratios), now - before, plan.dense
+    passed, reached = (sum(e <= whole * (c + step / 2) for e in dense) for c in (before, now))
+    if reached > passed:
+        return dense[reached - 1]
+    if reached > len(place.had) > 0:
+        gap = dense[len(place.had)] - dense[len(place.had) - 1]
+        if place.index - place.had[-1] >= gap:
+            return dense[reached - 1]
+    other = min(round(whole * now), whole - 1)
+    return None if plan.ratios[other] == 0 else other
 
 
 @dataclass(frozen=True)
@@ -138,10 +172,12 @@ class Schedule:
         if self.plan.rule is not None:
             why = self.plan.rule.why_dense(place.index, place.left)
             return (self.tokens, why) if why else self._in_gap()
-        if place.progress is None:
-            entry = self._list.due(place.index, place.total, place.before)
-        else:
+        if place.progress is not None:
             entry = placed(self._list, place.progress)[place.index]
+        elif place.so_far is not None:
+            entry = owed(self._list, place)
+        else:
+            entry = self._list.due(place.index, place.total, place.before)
         if entry is None:
             return self._in_gap()
         count = self._active(self._list.ratios[entry])

@@ -14,6 +14,7 @@ import specdiff
 from specdiff.plan import Plan
 from specdiff.runtime.step.clean import ANEW, TIMED
 from specdiff.runtime.step.scheduled import UNUSED
+from specdiff.runtime.step.step import UNEVEN
 from tests.runtime.toy import CHANNELS, SIDE, TEXT, WIDTH, Toy, dense_velocity, toy
 
 
@@ -141,6 +142,20 @@ def test_each_schedule_has_the_dense_steps_of_the_preset(
     assert not specdiff.stats(model).fallbacks
 
 
+@pytest.mark.parametrize("spaced", ["karras", "exponential", "beta"])
+def test_uneven_times_that_nobody_gave(spaced: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Nearly as good as where they are known, and it is said what makes them so."""
+    diffusers = pytest.importorskip("diffusers")
+    model, known = new(), {f"use_{spaced}_sigmas": True}
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, **known)
+    exact, fewer = dense(model, scheduler), dense(model, scheduler, 11)
+    assert error(model, scheduler, exact) < torch.dist(fewer, exact) / 4
+    assert 10 <= specdiff.stats(model).dense <= 12
+    assert caplog.text.count(UNEVEN) == 1
+    error(model, scheduler, exact, scheduler=scheduler)
+    assert caplog.text.count(UNEVEN) == 1
+
+
 def between(model: Toy, solver: Solver) -> Sequence[Callable[[], object]]:
     """What may run between two generations."""
 
@@ -158,12 +173,29 @@ def between(model: Toy, solver: Solver) -> Sequence[Callable[[], object]]:
         with specdiff.session(model, quality="fast"):
             drawn(model, solver, 20, seed=2)
 
+    def noise() -> None:
+        seeded(lambda: drawn(model, Noisy(), 12, seed=8))
+
+    def in_turns() -> None:
+        def of_both(latent: Tensor, time: Tensor, prompt: Tensor) -> Tensor:
+            model(-latent, time, 2 * prompt)
+            return model(latent, time, prompt)
+
+        drawn(of_both, Solver(), seed=6)
+
     def switched_off() -> None:
         specdiff.configure(model, quality="dense")
         drawn(model, solver, seed=3)
         specdiff.configure(model, quality=None)
 
-    return cut_short, in_session, switched_off, lambda: drawn(model, solver, 50, seed=5)
+    return (
+        cut_short,
+        in_session,
+        noise,
+        in_turns,
+        switched_off,
+        lambda: drawn(model, solver, 50, seed=5),
+    )
 
 
 @pytest.mark.parametrize("known", [True, False])

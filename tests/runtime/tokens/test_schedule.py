@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from specdiff.errors import OptionError
 from specdiff.options import Options, check_overrides
 from specdiff.plan import Plan
 from specdiff.rule import Rule
-from specdiff.runtime.sampler.timeline import evaluations_planned
+from specdiff.runtime.sampler.timeline import evaluations_planned, next_time, uneven_so_far
 from specdiff.runtime.tokens.schedule import Place, Schedule
 from specdiff.settings import METHODS, QUALITIES
 from tests.runtime.toy import UNCORRECTED, Euler, sigmas, toy
@@ -398,6 +399,43 @@ def test_uneven_times_have_the_dense_steps_that_were_asked_for_where_the_noise_i
     assert sum(times[i] for i in dense) * (-1 if rising else 1) > sum(
         times[i] for i in by_number
     ) * (-1 if rising else 1)
+
+
+def round_ends(steps: int) -> list[float]:
+    """Sigmas close together at both ends, as those of a beta distribution are."""
+    return [(1 + math.cos(math.pi * i / steps)) / 2 for i in range(steps)]
+
+
+@pytest.mark.parametrize("spaced", [karras, round_ends])
+@pytest.mark.parametrize("steps", [28, 50])
+@pytest.mark.parametrize("rising", [False, True])
+def test_uneven_times_that_nobody_knows_have_the_dense_steps_all_the_same(spaced, steps, rising):
+    settings = Options(quality="balanced").resolve()
+    schedule = Schedule.of(settings, [64])
+    times, dense = [1 - time if rising else time for time in spaced(steps)], []
+    for index in range(steps):
+        place = Place.of(times[: index + 1], None, schedule.usual, dense)
+        dense += [index] if schedule.decide(place)[0] else []
+    assert 0 <= len(dense) - len(settings.plan.dense) <= 2
+    assert max(b - a for a, b in pairwise(dense)) <= steps // 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shift", [1.0, 1.15, 3.0, 7.0, 12.0])
+@pytest.mark.parametrize("begins", [1.0, 0.6])
+def test_even_times_are_never_taken_for_uneven_ones(dtype, shift, begins):
+    for steps in (10, 28, 50):
+        even = torch.linspace(begins, 0, steps + 1, dtype=torch.float64)[:-1]
+        for unit in (1, 1000):
+            times = (unit * shift * even / (1 + (shift - 1) * even)).to(dtype).tolist()
+            assert not any(uneven_so_far(times[: index + 1]) for index in range(steps))
+
+
+def test_a_step_that_may_be_the_last_of_uneven_times_is_not_taken_for_a_short_one():
+    """Karras sigmas stop short of 0, and one long step does the rest."""
+    times = karras(28)
+    assert next_time(times[:14], None) == pytest.approx(times[14], rel=0.01)
+    assert next_time(times, None) == 0
 
 
 @pytest.mark.parametrize("shift", [0.5, 1.0, 1.15, 3.0, 7.0])
