@@ -25,7 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from workflow_kinds import KINDS, Drawing, Kind
+from workflow_drawing import Drawing
+from workflow_graphs import section, stored
+from workflow_kinds import KINDS, Kind
 
 import specdiff
 from specdiff.measure.comparison import psnr
@@ -99,9 +101,10 @@ class Bench:
     def _load(self) -> None:
         self.drawing: Drawing = self._kind.load()
         self._computed = 0
-        modules = self.drawing.model.named_modules()
-        last = next(m for name, m in modules if name in ("proj_out", "flow.proj_out"))
-        last.register_forward_hook(self._count)
+        for model in self.drawing.models:
+            modules = model.named_modules()
+            last = next(m for name, m in modules if name in ("proj_out", "flow.proj_out"))
+            last.register_forward_hook(self._count)
 
     def _count(self, *_: object) -> None:
         self._computed += 1
@@ -137,17 +140,19 @@ class Bench:
         self._load()
         drawing = self.drawing
         known = {"scheduler": drawing.scheduler} if way == KNOWN else {}
-        specdiff.attach(drawing.model, **known)
-        specdiff.reset(drawing.model)
+        for model in drawing.models:
+            specdiff.attach(model, **known)
+            specdiff.reset(model)
         around: Callable[[], Any] = nullcontext
         if way.startswith("session"):
             around = _session(drawing, steps, way)
         try:
             pictures, _ = self.draw(steps, around)
-            stats = specdiff.stats(drawing.model)
+            dense = sum(specdiff.stats(model).dense for model in drawing.models)
         finally:
-            specdiff.detach(drawing.model)
-        return pictures, stats.dense / len(self._prompts)
+            for model in drawing.models:
+                specdiff.detach(model)
+        return pictures, dense / len(self._prompts)
 
 
 def _session(drawing: Drawing, steps: int, way: str) -> Callable[[], Any]:
@@ -215,8 +220,8 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path)
     given = parser.parse_args()
     quiet_libraries()
-    stored = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else []
-    found, failed = [Row(**row) for row in stored], []
+    known = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else []
+    found, failed = [Row(**row) for row in known], []
     for kind in KINDS:
         if given.kind and not any(part in kind.name for part in given.kind):
             continue
@@ -230,7 +235,8 @@ def main() -> None:
             failed.append(f"Not run: {kind.name} ({type(error).__name__}: {error}).")
             print(failed[-1], flush=True)
     if given.markdown:
-        given.markdown.write_text(page(found, failed), encoding="utf-8")
+        graphs = section(stored(given.out.with_name("workflow_graphs.json")))
+        given.markdown.write_text(f"{page(found, failed)}\n{graphs}", encoding="utf-8")
 
 
 if __name__ == "__main__":
