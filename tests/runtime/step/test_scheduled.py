@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -265,3 +266,23 @@ def test_noise_that_runs_dense(share: float, times: bool, why: str) -> None:
     with specdiff.session(model, scheduler=solver, **known):
         assert torch.equal(seeded(lambda: drawn(model, solver)), exact)
     assert specdiff.stats(model).fallbacks == {why: 18}
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_two_experts_have_half_of_a_trajectory_each(known: bool) -> None:
+    """As Wan 2.2: two models, each with a part of the plan of its own."""
+    diffusers = pytest.importorskip("diffusers")
+    experts, scheduler = (new(), new()), diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    for model in experts:
+        specdiff.configure(model, scheduler=scheduler if known else None)
+
+    def by(models: Sequence[Velocity]) -> Velocity:
+        return lambda latent, time, prompt: models[float(time) < 0.75](latent, time, prompt)
+
+    plain = by([functools.partial(dense_velocity, model) for model in experts])
+    exact, found = drawn(plain, scheduler), drawn(by(experts), scheduler)
+    stats = [specdiff.stats(model) for model in experts]
+    assert all(each.skipped >= 4 for each in stats)
+    computed = sum(each.dense for each in stats)
+    assert 10 <= computed <= 15
+    assert torch.dist(found, exact) < torch.dist(drawn(plain, scheduler, computed), exact)
