@@ -200,7 +200,8 @@ def page(found: Sequence[Row], failed: Sequence[str]) -> str:
     silent = [r for r in found if r.computed == r.evaluations > 8 and not r.said]
     return "\n".join([
         "# Workflows", "",
-        f"Made by [workflows.py](workflows.py) on the demo model, on a CPU; {', '.join(versions)}.",
+        "Made by [workflows.py](workflows.py) on the demo model (SD3: on that of textures), on a"
+        f" CPU; {', '.join(versions)}.",
         f"{found[0].pictures if found else 0} picture(s) a row; PSNR to the same workflow dense.",
         "", f"Of {len(found)} rows {len(fast)} leave evaluations out."
         f" More than 1 dB behind fewer steps: {len(behind)}. Of {len(long)} rows of 20 and more"
