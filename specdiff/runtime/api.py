@@ -47,6 +47,7 @@ def stats(compiled: torch.nn.Module) -> Stats:
         tokens_computed=counters.tokens_computed,
         tokens_total=counters.tokens_total,
         cache_bytes=sum(runtime.pool.nbytes for runtime in runtimes),
+        kept_bytes=sum(session.kept_bytes for session in state.sessions()),
         fallbacks=dict(counters.fallbacks),
         graphs=len(state.graphs),
         recompiles=len(state.graphs) - len(set(state.graphs.values())),
@@ -65,7 +66,7 @@ def reset(compiled: torch.nn.Module) -> None:
         NotCompiledError: the model has not run under this backend, nor been configured.
     """
     state = _known_state(compiled)
-    for owner in (state, *state.sessions):
+    for owner in (state, *state.sessions()):
         owner.forget_streams()
     state.counters = Counters()
     for runtime in _runtimes(state):
