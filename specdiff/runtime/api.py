@@ -108,6 +108,7 @@ def attach(
     model: torch.nn.Module,
     scheduler: Any = None,
     group: torch.distributed.ProcessGroup | None = None,
+    tokens: str | None = None,
     **options: Any,
 ) -> Attachment:
     """Accelerate the calls of a module from outside, whatever runs inside it.
@@ -133,6 +134,9 @@ def attach(
         group: processes that share the model while each draws pictures of its own, as under FSDP
             (`torch.distributed.group.WORLD`): all compute a step if one of them has to. Costs an
             exchange a call. Not needed where all ranks see the same latents.
+        tokens: the argument of the blocks that holds the picture's tokens, such as "hidden_states",
+            where blocks are compiled one by one and shapes do not tell: a prompt has as many
+            tokens, or as many as the picture in larger patches. What cannot be told is said.
         options: as of `configure`, and `timestep_arg`.
 
     Returns:
@@ -146,7 +150,7 @@ def attach(
     detach(model)
     state = find_or_create(model)
     state.scheduler, state.group = known, group
-    return Attachment(model, Options.parse(options, frozenset())[0], state)
+    return Attachment(model, Options.parse(options, frozenset())[0], state, tokens)
 
 
 def detach(model: torch.nn.Module) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor, fx, nn
 
 from specdiff.models.picture_model import Order, PictureModel, load_folder, of_pipeline
 from specdiff.serve.engine import Engine
-from specdiff.serve.events import Picture
 from specdiff.serve.programs import FOLDER, compile_into
 from tests.examples.small import flux_folder
 from tests.serve.test_engine import CPU, drawn
