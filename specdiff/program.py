@@ -19,9 +19,7 @@ InputRole = Literal["parameter", "latent", "time", "condition", "scalar"]
 may make it anew for each step, so its identity does not tell two generations apart."""
 
 
-NAME_TOKENS = (
-    'attach(model, tokens="...") names the argument of the blocks that holds the picture\'s'
-)
+NAME_TOKENS = 'name the argument of the blocks that holds the picture, attach(model, tokens="...")'
 """The remedy where a block's text and picture have as many tokens."""
 
 

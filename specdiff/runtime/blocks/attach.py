@@ -302,10 +302,8 @@ def _patches_of(outputs: Sequence[Any], visits: Sequence[Visit], holder: str | N
         raise Unsupported(f"the model returns {len(outputs)} values, not one tensor")
     lengths = frozenset(length for v in visits for length in v.block.lengths_of(holder))
     if not lengths and holder is not None:
-        held = {name for v in visits for name, held in v.block.held.items() if held}
-        raise Unsupported(
-            f"tokens={holder!r}: of the blocks' arguments these hold tokens: {', '.join(sorted(held))}"
-        )
+        held = sorted({name for v in visits for name, some in v.block.held.items() if some})
+        raise Unsupported(f"tokens: {holder!r} holds none in any block, but {held} do")
     ways = list(possible(outputs[0].shape, lengths))
     if len(ways) > 1:  # the prompt may be as long as the picture in larger patches: it ends inside
         returned = visits[-1].block.returned

@@ -194,19 +194,22 @@ def test_a_prompt_as_long_as_the_picture_in_larger_patches():
     assert attachment.reasons() == ()
 
 
-@pytest.mark.parametrize(("make", "text"), [(MODELS["sd3"], 48), (MODELS["flux"], 42)])
-def test_as_many_tokens_of_text_as_of_the_picture(make, text, caplog):
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [(MODELS["sd3"], 48), pytest.param(MODELS["flux"], 42, marks=pytest.mark.slow)],
+)
+def test_as_many_tokens_of_text_as_of_the_picture(make, text):
     """Blocks do not tell which are which; the name of their argument does."""
     model, inputs = make(text=text)
     whole = torch.compile(copy.deepcopy(model), backend=specdiff.backend(**EAGER, **SELECTING))
     expected = generation(whole, inputs)
     attachment = specdiff.attach(compile_blocks(model), **SELECTING)
     generation(model, inputs, steps=1)
-    said = f'2 segments of a block have {text} tokens, not one; attach(model, tokens="...")'
+    said = f"2 segments of a block have {text} tokens, not one; name the argument of the blocks"
     assert said in attachment.reasons()[0]
-    specdiff.attach(model, tokens="hidden_state", **SELECTING)
+    attachment = specdiff.attach(model, tokens="hidden_state", **SELECTING)
     generation(model, inputs, steps=1)
-    assert "hold tokens: encoder_hidden_states, hidden_states" in caplog.text
+    assert "['encoder_hidden_states', 'hidden_states'] do" in attachment.reasons()[0]
     attachment = specdiff.attach(model, tokens="hidden_states", **SELECTING)
     torch.testing.assert_close(generation(model, inputs), expected, **EXACT)
     assert evaluations(model)[1] > 0
