@@ -16,6 +16,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +32,17 @@ from torch import Tensor
 import specdiff
 from specdiff.measure.comparison import psnr
 from specdiff.models import demo, textures
-from specdiff.models.subject import TUNED_ON
+from specdiff.models.subject import CROPS, TUNED_ON
 from specdiff.plan import Plan
 
 HERE = Path(__file__).parent
-WEIGHTS = HERE.parent / "training" / "textures" / "textures.safetensors"
 SEED, REFERENCE = 100, 150
 OURS = {
     6: Plan.of(STEPS, (0, 5, 11, 17, 23, 27)),
     8: "fast",
     10: "balanced",
     12: Plan.of(STEPS, (0, 2, 5, 8, 11, 14, 17, 20, 22, 24, 26, 27)),
-    15: "near-lossless",
+    15: Plan.of(STEPS, (*range(0, 27, 2), 27)),
     20: Plan.of(STEPS, (*range(0, 14, 2), *range(14, 26), 27)),
     28: Plan.every(1),
 }
@@ -74,29 +74,37 @@ def emoji(index: int) -> tuple[Tensor, Field]:
     return torch.randn(1, 1024, 48, generator=torch.Generator().manual_seed(SEED + index)), velocity
 
 
-def texture(index: int) -> tuple[Tensor, Field]:
-    """The same, of a guided picture: both halves in one batch."""
-    states = textures.class_codes([textures.CLASSES[index % len(textures.CLASSES)]])
+def crop(index: int, name: str) -> tuple[Tensor, Field]:
+    """The same, of a guided picture of crops: both halves in one batch."""
+    classes, class_codes, scale = CROPS[name]
+    states = class_codes([classes[index % len(classes)]])
     tokens, pooled = (torch.cat([torch.zeros_like(code), code]) for code in states)
     given = {"encoder_hidden_states": tokens, "pooled_projections": pooled, "return_dict": False}
 
     def velocity(model: Any, x: Tensor, sigma: float) -> Tensor:
         time = torch.full((2,), sigma * 1000)
         both: Tensor = model(hidden_states=torch.cat([x, x]), timestep=time, **given)[0]
-        return torch.lerp(*both.chunk(2), textures.GUIDANCE_SCALE)
+        return torch.lerp(*both.chunk(2), scale)
 
     start = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(SEED + index))
     return start, velocity
 
 
-MODELS: dict[str, tuple[Callable[[], Any], Callable[[int], Any], Any, dict[str, Any]]] = {
-    "emoji": (demo.load_transformer, emoji, demo.to_pixels, {}),
-    "textures": (
-        lambda: textures.load_transformer(WEIGHTS),
-        texture,
+def _model_of_crops(name: str) -> Model:
+    weights = HERE.parent / "training" / name / f"{name}.safetensors"
+    return (
+        partial(textures.load_transformer, weights),
+        partial(crop, name=name),
         textures.to_pixels,
-        {"guidance_scale": textures.GUIDANCE_SCALE},
-    ),
+        {"guidance_scale": CROPS[name][2]},
+    )
+
+
+Model = tuple[Callable[[], Any], Callable[[int], tuple[Tensor, Field]], Any, dict[str, Any]]
+"""load(), picture of a number, to_pixels, options"""
+MODELS: dict[str, Model] = {
+    "emoji": (demo.load_transformer, emoji, demo.to_pixels, {}),
+    **{name: _model_of_crops(name) for name in CROPS},
 }
 
 
@@ -230,7 +238,7 @@ def main() -> None:
     """Measure and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pictures", type=int, default=16)
-    parser.add_argument("--model", choices=[*MODELS], nargs="*", default=[*MODELS])
+    parser.add_argument("--model", choices=[*MODELS], nargs="*", default=["emoji", "textures"])
     parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--references", type=Path, default=Path("solution-references"))
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing after")

@@ -89,7 +89,7 @@ def draw_loss(losses: list[tuple[int, int, float]], file: Path) -> None:
     axis = figure.subplots()
     for stage in sorted({entry[1] for entry in losses}):
         points = [(step, loss) for step, at, loss in losses if at == stage]
-        axis.plot(*zip(*points, strict=True), label=f"stage {stage + 1}")
+        axis.plot(*zip(*points, strict=True), marker=".", label=f"stage {stage + 1}")
     axis.set(xlabel="step", ylabel="flow-matching loss", yscale="log")
     if losses:
         axis.legend()

@@ -13,7 +13,12 @@ from torch import Tensor
 from specdiff.errors import SpecdiffError
 from specdiff.models import demo, photos, textures
 
-MODELS = ("emoji", "textures", "photos")
+CROPS = {
+    "textures": (textures.CLASSES, textures.class_codes, textures.GUIDANCE_SCALE),
+    "photos": (photos.CLASSES, photos.class_codes, photos.GUIDANCE_SCALE),
+}
+"""Models of crops: classes, their codes and the guidance scale, by name."""
+MODELS = ("emoji", *CROPS)
 STEPS = 28
 TUNED_ON = 24
 """Stored prompts at the start of the demo's list that its defaults may have been tuned on."""
@@ -130,34 +135,12 @@ def emoji(device: torch.device) -> Subject:
     )
 
 
-def texture(device: torch.device, weights: Path | None) -> Subject:
-    """The texture model, guided: both halves in one batch.
+def crops(name: str, device: torch.device, weights: Path | None) -> Subject:
+    """A model of `CROPS`, guided: both halves in one batch.
 
     Raises:
         SpecdiffError: Its weights are missing.
     """
-    scale = textures.GUIDANCE_SCALE
-    return _crops("textures", textures.CLASSES, textures.class_codes, scale, device, weights)
-
-
-def photo(device: torch.device, weights: Path | None) -> Subject:
-    """The model of photographs, strongly guided: both halves in one batch.
-
-    Raises:
-        SpecdiffError: Its weights are missing.
-    """
-    scale = photos.GUIDANCE_SCALE
-    return _crops("photos", photos.CLASSES, photos.class_codes, scale, device, weights)
-
-
-def _crops(
-    name: str,
-    classes: tuple[str, ...],
-    codes: Callable[[list[str]], tuple[Tensor, Tensor]],
-    scale: float,
-    device: torch.device,
-    weights: Path | None,
-) -> Subject:
     if weights is None or not weights.is_file():
         given = "not given" if weights is None else f"not at {weights}"
         raise SpecdiffError(
@@ -166,8 +149,10 @@ def _crops(
             f" examples/training/{name}"
         )
 
+    classes, class_codes, scale = CROPS[name]
+
     def arguments(prompt: str) -> dict[str, Any]:
-        tokens, pooled = (code.to(device) for code in codes([prompt]))
+        tokens, pooled = (code.to(device) for code in class_codes([prompt]))
         return {
             "prompt_embeds": tokens,
             "pooled_prompt_embeds": pooled,
@@ -210,8 +195,6 @@ def find_subject(model: str, weights: Path | None, device: torch.device) -> Subj
     """
     if model == "emoji":
         return emoji(device)
-    if model == "textures":
-        return texture(device, weights)
-    if model == "photos":
-        return photo(device, weights)
+    if model in CROPS:
+        return crops(model, device, weights)
     raise SpecdiffError(f"no model {model!r}: choose from {', '.join(MODELS)}")
