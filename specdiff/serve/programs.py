@@ -14,8 +14,8 @@ FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 def compile_into(folder: str, model: nn.Module, backend: Any = "inductor") -> None:
     """Compile a model in place, for any size and batch, at its first calls.
 
-    Blocks that repeat are compiled once for all of them, where a model of diffusers names them: the
-    demo model whole takes half as long again, and twice as long from its folder.
+    Blocks that repeat are compiled once for all of them, where a model of diffusers names them,
+    which takes much less time than all of it in one.
 
     Args:
         folder: Where Inductor keeps the programs of this process, and finds those of earlier ones.

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +15,19 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from specdiff.models.picture_model import Order, PictureModel, load_folder, of_pipeline
+import specdiff
+from specdiff.models.picture_model import (
+    Order,
+    PictureModel,
+    load_folder,
+    load_picture_model,
+    of_pipeline,
+)
 from specdiff.serve.engine import Engine
 from specdiff.serve.programs import FOLDER, compile_into
 from tests.examples.small import flux_folder
+from tests.serve.served import alone, ask, pixels, until
+from tests.serve.test_command import COMMAND, is_ready
 from tests.serve.test_engine import CPU, drawn
 
 
@@ -82,3 +96,34 @@ def test_a_first_picture_that_fails_is_said(tmp_path: Path) -> None:
     engine.warm_up()
     assert "the first picture failed: BackendCompilerFailed" in engine.why_not_ready()
     engine.close()
+
+
+@pytest.mark.slow  # Inductor, in a process for each start: a minute
+def test_the_next_start_builds_nothing(tmp_path: Path) -> None:
+    folder, programs = flux_folder(tmp_path / "flux"), tmp_path / "programs"
+    order = Order("a red apple", 32, 32, 12, 3)
+    exact = load_picture_model(str(folder), CPU)
+    specdiff.attach(exact.denoiser)
+    expected = alone(exact, order).int()
+    body = {"prompt": order.prompt, "size": "32x32", "steps": order.steps, "seed": order.seed}
+    built: list[set[Path]] = []
+    for _ in range(2):
+        with served(str(folder), "--compile", str(programs)) as port:
+            status, drawn_, _ = ask(port, body)
+        assert status == 200
+        assert (pixels(drawn_["data"][0]).int() - expected).abs().max() <= 1
+        built.append(set(programs.rglob("*.so")))
+    assert built[0] == built[1] != set()
+
+
+@contextmanager
+def served(*arguments: str, port: int = 8468) -> Iterator[int]:
+    """A real process that is ready."""
+    command = [sys.executable, "-c", COMMAND, "serve", *arguments, "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        try:
+            until(lambda: is_ready(port), 900)
+            yield port
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
