@@ -24,7 +24,13 @@ from specdiff.passes.base import PassRecord
 from specdiff.passes.emit.lower import TIMETABLE, BlockPrograms, LoweredPrograms, ProgramCompiler
 from specdiff.passes.graph.dump import Dump
 from specdiff.passes.normalize.specialise import floats_of, specialise
-from specdiff.passes.select.block import lengths_of, returned_lengths, select_block, work_of
+from specdiff.passes.select.block import (
+    lengths_held,
+    lengths_of,
+    returned_lengths,
+    select_block,
+    work_of,
+)
 from specdiff.passes.select.input_roles import short_name
 from specdiff.passes.select.quantize import quantized
 from specdiff.passes.share.outline import share_repeats
@@ -42,7 +48,7 @@ from specdiff.pipeline import (
 )
 from specdiff.program import time_rank
 from specdiff.quantized import is_quantized
-from specdiff.runtime.blocks.block import Block, OneGraph, is_attached
+from specdiff.runtime.blocks.block import Block, OneGraph, Prunable, is_attached
 from specdiff.runtime.records.stats import LAST_VARIANT
 from specdiff.runtime.step.dense_only import DenseOnly
 from specdiff.runtime.step.dispatch import Runtime
@@ -225,16 +231,22 @@ def compile_with_tokens(
         alone = compile_whole_steps(module, dense, examples, is_state, options, outcome, part)
     compiler = program_compiler(traced.dump, options, inductor_settings)
 
-    def block_programs(tokens: int) -> BlockPrograms:
+    names = [short_name(source) for source in torch_adapter.sources(module)]
+
+    def block_programs(prunable: Prunable) -> BlockPrograms:
+        holder = None if prunable.holder is None else names.index(prunable.holder)
         selection = or_reason(
-            lambda: quantized(select_block(traced.axes, tokens, is_state), options.kv_cache_code)
+            lambda: quantized(
+                select_block(traced.axes, prunable.tokens, is_state, holder), options.kv_cache_code
+            )
         )
         if isinstance(selection, str):
             raise Unsupported(selection)
         return BlockPrograms(traced.module, selection, sample_of(options), compiler)
 
     work = work_of(traced.module.graph)
-    lengths = (lengths_of(traced.axes), returned_lengths(traced.axes))
+    axes = traced.axes
+    lengths = (lengths_of(axes), returned_lengths(axes), lengths_held(axes, names))
     return Block(alone, dense, module.forward, *lengths, block_programs, parameters, work)
 
 

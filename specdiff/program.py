@@ -19,6 +19,10 @@ InputRole = Literal["parameter", "latent", "time", "condition", "scalar"]
 may make it anew for each step, so its identity does not tell two generations apart."""
 
 
+NAME_TOKENS = 'name the argument of the blocks that holds the picture, attach(model, tokens="...")'
+"""The remedy where a block's text and picture have as many tokens."""
+
+
 TIMES_AT_ONCE = 16
 """Rows of a table by timestep. Filling this many takes hardly longer than filling one."""
 

@@ -10,7 +10,9 @@ Starts `specdiff serve` on the demo model as it would run, with a server for eac
 4. budget: memory for forecasts is short; against dense pictures.
 5. replicas: one on a Ray cluster is killed while it draws, in a network namespace of its own, as
    Ray listens on all interfaces.
-6. memory: 1,000 generations of many sizes, lengths and qualities, by a tiny FLUX with random
+6. start: seconds until a server that compiles into an empty folder is ready, until the next one is
+   from the same folder, and how far their pictures are from those of one that does not compile.
+7. memory: 1,000 generations of many sizes, lengths and qualities, by a tiny FLUX with random
    weights.
 
 Writes load.json and load.md beside itself.
@@ -92,9 +94,9 @@ class Server:
         return sum(float(v) for v in re.findall(rf"^{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE))
 
     def cpu_seconds(self) -> float:
-        """Processor time of the server so far."""
+        """Processor time of the server so far, and of the compilers that it ran."""
         fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / TICKS
+        return sum(map(int, fields[11:15])) / TICKS
 
     def resident_mib(self) -> float:
         """Memory that the server holds."""
@@ -357,6 +359,32 @@ def measure_replicas(wanted: argparse.Namespace) -> dict[str, Any]:
         return json.loads(told.read_text())
 
 
+def measure_start(wanted: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Servers that do not compile, compile, and find programs."""
+    found: dict[str, dict[str, float]] = {}
+    exact: list[str] = []
+    jobs = bodies(8, "balanced", 48, 28)
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = ["--compile", folder]
+        for name, more in (("eager", []), ("first", compiled), ("again", compiled)):
+            began = time.monotonic()
+            with running(TOGETHER, wanted.port, more=more) as server:
+                ready, cpu = time.monotonic() - began, server.cpu_seconds()
+                with ThreadPoolExecutor(CLIENTS) as clients:
+                    answers = list(clients.map(server.ask, jobs))
+            assert all(status == 200 for status, _, _ in answers)
+            sent = [content["data"][0]["b64_json"] for _, content, _ in answers]
+            exact = exact or sent
+            found[name] = {
+                "ready": round(ready, 1),
+                "cpu_seconds": round(cpu, 1),
+                "slowest": round(max(seconds for _, _, seconds in answers), 1),
+                "most_levels_apart": max(map(levels_apart, sent, exact)),
+            }
+            print(name, found[name], flush=True)
+    return found
+
+
 def inside(port: int, told: Path) -> None:
     """The part of `measure_replicas` in the namespace."""
     cluster = ["--ray", "local", "--replicas", "1"]
@@ -410,6 +438,17 @@ def replicas_text(part: Mapping[str, Any]) -> Iterator[str]:
     yield f"{f['slowest']:g} s, the start of another replica included."
 
 
+def start_table(part: Mapping[str, Any]) -> Iterator[str]:
+    """As Markdown."""
+    heads = ("start", "ready after, s", "CPU seconds until then", "then 8 pictures in, s")
+    yield f"| {' | '.join(heads)} | levels of 255 from eager |"
+    yield "|---|---|---|---|---|"
+    names = {"eager": "not compiled", "first": "`--compile`", "again": "`--compile`, once more"}
+    for name, run in part["found"].items():
+        keys = ("ready", "cpu_seconds", "slowest", "most_levels_apart")
+        yield f"| {names[name]} | {' | '.join(f'{run[key]:g}' for key in keys)} |"
+
+
 def memory_text(part: Mapping[str, Any]) -> Iterator[str]:
     """As a paragraph."""
     held = (f"{m['resident_mib']:.0f} MiB after {m['generations']}" for m in part["found"])
@@ -422,6 +461,7 @@ PARTS = {
     "faults": faults_text,
     "budget": budget_text,
     "replicas": replicas_text,
+    "start": start_table,
     "memory": memory_text,
 }
 
@@ -439,6 +479,8 @@ def measure(part: str, wanted: argparse.Namespace, known: Mapping[str, Any]) -> 
         return measure_budget(wanted)
     if part == "replicas":
         return measure_replicas(wanted)
+    if part == "start":
+        return measure_start(wanted)
     sys.path.insert(0, str(FIGURES.parents[2]))
     from tests.examples.small import flux_folder
 

@@ -40,6 +40,14 @@ def serve(
         int | None,
         typer.Option(min=0, help="What pictures in progress keep for forecasts, at most."),
     ] = None,
+    compile: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Compile the model. Its programs stay in this folder, from which the next start is"
+            " much faster. They are code: let nobody else write there.",
+        ),
+    ] = None,
     ray: Annotated[
         str | None,
         typer.Option(
@@ -62,7 +70,9 @@ def serve(
 
     if quality not in CHOICES:
         raise SpecdiffError(f"--quality: must be one of {', '.join(CHOICES)}")
-    wish = Wish(target, device, quality, running, waiting, max_cache_bytes, most_replicas=replicas)
+    wish = Wish(
+        target, device, quality, running, waiting, max_cache_bytes, compile, most_replicas=replicas
+    )
     if ray is None:
         backend, close = _here(wish)
     else:

@@ -47,6 +47,7 @@ def stats(compiled: torch.nn.Module) -> Stats:
         tokens_computed=counters.tokens_computed,
         tokens_total=counters.tokens_total,
         cache_bytes=sum(runtime.pool.nbytes for runtime in runtimes),
+        kept_bytes=sum(session.kept_bytes for session in state.sessions()),
         fallbacks=dict(counters.fallbacks),
         graphs=len(state.graphs),
         recompiles=len(state.graphs) - len(set(state.graphs.values())),
@@ -65,7 +66,7 @@ def reset(compiled: torch.nn.Module) -> None:
         NotCompiledError: the model has not run under this backend, nor been configured.
     """
     state = _known_state(compiled)
-    for owner in (state, *state.sessions):
+    for owner in (state, *state.sessions()):
         owner.forget_streams()
     state.counters = Counters()
     for runtime in _runtimes(state):
@@ -107,6 +108,7 @@ def attach(
     model: torch.nn.Module,
     scheduler: Any = None,
     group: torch.distributed.ProcessGroup | None = None,
+    tokens: str | None = None,
     **options: Any,
 ) -> Attachment:
     """Accelerate the calls of a module from outside, whatever runs inside it.
@@ -132,6 +134,9 @@ def attach(
         group: processes that share the model while each draws pictures of its own, as under FSDP
             (`torch.distributed.group.WORLD`): all compute a step if one of them has to. Costs an
             exchange a call. Not needed where all ranks see the same latents.
+        tokens: the argument of the blocks that holds the picture's tokens, such as "hidden_states",
+            where blocks are compiled one by one and shapes do not tell: a prompt has as many
+            tokens, or as many as the picture in larger patches. What cannot be told is said.
         options: as of `configure`, and `timestep_arg`.
 
     Returns:
@@ -145,7 +150,7 @@ def attach(
     detach(model)
     state = find_or_create(model)
     state.scheduler, state.group = known, group
-    return Attachment(model, Options.parse(options, frozenset())[0], state)
+    return Attachment(model, Options.parse(options, frozenset())[0], state, tokens)
 
 
 def detach(model: torch.nn.Module) -> None:

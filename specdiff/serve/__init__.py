@@ -10,5 +10,8 @@
     rounds      round: one thread takes the calls that wait, and makes what is
     joining     of equal shape one call of the model
 
+    start       from what is wished to an engine; its model may be compiled into
+    programs      a folder, from which later ones start faster
+
 FastAPI, uvicorn, prometheus-client and Ray are imported here alone: pip install "specdiff[serve]".
 """

@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from statistics import fmean
@@ -79,7 +79,8 @@ class Engine:
         self._lock = threading.Lock()
         self._held = self._drawing = 0
         self._seconds: deque[float] = deque(maxlen=32)
-        self._is_warm = False
+        self._why_cold = "the first picture is being drawn"
+        """Empty once it has been drawn."""
 
     def submit(self, order: Order, quality: str | None, tell: Tell) -> Generation | Failure:
         """Put an order into the queue, or say why not."""
@@ -110,8 +111,9 @@ class Engine:
         first = self._last_events([order])
         both = self._last_events([order] * 2) if self.most_running > 1 else []
         # While two are drawn clients may have filled the queue: that is no fault.
-        self._is_warm = all(isinstance(event, Picture) for event in first)
-        if failed := [event for event in (*first, *both) if not isinstance(event, Picture)]:
+        why = [f"the first picture failed: {each.message}" for each in failures(first)]
+        self._why_cold = "".join(why)
+        if failed := failures([*first, *both]):
             logger.error("the first pictures failed: %s", failed)
 
     def _last_events(self, orders: Sequence[Order]) -> list[Event]:
@@ -128,7 +130,7 @@ class Engine:
 
     def why_not_ready(self) -> str:
         """Why no picture can be drawn now; empty if one can."""
-        return self.why_broken() or ("" if self._is_warm else "the first picture is being drawn")
+        return self.why_broken() or self._why_cold
 
     def why_broken(self) -> str:
         """Why none ever will be again; empty if that is not so."""
@@ -149,7 +151,7 @@ class Engine:
         rounds, running = self._rounds, self._drawing
         return Counts(
             self._name, steps, stats.fallbacks, rounds.calls, rounds.rows,
-            stats.cache_bytes, running, self._held - running,
+            stats.cache_bytes + stats.kept_bytes, running, self._held - running,
         )  # fmt: skip
 
     def close(self) -> None:
@@ -221,6 +223,11 @@ class Engine:
         step = math.ceil(generation.calls / len(generation.parts))
         generation.tell(Progress(step, steps))
         return output
+
+
+def failures(events: Iterable[Event]) -> list[Failure]:
+    """Those that are no pictures."""
+    return [event for event in events if isinstance(event, Failure)]
 
 
 def png_of(picture: Tensor) -> bytes:

@@ -23,7 +23,7 @@ class Counts:
         fallbacks: Dense evaluations that no plan asked for, by reason.
         calls: Calls of the model.
         rows: Rows of these calls, over all of them.
-        cache_bytes: Held by caches.
+        cache_bytes: Held by caches and kept for forecasts, as `--max-cache-bytes` counts it.
         running: Generations in progress.
         waiting: Generations that have not begun.
     """

@@ -67,7 +67,7 @@ class Engines:
         ):
             yield CounterMetricFamily(f"specdiff_{name}", text, value=sum(values))
         for name, text, values in (
-            ("cache_bytes", "Bytes that caches hold.", [e.cache_bytes for e in engines]),
+            ("cache_bytes", "Bytes kept for forecasts.", [e.cache_bytes for e in engines]),
             ("running", "Generations in progress.", [e.running for e in engines]),
             ("waiting", "Generations in the queue.", [e.waiting for e in engines]),
         ):

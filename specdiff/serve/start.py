@@ -12,6 +12,7 @@ from specdiff.models.picture_model import load_picture_model
 from specdiff.models.subject import quiet_libraries
 from specdiff.serve.engine import Engine
 from specdiff.serve.heap import share_heap
+from specdiff.serve.programs import compile_into
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Wish:
 
     Attributes:
         max_cache_bytes: What generations in progress keep for forecasts, at most.
+        programs: Folder of compiled programs, of this start and earlier ones; None: not compiled.
     """
 
     target: str = "demo"
@@ -28,6 +30,7 @@ class Wish:
     running: int = 8
     waiting: int = 64
     max_cache_bytes: int | None = None
+    programs: str | None = None
     replicas: int = 1
     most_replicas: int = 1
 
@@ -58,4 +61,6 @@ def engine_of(wish: Wish) -> Engine:
     share_heap()
     quiet_libraries()
     model = load_picture_model(wish.target, usable_device(wish.device))
+    if wish.programs is not None:
+        compile_into(wish.programs, model.denoiser)
     return Engine(model, wish.quality, wish.running, wish.waiting, wish.max_cache_bytes)

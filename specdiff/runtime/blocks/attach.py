@@ -25,6 +25,7 @@ from specdiff.boundary import Leaf, is_scalar, step_signature
 from specdiff.errors import Unsupported
 from specdiff.options import Options
 from specdiff.program import (
+    NAME_TOKENS,
     CacheSlot,
     Denoised,
     InputRole,
@@ -34,7 +35,7 @@ from specdiff.program import (
     Signature,
     time_rank,
 )
-from specdiff.runtime.blocks.block import Diverged, RootCall, Visit, identities, under
+from specdiff.runtime.blocks.block import Diverged, Prunable, RootCall, Visit, identities, under
 from specdiff.runtime.blocks.patchify import Patches, possible
 from specdiff.runtime.blocks.root_programs import Own, RootPrograms, forward
 from specdiff.runtime.blocks.row_batch import RowBatches, Supply
@@ -70,8 +71,11 @@ class Form:
 class Attachment:
     """Answers the calls of one module, until `detach`. Made by `specdiff.attach`."""
 
-    def __init__(self, root: nn.Module, options: Options, state: ModelState) -> None:
+    def __init__(
+        self, root: nn.Module, options: Options, state: ModelState, holder: str | None = None
+    ) -> None:
         self._root = root
+        self._holder = holder
         self._options = options
         self._state = state
         self._forms: dict[Hashable, Form | str] = {}
@@ -165,9 +169,11 @@ class Attachment:
         try:
             if not call.visits:
                 raise Unsupported(NO_BLOCKS)
-            patches = _patches_of(outputs, call.visits)
+            patches = _patches_of(outputs, call.visits, self._holder)
             signature = self._signature(leaves, arguments, patches, outputs[0], call.visits)
-            programs = RootPrograms(self._root, own, arguments, patches, call.visits, signature)
+            programs = RootPrograms(
+                self._root, own, arguments, patches, self._holder, call.visits, signature
+            )
             return Form(self._runtime(programs, programs.plain), restored)
         except Unsupported as error:
             reason = str(error)
@@ -243,7 +249,7 @@ class Attachment:
     ) -> Signature:
         names = self._names(arguments)
         tokens = patches.split(output)
-        slots = _slots(visits, patches.tokens)
+        slots = _slots(visits, Prunable(patches.tokens, self._holder))
         if any(slot.shape[0] != len(output) for slot in slots):
             raise Unsupported("the samples of a block are not those of the output")
         denoised = _denoised(leaves, output)
@@ -291,24 +297,27 @@ class Attachment:
         return (names[-1] if names else "", in_list)
 
 
-def _patches_of(outputs: Sequence[Any], visits: Sequence[Visit]) -> Patches:
+def _patches_of(outputs: Sequence[Any], visits: Sequence[Visit], holder: str | None) -> Patches:
     if len(outputs) != 1 or not isinstance(outputs[0], Tensor):
         raise Unsupported(f"the model returns {len(outputs)} values, not one tensor")
-    lengths = frozenset(length for visit in visits for length in visit.block.lengths)
+    lengths = frozenset(length for v in visits for length in v.block.lengths_of(holder))
+    if not lengths and holder is not None:
+        held = sorted({name for v in visits for name, some in v.block.held.items() if some})
+        raise Unsupported(f"tokens: {holder!r} holds none in any block, but {held} do")
     ways = list(possible(outputs[0].shape, lengths))
     if len(ways) > 1:  # the prompt may be as long as the picture in larger patches: it ends inside
         returned = visits[-1].block.returned
         ways = [way for way in ways if way.tokens in returned] or ways
     if len(ways) != 1:
         raise Unsupported(
-            f"an output of shape {list(outputs[0].shape)} can be seen in {len(ways)} ways as"
-            f" tokens of its blocks, which have {sorted(lengths)}"
+            f"an output of shape {list(outputs[0].shape)} can be seen in {len(ways)} ways as tokens"
+            f" of its blocks, which have {sorted(lengths)}; {NAME_TOKENS}"
         )
     return ways[0]
 
 
-def _slots(visits: Sequence[Visit], tokens: int) -> tuple[CacheSlot, ...]:
-    planned = [v.block.planned(tokens) for v in visits if tokens in v.block.lengths]
+def _slots(visits: Sequence[Visit], prunable: Prunable) -> tuple[CacheSlot, ...]:
+    planned = [v.block.planned(prunable) for v in visits if v.block.has(prunable)]
     return tuple(slot for programs in planned for slot in programs.slots)
 
 

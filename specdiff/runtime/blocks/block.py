@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -63,6 +63,18 @@ class ProgramsOfBlock(Protocol):
         """The same for active tokens only; without `before`, outputs alone."""
 
 
+class Prunable(NamedTuple):
+    """Which tokens of a block may be left out."""
+
+    tokens: int
+    """Their number."""
+    holder: str | None = None
+    """The argument of the block that holds them, where their number does not tell."""
+
+
+NOTHING = Prunable(0)
+
+
 class Block:
     """Answers one compiled block, which several modules of a class may share.
 
@@ -72,7 +84,8 @@ class Block:
         eager: the block as it was traced.
         lengths: tokens of each segment that the block's attentions read.
         returned: those of the segments that its outputs have.
-        plan: programs for a number of prunable tokens. Raises Unsupported.
+        held: those of the segments that each argument holds, by its name.
+        plan: programs for prunable tokens. Raises Unsupported.
         parameters: positions of parameters and buffers among the inputs.
         work: what the block computes: equal for one that was traced anew for other strides, but
             not for other processors, or adapters of another strength.
@@ -85,7 +98,8 @@ class Block:
         eager: Callable[..., Any],
         lengths: frozenset[int],
         returned: frozenset[int],
-        plan: Callable[[int], ProgramsOfBlock],
+        held: Mapping[str, frozenset[int]],
+        plan: Callable[[Prunable], ProgramsOfBlock],
         parameters: Sequence[int],
         work: Hashable = None,
     ) -> None:
@@ -95,9 +109,10 @@ class Block:
         self.lengths = lengths
         self.returned = returned
         self.work = work
+        self.held = held
         self._plan = plan
         self._parameters = tuple(parameters)
-        self._planned: dict[int, ProgramsOfBlock] = {}
+        self._planned: dict[Prunable, ProgramsOfBlock] = {}
 
     def __call__(self, *inputs: object) -> Any:
         """The graph's outputs for its flat inputs."""
@@ -113,11 +128,19 @@ class Block:
         values = (inputs[index] for index in self._parameters)
         return hash(identities(v for v in values if isinstance(v, torch.nn.Parameter)))
 
-    def planned(self, tokens: int) -> ProgramsOfBlock:
-        """The programs that prune the segment of this many tokens. Raises Unsupported."""
-        if tokens not in self._planned:
-            self._planned[tokens] = self._plan(tokens)
-        return self._planned[tokens]
+    def lengths_of(self, holder: str | None) -> frozenset[int]:
+        """Tokens of each segment, or of each that an argument holds."""
+        return self.lengths if holder is None else self.held.get(holder, frozenset())
+
+    def has(self, prunable: Prunable) -> bool:
+        """Whether the block computes these tokens."""
+        return prunable.tokens in self.lengths_of(prunable.holder)
+
+    def planned(self, prunable: Prunable) -> ProgramsOfBlock:
+        """The programs that prune these tokens. Raises Unsupported."""
+        if prunable not in self._planned:
+            self._planned[prunable] = self._plan(prunable)
+        return self._planned[prunable]
 
 
 class OneGraph:
@@ -149,14 +172,14 @@ class Visit:
     of its rows; None of text."""
 
 
-def numbered(visits: Sequence[Visit], tokens: int) -> list[Visit]:
-    """The visits of a forward, each told how many attentions read its `tokens` before."""
+def numbered(visits: Sequence[Visit], prunable: Prunable) -> list[Visit]:
+    """The visits of a forward, each told how many attentions read these tokens before."""
     counted, count = [], 0
     for visit in visits:
-        if tokens not in visit.block.lengths:
+        if not visit.block.has(prunable):
             counted.append(visit)
             continue
-        programs = visit.block.planned(tokens)
+        programs = visit.block.planned(prunable)
         before = torch.tensor([count], device=programs.slots[0].device)
         counted.append(replace(visit, before=before))
         count += programs.attentions
@@ -170,7 +193,7 @@ class RootCall:
     kind: Kind
     parameters: frozenset[int] = frozenset()
     """Identities of the root's parameters."""
-    tokens: int = 0
+    prunable: Prunable = NOTHING
     known: Sequence[Visit] = ()
     """The calls of an earlier forward, which this one must repeat; none for the first look."""
     caches: Sequence[Tensor] = ()
@@ -195,9 +218,9 @@ class RootCall:
         # history hold must be of one and the same model
         if visit is None or not self._alike(block, visit.block):
             raise Diverged(f"block call {self._visited - 1} is not the one of the first forward")
-        if self.tokens not in block.lengths:
+        if not block.has(self.prunable):
             return list(block.dense(*inputs))  # of other tokens, such as text
-        programs = block.planned(self.tokens)
+        programs = block.planned(self.prunable)
         if self.kind == "probe":
             return programs.probe(inputs)
         outputs = self._run(programs, inputs, visit)
@@ -221,14 +244,14 @@ class RootCall:
     def _alike(self, block: Block, other: Block) -> bool:
         if block is other:
             return True
-        prunable = [self.tokens in b.lengths for b in (block, other)]
+        prunable = [b.has(self.prunable) for b in (block, other)]
         if block.work != other.work or prunable[0] != prunable[1]:
             return False
         if not any(prunable):
             return True
         try:
             mine, theirs = (
-                [(slot.shape, slot.dtype) for slot in b.planned(self.tokens).slots]
+                [(slot.shape, slot.dtype) for slot in b.planned(self.prunable).slots]
                 for b in (block, other)
             )
         except Unsupported:

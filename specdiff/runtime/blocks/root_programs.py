@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from specdiff.program import Evaluation, Signature
-from specdiff.runtime.blocks.block import Kind, RootCall, Visit, identities, numbered, under
+from specdiff.runtime.blocks.block import (
+    Kind,
+    Prunable,
+    RootCall,
+    Visit,
+    identities,
+    numbered,
+    under,
+)
 from specdiff.runtime.blocks.patchify import Patches
 
 Own = Callable[..., Any]
@@ -28,6 +36,7 @@ class RootPrograms:
         own: its call.
         arguments: structure of the call's arguments.
         patches: how its output is tokens.
+        holder: the argument of the blocks that holds them, where their number does not tell.
         visits: the block calls of one forward.
         signature: what flat inputs mean.
     """
@@ -38,6 +47,7 @@ class RootPrograms:
         own: Own,
         arguments: pytree.TreeSpec,
         patches: Patches,
+        holder: str | None,
         visits: Sequence[Visit],
         signature: Signature,
     ) -> None:
@@ -46,15 +56,16 @@ class RootPrograms:
         self._own = own
         self._arguments = arguments
         self._patches = patches
-        self._visits = numbered(visits, patches.tokens)
+        self._prunable = Prunable(patches.tokens, holder)
+        self._visits = numbered(visits, self._prunable)
 
     @property
     def compile_seconds(self) -> Mapping[str, float]:
         """Of every block's programs, those that blocks share counted once."""
         seconds: Counter[str] = Counter()
         for block in {visit.block for visit in self._visits}:
-            if self._patches.tokens in block.lengths:
-                seconds.update(block.planned(self._patches.tokens).compile_seconds)
+            if block.has(self._prunable):
+                seconds.update(block.planned(self._prunable).compile_seconds)
         return seconds
 
     def probe(self, inputs: Sequence[object]) -> Tensor:
@@ -104,8 +115,8 @@ class RootPrograms:
         active: Tensor | None = None,
         importance: bool = True,
     ) -> RootCall:
-        parameters, tokens = identities(self._root.parameters()), self._patches.tokens
-        return RootCall(kind, parameters, tokens, self._visits, caches, active, importance)
+        parameters, visits = identities(self._root.parameters()), self._visits
+        return RootCall(kind, parameters, self._prunable, visits, caches, active, importance)
 
     def _evaluation(self, inputs: Sequence[object], call: RootCall) -> Evaluation:
         return Evaluation(self._tokens(inputs, call), call.importance)

@@ -164,9 +164,8 @@ class RowBatches:
 
     def _make_room(self, form: Form, named: Sequence[Session]) -> None:
         self._named.update(named)
-        limit = effective(form.runtime.options, self._state, None).max_cache_bytes
-        if limit is not None:
-            keep_within(limit, self._named)
+        settings = effective(form.runtime.options, self._state, None)
+        keep_within(settings.max_cache_bytes, self._named)
 
     def _key_of(self, call: Call) -> Hashable:
         return self._key(*pytree.tree_flatten(call))

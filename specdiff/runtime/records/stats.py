@@ -62,6 +62,9 @@ class Stats:
     """Why no whole steps can be forecast; empty if they can, None where nothing has run yet."""
     no_selection: str | None = None
     """Why no tokens can be selected; empty if they can, None where nothing has run yet."""
+    kept_bytes: int = 0
+    """Bytes of latents and predictions kept for forecasts of rows (`specdiff.rows`), as the option
+    `max_cache_bytes` counts them, after the latest call with rows."""
     last_variant: bool = False
     """Whether Dynamo compiles no more variants of the model, its limit being reached: calls that
     need another run as plain PyTorch and are not counted here."""
@@ -86,6 +89,7 @@ class Stats:
             f"step plan: {in_words(self.no_step_plan)}",
             f"token selection: {in_words(self.no_selection)}",
             f"caches: {self.cache_bytes / 2**20:.1f} MiB",
+            *([f"kept of rows: {self.kept_bytes / 2**20:.1f} MiB"] if self.kept_bytes else []),
             f"dense by guard: {', '.join(reasons) or 'never'}",
             f"graphs: {self.graphs}, recompiles: {self.recompiles}",
             f"compile time: {', '.join(seconds) or 'none'}",

@@ -14,16 +14,24 @@ from specdiff.runtime.streams.registry import Session
 from specdiff.runtime.streams.stream import Stream
 
 
-def keep_within(limit: int, sessions: Iterable[Session]) -> None:
-    """Let the oldest forget, until all together keep no more bytes than `limit`."""
+def keep_within(limit: int | None, sessions: Iterable[Session]) -> None:
+    """Let the oldest forget, until all together keep no more than `limit` bytes; note what is kept.
+
+    Called between evaluations, by whoever runs them: nothing else may change the streams meanwhile.
+    """
     oldest_first = sorted(sessions, key=lambda each: each.number)
-    held = [(stream, held_bytes(stream)) for each in oldest_first for stream in each.streams()]
-    total = sum(size for _, size in held)
-    for stream, size in held:
-        if total <= limit:
-            return
-        stream.make_room()
-        total -= size - held_bytes(stream)
+    for each in oldest_first:
+        each.kept_bytes = sum(map(held_bytes, each.streams()))
+    total = sum(each.kept_bytes for each in oldest_first)
+    for each in oldest_first:
+        for stream in each.streams():
+            if limit is None or total <= limit:
+                return
+            freed = held_bytes(stream)
+            stream.make_room()
+            freed -= held_bytes(stream)
+            each.kept_bytes -= freed
+            total -= freed
 
 
 def held_bytes(stream: Stream) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from contextvars import ContextVar
@@ -52,14 +53,17 @@ class StreamOwner:
         """What steps between the evaluations, if the user gave it."""
         self.resolved: tuple[Options, dict[str, Any], Settings] | None = None
         """What `effective` last made of which options and overrides."""
+        self.kept_bytes = 0
+        """What forecasts of rows keep, after the latest call of the model with rows."""
         self._keep_values = keep_values
         self._tables: weakref.WeakKeyDictionary[object, StreamTable] = weakref.WeakKeyDictionary()
 
     def table(self, graph: object) -> StreamTable:
         """The streams that `graph` has here."""
-        if graph not in self._tables:
-            self._tables[graph] = StreamTable(keep_values=self._keep_values)
-        return self._tables[graph]
+        tables = self._tables
+        if graph not in tables:
+            tables[graph] = StreamTable(keep_values=self._keep_values)
+        return tables[graph]
 
     def beside(self, table: StreamTable) -> list[Stream]:
         """The streams of other graphs."""
@@ -86,7 +90,8 @@ class StreamOwner:
 
     def forget_streams(self) -> None:
         """Drop all streams; their caches go back to their pools."""
-        self._tables.clear()
+        self._tables = weakref.WeakKeyDictionary()  # another thread may walk the old ones
+        self.kept_bytes = 0
 
 
 class ModelState(StreamOwner):
@@ -96,8 +101,10 @@ class ModelState(StreamOwner):
         super().__init__(keep_values=False)
         self.counters = Counters()
         self.recordings: list[Recording] = []
-        self.sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-        self.numbers = itertools.count()
+        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        self._walking = threading.Lock()
+        """Held while sessions are added or walked."""
+        self._numbers = itertools.count()
         self.graphs: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         """Graphs this model has run, with a hash of the parameters each of them takes."""
         self.parts_run: set[tuple[int, int]] | None = None
@@ -109,6 +116,17 @@ class ModelState(StreamOwner):
         self.last_variant = False
         """Whether Dynamo compiles no more of the model, so that calls may run unseen."""
         self._said: set[str] = set()
+
+    def enrol(self, session: Session) -> int:
+        """Know a new session; its number, in the order in which they were made."""
+        with self._walking:
+            self._sessions.add(session)
+            return next(self._numbers)
+
+    def sessions(self) -> list[Session]:
+        """Those that somebody holds, whatever threads make more of them."""
+        with self._walking:
+            return list(self._sessions)
 
     def why_no(self, ability: Literal["unplanned", "unselectable"]) -> str | None:
         """Why no graph of the model has an ability; empty if one has it, None where none has run.
@@ -157,9 +175,8 @@ class Session(StreamOwner):
         self.progress = None if times is None else Progress(times)
         self.overrides = check_overrides(options)
         self.scheduler = scheduler
-        self.number = next(state.numbers)
+        self.number = state.enrol(self)
         """In the order in which sessions of the model were made."""
-        state.sessions.add(self)
 
     def __enter__(self) -> Session:
         _ACTIVE.set((*_ACTIVE.get(), self))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -358,6 +359,93 @@ def test_row_wise_ops(register):
     selection = found.analysis.selection
     (norm_,) = (n for n in found.analysis.module.graph.nodes if "tests.norm" in str(n.target))
     assert (norm_ in selection.whole) != register
+
+
+def _sglang_norm(x, w, eps=1e-6):
+    return F.rms_norm(x, x.shape[-1:], w, eps)
+
+
+def _sglang_modulated(x, weight, bias, scale, shift, norm_type, eps=1e-5):
+    aligned = [m[:, None] if m.dim() == 2 else m for m in (scale, shift)]
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps) * (1 + aligned[0]) + aligned[1]
+
+
+def _sglang_linear(x, weight, bias):
+    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+
+
+NORM, MODULATED = "sglang::triton_one_pass_rms_norm_cuda", "sglang::fused_norm_scale_shift"
+PER_TOKEN = "sglang::rmsnorm_scale_shift_per_token_cuda"
+LINEAR = "sglang::diffusion_fused_linear_gelu_tanh"
+ROWWISE = {
+    NORM: ("(Tensor x, Tensor w, float eps=1e-06)", _sglang_norm),
+    MODULATED: (
+        "(Tensor x, Tensor? weight, Tensor? bias, Tensor scale, Tensor shift, str norm_type,"
+        " float eps=1e-05)",
+        _sglang_modulated,
+    ),
+    PER_TOKEN: (
+        "(Tensor x, Tensor weight, Tensor scale, Tensor shift, float eps)",
+        lambda x, w, scale, shift, eps: _sglang_norm(x, w, eps) * (1 + scale) + shift,
+    ),
+    LINEAR: ("(Tensor x, Tensor weight, Tensor bias)", _sglang_linear),
+}
+IN_PLACE = (
+    "(Tensor(a!) q, Tensor(b!) k, Tensor q_weight, Tensor k_weight, float eps=1e-06, *,"
+    " int head_dim=0) -> ()"
+)
+
+
+@contextmanager
+def sglang(name: str, schema: str, function: Callable[..., Any]) -> Iterator[None]:
+    with torch.library._scoped_library("sglang", "FRAGMENT") as library:
+        short = name.partition("::")[2]
+        library.define(short + schema)
+        library.impl(short, function, "CompositeExplicitAutograd")
+        library.impl(short, function, "Meta")
+        yield
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The row-wise ops that SGLang's FLUX, SD3, Qwen-Image and Wan call, one after another."""
+    ops, x = torch.ops.sglang, q.flatten(2)
+    c = x.shape[-1]
+    ones, by_sample = torch.ones(c), torch.arange(len(x) * c).view(-1, c) / c
+    for scale in (by_sample, by_sample[:, None], x / 9, torch.ones(1), ones):
+        x = ops.fused_norm_scale_shift(x, ones, None, scale, scale + 1, "layer")
+    x = ops.rmsnorm_scale_shift_per_token_cuda(x, ones, x / 3, x / 9, 1e-6)
+    x = ops.diffusion_fused_linear_gelu_tanh(x, torch.eye(c), torch.zeros(c))
+    q = ops.triton_one_pass_rms_norm_cuda(x.view_as(q), torch.ones(q.shape[-1]))
+    return _attend(q, k, v, 0.3, False)
+
+
+def test_row_wise_ops_of_sglang():
+    with ExitStack() as ops:
+        for name, (schema, function) in ROWWISE.items():
+            ops.enter_context(sglang(name, schema + " -> Tensor", function))
+        model, inputs = randomize(Called(_fused)), toy_inputs()
+        found = trace(model, inputs, changed(inputs))
+        check_oracles(model, (inputs, changed(inputs)), found)
+    called = [n for n in found.analysis.module.graph.nodes if "sglang." in str(n.target)]
+    assert len(called) == 8
+    assert [n for n in called if n in found.analysis.selection.whole] == []
+
+
+def test_norms_in_place_are_right():
+    def norms(q, k, q_weight, k_weight, eps=1e-6, *, head_dim=0):
+        q.copy_(_sglang_norm(q, q_weight, eps))
+        k.copy_(_sglang_norm(k, k_weight, eps))
+
+    def kernel(q, k, v):
+        ones = q.new_ones(q.shape[-1])
+        q, k = q.clone(), k.clone()
+        torch.ops.sglang.fused_inplace_qknorm(q, k, ones, ones, 1e-6)
+        return _attend(q, k, v, 0.3, False)
+
+    with sglang("sglang::fused_inplace_qknorm", IN_PLACE, norms):
+        model, inputs = randomize(Called(kernel)), toy_inputs()
+        found = trace(model, inputs, changed(inputs))
+        check_oracles(model, (inputs, changed(inputs)), found)
 
 
 @pytest.mark.usefixtures("_table")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -31,8 +32,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "budget": {**SELECTING, "max_cache_bytes": 10},
 }
 MODELS = {
-    "flux": lambda: flux(layers=2, single_layers=2),
-    "sd3": lambda: sd3(layers=2),
+    "flux": partial(flux, layers=2, single_layers=2),
+    "sd3": partial(sd3, layers=2),
     "sd3.5": lambda: sd3(qk_norm="rms_norm", dual=(0,), layers=3),
 }
 
@@ -188,6 +189,28 @@ def test_a_prompt_as_long_as_the_picture_in_larger_patches():
     whole = torch.compile(copy.deepcopy(model), backend=specdiff.backend(**EAGER, **SELECTING))
     expected = generation(whole, inputs)
     attachment = specdiff.attach(compile_blocks(model), **SELECTING)
+    torch.testing.assert_close(generation(model, inputs), expected, **EXACT)
+    assert evaluations(model)[1] > 0
+    assert attachment.reasons() == ()
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [(MODELS["sd3"], 48), pytest.param(MODELS["flux"], 42, marks=pytest.mark.slow)],
+)
+def test_as_many_tokens_of_text_as_of_the_picture(make, text):
+    """Blocks do not tell which are which; the name of their argument does."""
+    model, inputs = make(text=text)
+    whole = torch.compile(copy.deepcopy(model), backend=specdiff.backend(**EAGER, **SELECTING))
+    expected = generation(whole, inputs)
+    attachment = specdiff.attach(compile_blocks(model), **SELECTING)
+    generation(model, inputs, steps=1)
+    said = f"2 segments of a block have {text} tokens, not one; name the argument of the blocks"
+    assert said in attachment.reasons()[0]
+    attachment = specdiff.attach(model, tokens="hidden_state", **SELECTING)
+    generation(model, inputs, steps=1)
+    assert "['encoder_hidden_states', 'hidden_states'] do" in attachment.reasons()[0]
+    attachment = specdiff.attach(model, tokens="hidden_states", **SELECTING)
     torch.testing.assert_close(generation(model, inputs), expected, **EXACT)
     assert evaluations(model)[1] > 0
     assert attachment.reasons() == ()

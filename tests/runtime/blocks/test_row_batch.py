@@ -383,6 +383,22 @@ def test_over_budget_the_oldest_gives_way():
     assert all_dense == ["dense"] * 28
 
 
+def test_what_rows_keep_is_told_as_the_budget_counts_it():
+    model = Velocity()
+    specdiff.attach(model)
+    some = requests()[:2]
+    sessions = {id(each): each.session(model) for each in some}
+    with torch.no_grad():
+        stepped(model, some, sessions)
+        kept = sum(held_bytes(s) for each in sessions.values() for s in each.streams())
+        assert specdiff.stats(model).kept_bytes == kept > 0
+        specdiff.configure(model, max_cache_bytes=kept)
+        stepped(model, some, sessions)
+    assert 0 < specdiff.stats(model).kept_bytes <= kept
+    specdiff.reset(model)
+    assert specdiff.stats(model).kept_bytes == 0
+
+
 def test_rows_and_sessions_have_to_fit():
     model, stranger = Velocity(), Velocity()
     specdiff.attach(model)

@@ -84,6 +84,30 @@ def test_threads_share_a_model(in_sessions):
             torch.testing.assert_close(run.velocities, timed(seed).velocities, rtol=0, atol=0)
 
 
+def test_a_reset_while_threads_make_sessions():
+    model, done = toy(**PLAN), threading.Event()
+    held = [sd.session(model) for _ in range(2000)]
+
+    def make():
+        while not done.is_set():
+            held.append(sd.session(model))
+
+    threads = [threading.Thread(target=make)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for _ in range(10):
+            sd.reset(model)
+            sd.stats(model)
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+        sys.setswitchinterval(interval)
+
+
 def test_more_generations_in_turns_than_are_remembered(caplog):
     """One too many costs nobody but itself, and is told."""
     model = toy(**PLAN)
