@@ -34,19 +34,20 @@ from specdiff.measure.comparison import psnr
 from specdiff.models import demo, textures
 from specdiff.models.subject import CROPS, TUNED_ON
 from specdiff.plan import Plan
+from specdiff.settings import QUALITIES
 
 HERE = Path(__file__).parent
 SEED, REFERENCE = 100, 150
 OURS = {
     6: Plan.of(STEPS, (0, 5, 11, 17, 23, 27)),
-    8: "fast",
-    10: "balanced",
+    8: QUALITIES["fast"],
+    10: QUALITIES["balanced"],
     12: Plan.of(STEPS, (0, 2, 5, 8, 11, 14, 17, 20, 22, 24, 26, 27)),
     15: Plan.of(STEPS, (*range(0, 27, 2), 27)),
     20: Plan.of(STEPS, (*range(0, 14, 2), *range(14, 26), 27)),
     28: Plan.every(1),
 }
-"""Qualities and plans by their evaluations."""
+"""Plans by their evaluations."""
 LEAST = 1e-4
 """Sigma in place of 0, and of 1 by as much less, where a formula has none there."""
 Field = Callable[[Any, Tensor, float], Tensor]
@@ -205,10 +206,8 @@ class Drawer:
         if method in SOLVERS:
             found = SOLVERS[method](x, lambda x, s: field(self.model, x, s), evaluations)
             return self.to_pixels(found)[0]
-        plan = OURS[evaluations]
-        given = {"quality": plan} if isinstance(plan, str) else {"plan": plan}
-        target = method.rpartition(" ")[2]
-        with specdiff.session(self.compiled, grid(STEPS)[:-1], target=target, **given):
+        target, plan = method.rpartition(" ")[2], OURS[evaluations]
+        with specdiff.session(self.compiled, grid(STEPS)[:-1], target=target, plan=plan):
             found = euler(x, lambda x, s: field(self.compiled, x, s), STEPS)
         return self.to_pixels(found)[0]
 

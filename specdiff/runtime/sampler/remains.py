@@ -42,9 +42,10 @@ class Awaited:
     """Numbers on their way to the host: reading them waits for nothing that was queued later."""
 
     def __init__(self, value: Tensor) -> None:
-        self._value = value
         self._arrived: torch.Event | None = None
-        if value.device.type != "cpu":
+        if value.device.type == "cpu":
+            self._value: Any = value.tolist()
+        else:
             self._value = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
             self._value.copy_(value, non_blocking=True)
             self._arrived = torch.Event(value.device)
@@ -54,7 +55,8 @@ class Awaited:
         """A number, or lists of them as of `Tensor.tolist`."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        return self._value.tolist()
+            self._value, self._arrived = self._value.tolist(), None
+        return self._value
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from specdiff.runtime.step.corrector import corrected, filled_up, settle
 from specdiff.runtime.step.integrator import integrated
 from specdiff.runtime.step.lookahead import look_ahead
 from specdiff.runtime.step.scheduled import GIVE_SCHEDULER
+from specdiff.runtime.streams.trail import CHECK_LAG
 from specdiff.runtime.tokens.forecast import forecast
 from specdiff.runtime.tokens.importance import (
     least_important,
@@ -42,6 +43,12 @@ UNEVEN = (
     "times that are not even up to a shift towards noise (Karras, exponential, beta sigmas) do not"
     f" tell where the generation ends, so the plan is placed by a guess: {GIVE_SCHEDULER} places it"
     " exactly"
+)
+
+MISSED = "forecasts miss much"
+MISSED_HINT = (
+    f"{MISSED}: the trajectory bends, as under strong guidance; evaluations are computed beside"
+    " those of the quality's plan (a plan that is given, plan=..., is followed as it is)"
 )
 
 
@@ -75,6 +82,10 @@ def tokens_due(call: Call) -> int:
         count, reason = tokens, STRAYED
         call.state.counters.fallbacks[STRAYED] += 1
         call.state.say(logger, STRAYED_HINT)
+    if count == 0 and not trusted(call):
+        count, reason = tokens, MISSED
+        call.state.counters.fallbacks[MISSED] += 1
+        call.state.say(logger, MISSED_HINT)
     call.keep(
         batch=call.programs.signature.batch,
         tokens=tokens,
@@ -85,6 +96,26 @@ def tokens_due(call: Call) -> int:
         time=call.time,
     )
     return count
+
+
+def trusted(call: Call) -> bool:
+    """Whether a forecast may go as far as to this evaluation; of a quality's plan alone."""
+    span = _span_to_judge(call)
+    lag = 1 if call.reading is not None else CHECK_LAG  # else nothing may wait for the device
+    return not span or span <= call.stream.trust.reach(call.index, lag)
+
+
+def _span_to_judge(call: Call) -> float:
+    """Time since the last computed prediction; 0 where forecasts are not judged by what they miss.
+
+    A plan that is given is followed as it is; fresh noise moves predictions, but not what is
+    forecast of them.
+    """
+    computed = call.stream.history.computed
+    if not call.settings.few or call.schedule.selects or call.fresh is not None or not computed:
+        return 0.0
+    before, now = computed[0].times, call.clock
+    return 0.0 if isinstance(before, Tensor) or isinstance(now, Tensor) else abs(now - before)
 
 
 def answer(call: Call, count: int) -> list[Tensor]:
@@ -151,8 +182,16 @@ def _dense(call: Call) -> Tensor:
     tokens = tokens.clone()  # the program's next run may overwrite them
     if call.strays or stream.conditions.news:
         stream.break_off()
+    _note_miss(call, tokens)
     stream.history.record_dense(call.clock, tokens)
     return tokens
+
+
+def _note_miss(call: Call, tokens: Tensor) -> None:
+    """Note what a forecast of `tokens` [B, N, C], which were computed, would have missed."""
+    stream = call.stream
+    if len(stream.history.computed) > 1 and (span := _span_to_judge(call)):
+        stream.trust.note(call.index, span, _forecast(call), tokens)
 
 
 def _ensure_lease(call: Call) -> None:

@@ -39,6 +39,7 @@ from specdiff.runtime.tokens.correction import Correction
 from specdiff.runtime.tokens.history import DEPTH as HISTORY
 from specdiff.runtime.tokens.history import History
 from specdiff.runtime.tokens.shortfall import Shortfall
+from specdiff.runtime.tokens.trust import Trust
 
 CORRECTIONS = 2
 """Values for each number of an output that a correction holds: what is missing and withheld."""
@@ -186,6 +187,8 @@ class Stream:
         self.planned: tuple[int, ...] = ()
         """Evaluations that were to be dense by the plan."""
         self.trail = Trail()
+        self.trust = Trust()
+        """In its forecasts."""
         self.selected = Selected()
         self.fit = SamplerState()
         self.ambiguous = False
