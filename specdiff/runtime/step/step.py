@@ -64,28 +64,8 @@ def tokens_due(call: Call) -> int:
     if reason == UNSELECTABLE:
         call.state.counters.fallbacks[UNSELECTABLE] += 1
         call.state.say(logger, f"{UNSELECTABLE}: {call.programs.signature.unselectable}")
-    if call.given is not None and len(call.given) <= call.settings.few:
-        count, reason = tokens, FEW
-    if count < tokens and not call.stream.history.leads_on:
-        count, reason = tokens, BUDGET if call.stream.history.made_room else CONTINUED
-        call.state.counters.fallbacks[reason] += 1
-    if 0 < count < tokens and not call.stream.selected.lease:
-        count, reason = tokens, "no caches yet"
-    if count < tokens and call.stream.conditions.news:
-        count, reason = tokens, NEWS
-        call.state.counters.fallbacks[NEWS] += 1
-    if count < tokens and (noise := why_dense(call)):
-        count, reason = tokens, noise
-        call.state.counters.fallbacks[noise] += 1
-        call.state.say(logger, f"running dense: {noise}")
-    if count < tokens and call.strays:
-        count, reason = tokens, STRAYED
-        call.state.counters.fallbacks[STRAYED] += 1
-        call.state.say(logger, STRAYED_HINT)
-    if count == 0 and not trusted(call):
-        count, reason = tokens, MISSED
-        call.state.counters.fallbacks[MISSED] += 1
-        call.state.say(logger, MISSED_HINT)
+    if count < tokens and (override := _overridden(call, count)):
+        count, reason = tokens, override
     call.keep(
         batch=call.programs.signature.batch,
         tokens=tokens,
@@ -96,6 +76,39 @@ def tokens_due(call: Call) -> int:
         time=call.time,
     )
     return count
+
+
+def _overridden(call: Call, count: int) -> str:
+    """Why an evaluation with `count` tokens by its plan is dense all the same; empty if it is not.
+
+    What no plan asks for is counted.
+    """
+    if call.given is not None and len(call.given) <= call.settings.few:
+        return FEW
+    if count and call.stream.history.leads_on and not call.stream.selected.lease:
+        return "no caches yet"
+    reason, message = _fault(call, count)
+    if reason:
+        call.state.counters.fallbacks[reason] += 1
+    if message:
+        call.state.say(logger, message)
+    return reason
+
+
+def _fault(call: Call, count: int) -> tuple[str, str]:
+    """Why it cannot be forecast, and what is said of that; both empty if it can."""
+    history = call.stream.history
+    if not history.leads_on:
+        return BUDGET if history.made_room else CONTINUED, ""
+    if call.stream.conditions.news:
+        return NEWS, ""
+    if noise := why_dense(call):
+        return noise, f"running dense: {noise}"
+    if call.strays:
+        return STRAYED, STRAYED_HINT
+    if not count and not trusted(call):
+        return MISSED, MISSED_HINT
+    return "", ""
 
 
 def trusted(call: Call) -> bool:

@@ -55,6 +55,6 @@ class Trust:
 
 
 def _norm(predictions: Tensor) -> Tensor:
-    """[B]"""
+    """[B]: of each sample."""
     norm: Tensor = torch.linalg.vector_norm(predictions, dim=(1, 2))
     return norm
