@@ -204,7 +204,8 @@ def _note_miss(call: Call, tokens: Tensor) -> None:
     """Note what a forecast of `tokens` [B, N, C], which were computed, would have missed."""
     stream = call.stream
     if len(stream.history.computed) > 1 and (span := _span_to_judge(call)):
-        stream.trust.note(call.index, span, _forecast(call), tokens)
+        scale = call.settings.guidance_scale
+        stream.trust.note(call.index, span, _forecast(call), tokens, scale)
 
 
 def _ensure_lease(call: Call) -> None:

@@ -13,6 +13,7 @@ from collections import deque
 import torch
 from torch import Tensor
 
+from specdiff.runtime.sampler.displacement import TINY, guided
 from specdiff.runtime.sampler.remains import Awaited
 
 TRUSTED = 0.5
@@ -27,17 +28,24 @@ class Trust:
         self._sent: deque[tuple[int, float, Awaited]] = deque()
         self._reach = math.inf
 
-    def note(self, index: int, span: float, forecast: Tensor, computed: Tensor) -> None:
+    def note(
+        self, index: int, span: float, forecast: Tensor, computed: Tensor, scale: float | None
+    ) -> None:
         """At evaluation `index` a prediction was computed, which a forecast would have missed.
+
+        Guidance counts: it makes what is missed larger, and the prediction hardly.
 
         Args:
             index: of the evaluation.
             span: time since the last computed prediction.
             forecast: [B, N, C].
             computed: the same, by the model.
+            scale: of guidance, where the batch holds both halves.
         """
-        missed, size = (_norm(each) for each in (forecast.float() - computed, computed.float()))
-        worst = (missed / size.clamp_min(torch.finfo(size.dtype).tiny)).max()
+        # Which half comes first is not known here: the way that trusts less.
+        pairs = zip(guided(forecast - computed, scale), guided(computed, scale), strict=True)
+        shares = [_norm(missed) / _norm(whole).clamp_min(TINY) for missed, whole in pairs]
+        worst = torch.stack(shares).max()
         self._sent.append((index, span, Awaited(worst)))
 
     def reach(self, index: int, lag: int) -> float:
@@ -56,5 +64,5 @@ class Trust:
 
 def _norm(predictions: Tensor) -> Tensor:
     """[B]: of each sample."""
-    norm: Tensor = torch.linalg.vector_norm(predictions, dim=(1, 2))
+    norm: Tensor = torch.linalg.vector_norm(predictions.float(), dim=(1, 2))
     return norm

@@ -76,8 +76,16 @@ def test_what_was_missed_is_read_late_and_shortens_the_way():
     trust, computed = Trust(), torch.ones(2, 4, 3)
     wrong = computed.clone()
     wrong[1] = -1  # the worst row counts: it missed twice its prediction
-    trust.note(5, 0.2, wrong, computed)
+    trust.note(5, 0.2, wrong, computed, None)
     assert trust.reach(6, lag=2) == math.inf
     assert trust.reach(7, lag=2) == pytest.approx(0.2 * TRUSTED / 2)
-    trust.note(8, 0.1, computed, computed)
+    trust.note(8, 0.1, computed, computed, None)
     assert trust.reach(9, lag=1) == math.inf
+
+
+def test_guidance_makes_what_was_missed_larger():
+    trust, computed = Trust(), torch.ones(2, 4, 3)
+    wrong = computed.clone()
+    wrong[1] = 0.9  # guided: 1 + 7 * -0.1 = 0.3 for 1
+    trust.note(5, 0.2, wrong, computed, 7.0)
+    assert trust.reach(6, lag=1) == pytest.approx(0.2 * TRUSTED / 0.7, rel=1e-5)
