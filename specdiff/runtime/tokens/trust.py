@@ -17,8 +17,8 @@ from specdiff.runtime.sampler.displacement import TINY, guided
 from specdiff.runtime.sampler.remains import Awaited
 
 TRUSTED = 0.5
-"""Share of a prediction that a forecast may miss. Where forecasts are of use they miss a quarter
-(examples/research/worst.md)."""
+"""Share of a prediction that a forecast may miss. Forecasts of smooth trajectories miss a
+quarter at most (examples/eval/photos/README.md says what it saves where they do not)."""
 
 
 class Trust:
