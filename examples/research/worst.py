@@ -73,16 +73,6 @@ class Run:
         self._waiting.append((index, handed))
         self.x = self.x + _length(index) * handed
 
-    @property
-    def bend(self) -> float:
-        """What the line will miss of the next step, by the parabola through three, relative."""
-        if len(self.computed) < 3:
-            return math.inf
-        (a, p), (b, q), (c, r) = self.computed
-        second = ((p - q) / (a - b) - (q - r) / (b - c)) / (a - c)
-        there = SIGMAS[min(SIGMAS.index(a) + 1, STEPS)]
-        return _share(second, p) * abs((there - a) * (there - b))
-
     def _line(self, index: int) -> Tensor:
         newest, *older = self.computed
         if not older:
@@ -110,7 +100,6 @@ class Way(NamedTuple):
 SECOND = frozenset({*range(0, 27, 2), 27})
 """Every second evaluation and the last: fifteen."""
 SCORES: dict[str, tuple[Callable[[Run], float], tuple[float, ...]]] = {
-    "the bend": (lambda run: run.bend, (0.001, 0.003)),
     "the last miss": (lambda run: run.missed, (0.05, 0.1)),
     "the latent's way": (lambda run: run.moved, (0.05, 0.1)),
 }
@@ -164,7 +153,7 @@ def measure_picture(
 ) -> dict[str, Any]:
     """By way, [evaluations, PSNR]; by evaluation left out, what its error is multiplied by."""
     velocity = remembered(partial(field, model))
-    every = draw(start, velocity, WAYS["closest"]._replace(places=frozenset(range(STEPS))))
+    every = draw(start, velocity, Way(frozenset(range(STEPS))))
     dense = to_pixels(every.x)[0]
     found: dict[str, Any] = {}
     for name, way in WAYS.items():

@@ -60,6 +60,12 @@ def guided(prediction: Tensor, scale: float | None) -> list[Tensor]:
     return [torch.cat([torch.lerp(u, c, scale)] * 2) for u, c in pairs]
 
 
+def norm_of(predictions: Tensor) -> Tensor:
+    """[B, 1, 1]: of each sample of [B, N, C]."""
+    norm: Tensor = torch.linalg.vector_norm(predictions, dim=(1, 2), keepdim=True)
+    return norm
+
+
 def as_float32(tensor: Tensor) -> Tensor:
     """As `Tensor.float`, which costs an operation even where there is nothing to do."""
     return tensor if tensor.dtype is torch.float32 else tensor.float()

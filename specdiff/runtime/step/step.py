@@ -53,7 +53,7 @@ MISSED_HINT = (
 
 
 def tokens_due(call: Call) -> int:
-    """Tokens to compute; all of them if a selective step would have no caches."""
+    """Tokens to compute: as many as the plan says, or all where something overrides it."""
     tokens, times = call.schedule.tokens, [*call.stream.times, call.time]
     place = Place.of(times, call.given, call.schedule.usual, call.stream.planned)
     if place.so_far is not None:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specdiff.runtime.sampler.displacement import TINY
+from specdiff.runtime.sampler.displacement import TINY, norm_of
 from specdiff.runtime.sampler.weights import Weights
 from specdiff.runtime.tokens.clock import plus, ratio
 from specdiff.runtime.tokens.history import ComputedOutput
@@ -121,7 +121,7 @@ class Shortfall:
         if not terms or not due[index]:
             return None
         more = torch.stack(terms).sum(0) / due[index]
-        share = LARGEST * _norm(known.float()) / _norm(more).clamp_min(TINY)
+        share = LARGEST * norm_of(known.float()) / norm_of(more).clamp_min(TINY)
         return more * share.clamp_max(1)
 
     def _join(self, index: int, weights: Weights) -> None:
@@ -154,8 +154,3 @@ def between(computed: Sequence[ComputedOutput], clock: float) -> Tensor:
     bend = bend * (earlier != 0) * (span != 0)
     value = plus(value, last, ratio(bend, span))
     return plus(value, before.tokens.float() - older[0].tokens, -ratio(bend, earlier))
-
-
-def _norm(predictions: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(predictions, dim=(1, 2), keepdim=True)
-    return norm

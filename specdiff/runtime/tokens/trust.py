@@ -13,7 +13,7 @@ from collections import deque
 import torch
 from torch import Tensor
 
-from specdiff.runtime.sampler.displacement import TINY, guided
+from specdiff.runtime.sampler.displacement import TINY, guided, norm_of
 from specdiff.runtime.sampler.remains import Awaited
 
 TRUSTED = 0.5
@@ -44,7 +44,7 @@ class Trust:
         """
         # Which half comes first is not known here: the way that trusts less.
         pairs = zip(guided(forecast - computed, scale), guided(computed, scale), strict=True)
-        shares = [_norm(missed) / _norm(whole).clamp_min(TINY) for missed, whole in pairs]
+        shares = [norm_of(missed) / norm_of(whole).clamp_min(TINY) for missed, whole in pairs]
         worst = torch.stack(shares).max()
         self._sent.append((index, span, Awaited(worst)))
 
@@ -60,9 +60,3 @@ class Trust:
             missed = awaited.read()
             self._reach = span * TRUSTED / missed if missed else math.inf
         return self._reach
-
-
-def _norm(predictions: Tensor) -> Tensor:
-    """[B]: of each sample."""
-    norm: Tensor = torch.linalg.vector_norm(predictions.float(), dim=(1, 2))
-    return norm
