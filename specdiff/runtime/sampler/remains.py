@@ -85,20 +85,14 @@ def remains(
         float64 scalar: 0 where all is explained or nothing moved, at most about 1. Less what
         rounding of the latents may leave.
     """
-    vectors = [_rows(latents, batch), *_span(trail, others, batch)]
+    vectors = [rows_of(latents, batch), *_span(trail, others, batch)]
     rows = torch.stack(vectors).to(wide(vectors[0].device))
     now, before = rows[0], rows[1]
     step = now - before
     # the tokens of a reference picture never move, and what is predicted for them moves nothing
     moved = step != 0
     span = rows[1:].transpose(0, 1) * moved.unsqueeze(1)
-    inner = span @ span.mT
-    size = inner.diagonal(dim1=1, dim2=2)
-    scale = size.clamp_min(torch.finfo(size.dtype).tiny).rsqrt()
-    inner = inner * scale.unsqueeze(1) * scale.unsqueeze(2)
-    inner.diagonal(dim1=1, dim2=2).add_(RIDGE)
-    along = (span @ step.unsqueeze(-1)).squeeze(-1) * scale
-    weights = torch.linalg.solve_ex(inner, along.unsqueeze(-1))[0].squeeze(-1) * scale
+    weights = weights_of(span, step, RIDGE)
     left = step - (weights.unsqueeze(1) @ span).squeeze(1)
     count = moved.sum(1)
     length, size_before = _level(step, count), _level(before * moved, count)
@@ -109,19 +103,38 @@ def remains(
     return worst
 
 
+def weights_of(span: Tensor, step: Tensor, ridge: float) -> Tensor:
+    """[R, V]: by how much of each of its V vectors, [R, V, n], each row's step [R, n] is made.
+
+    Args:
+        span: vectors.
+        step: what they are to make.
+        ridge: added to the diagonal of the vectors' inner products, relative to it.
+    """
+    inner = span @ span.mT
+    size = inner.diagonal(dim1=1, dim2=2)
+    scale = size.clamp_min(torch.finfo(size.dtype).tiny).rsqrt()
+    inner = inner * scale.unsqueeze(1) * scale.unsqueeze(2)
+    inner.diagonal(dim1=1, dim2=2).add_(ridge)
+    along = (span @ step.unsqueeze(-1)).squeeze(-1) * scale
+    # with checks it would wait for the device
+    weights: Tensor = torch.linalg.solve_ex(inner, along.unsqueeze(-1))[0].squeeze(-1)
+    return weights * scale
+
+
 def _span(trail: Sequence[Seen], others: Sequence[Seen], batch: int) -> list[Tensor]:
     """Vectors [B, n] that a step may be a sum of."""
-    vectors = [_rows(seen.latents, batch) for seen in trail]
+    vectors = [rows_of(seen.latents, batch) for seen in trail]
     for seen in (*trail, *others):
         for prediction in seen.predictions:
-            rows = _rows(prediction, batch)
+            rows = rows_of(prediction, batch)
             vectors.append(rows)
             if len(seen.predictions) == 1:
-                vectors += [rows.roll(shift, 0) for shift in _shifts(len(rows))]
+                vectors += [rows.roll(shift, 0) for shift in shifts(len(rows))]
     return vectors
 
 
-def _shifts(batch: int) -> list[int]:
+def shifts(batch: int) -> list[int]:
     """By how many rows to look for others that may guide a row, by a scale that nobody told.
 
     Halves of a batch guide each other, or thirds (InstructPix2Pix).
@@ -149,7 +162,7 @@ def _least(left: Tensor, moved: Tensor) -> Tensor:
     return least.masked_fill(~touched.any(1), 0)
 
 
-def _rows(tensors: Sequence[Tensor], batch: int) -> Tensor:
+def rows_of(tensors: Sequence[Tensor], batch: int) -> Tensor:
     """[B, n]: all numbers of each sample; [1, n] if a tensor has no batch."""
     rows = batch if all(len(t) == batch for t in tensors) else 1
     flat = [tensor.reshape(rows, -1) for tensor in tensors]

@@ -17,7 +17,7 @@ from specdiff.runtime.sampler.noise import Process
 from specdiff.runtime.sampler.observation import Reading
 from specdiff.runtime.sampler.timeline import of_steps
 from specdiff.runtime.streams.caches import CachePool
-from specdiff.runtime.streams.registry import ModelState
+from specdiff.runtime.streams.registry import ModelState, StreamOwner
 from specdiff.runtime.streams.stream import Stream
 from specdiff.runtime.streams.table import StreamTable
 from specdiff.runtime.streams.time_tables import KnownTimes
@@ -31,6 +31,7 @@ class Call:
 
     programs: Programs
     pool: CachePool
+    owner: StreamOwner
     table: StreamTable
     stream: Stream
     state: ModelState

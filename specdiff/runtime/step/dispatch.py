@@ -173,6 +173,7 @@ class Runtime:
         call = Call(
             programs=self.programs,
             pool=self.pool,
+            owner=owner,
             table=table,
             stream=whose.stream,
             state=state,

@@ -15,9 +15,9 @@ from specdiff.runtime.step.call import Call
 from specdiff.runtime.step.clean import cleaned, why_dense
 from specdiff.runtime.step.corrector import corrected, filled_up, settle
 from specdiff.runtime.step.integrator import integrated
+from specdiff.runtime.step.judge import note_miss, span_to_judge, trusted
 from specdiff.runtime.step.lookahead import look_ahead
 from specdiff.runtime.step.scheduled import GIVE_SCHEDULER
-from specdiff.runtime.streams.trail import CHECK_LAG
 from specdiff.runtime.tokens.forecast import forecast
 from specdiff.runtime.tokens.importance import (
     least_important,
@@ -111,26 +111,6 @@ def _fault(call: Call, count: int) -> tuple[str, str]:
     return "", ""
 
 
-def trusted(call: Call) -> bool:
-    """Whether a forecast may go as far as to this evaluation; of a quality's plan alone."""
-    span = _span_to_judge(call)
-    lag = 1 if call.reading is not None else CHECK_LAG  # else nothing may wait for the device
-    return not span or span <= call.stream.trust.reach(call.index, lag)
-
-
-def _span_to_judge(call: Call) -> float:
-    """Time since the last computed prediction; 0 where forecasts are not judged by what they miss.
-
-    A plan that is given is followed as it is; fresh noise moves predictions, but not what is
-    forecast of them.
-    """
-    computed = call.stream.history.computed
-    if not call.settings.few or call.schedule.selects or call.fresh is not None or not computed:
-        return 0.0
-    before, now = computed[0].times, call.clock
-    return 0.0 if isinstance(before, Tensor) or isinstance(now, Tensor) else abs(now - before)
-
-
 def answer(call: Call, count: int) -> list[Tensor]:
     """Answer the call: the graph's outputs, safe from later evaluations.
 
@@ -195,17 +175,10 @@ def _dense(call: Call) -> Tensor:
     tokens = tokens.clone()  # the program's next run may overwrite them
     if call.strays or stream.conditions.news:
         stream.break_off()
-    _note_miss(call, tokens)
+    if len(stream.history.computed) > 1 and span_to_judge(call):
+        note_miss(call, _forecast(call), tokens)
     stream.history.record_dense(call.clock, tokens)
     return tokens
-
-
-def _note_miss(call: Call, tokens: Tensor) -> None:
-    """Note what a forecast of `tokens` [B, N, C], which were computed, would have missed."""
-    stream = call.stream
-    if len(stream.history.computed) > 1 and (span := _span_to_judge(call)):
-        scale = call.settings.guidance_scale
-        stream.trust.note(call.index, span, _forecast(call), tokens, scale)
 
 
 def _ensure_lease(call: Call) -> None:

@@ -44,5 +44,6 @@ def held_bytes(stream: Stream) -> int:
     held += [part for each in stream.fit.clean for part in each.parts]
     for seen in stream.trail.seen:
         held += [*seen.latents, *(part for way in seen.predictions for part in way)]
+    held += [] if stream.trust.latest is None else [stream.trust.latest.missed]
     storages = [each.untyped_storage() for each in held]
     return sum({each.data_ptr(): each.nbytes() for each in storages}.values())

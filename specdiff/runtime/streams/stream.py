@@ -275,3 +275,4 @@ class Stream:
         self.break_off()
         self.history.make_room()
         self.trail.forget()
+        self.trust.latest = None

@@ -9,44 +9,50 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from specdiff.runtime.sampler.displacement import TINY, guided, norm_of
 from specdiff.runtime.sampler.remains import Awaited
 
 TRUSTED = 0.5
-"""Share of a prediction that a forecast may miss. Forecasts of smooth trajectories miss a
+"""Share of what moves a row that a forecast may miss. Forecasts of smooth trajectories miss a
 quarter at most (examples/eval/photos/README.md says what it saves where they do not)."""
+
+
+@dataclass(frozen=True)
+class Miss:
+    """What a forecast would have missed of a prediction that was computed."""
+
+    index: int
+    """Of the evaluation."""
+    span: float
+    """Time since the computed prediction before it."""
+    missed: Tensor
+    """[B, N, C]: the forecast less what was computed."""
+    computed: Tensor
+    """[B, N, C]"""
 
 
 class Trust:
     """Of one trajectory."""
 
     def __init__(self) -> None:
+        self.latest: Miss | None = None
+        """For calls beside it, which may guide the same latent."""
         self._sent: deque[tuple[int, float, Awaited]] = deque()
         self._reach = math.inf
 
-    def note(
-        self, index: int, span: float, forecast: Tensor, computed: Tensor, scale: float | None
-    ) -> None:
-        """At evaluation `index` a prediction was computed, which a forecast would have missed.
-
-        Guidance counts: it makes what is missed larger, and the prediction hardly.
+    def note(self, miss: Miss, share: Tensor) -> None:
+        """Know how much a forecast missed, or know it better.
 
         Args:
-            index: of the evaluation.
-            span: time since the last computed prediction.
-            forecast: [B, N, C].
-            computed: the same, by the model.
-            scale: of guidance, where the batch holds both halves.
+            miss: of the present evaluation.
+            share: scalar, of what moved the worst row.
         """
-        # Which half comes first is not known here: the way that trusts less.
-        pairs = zip(guided(forecast - computed, scale), guided(computed, scale), strict=True)
-        shares = [norm_of(missed) / norm_of(whole).clamp_min(TINY) for missed, whole in pairs]
-        worst = torch.stack(shares).max()
-        self._sent.append((index, span, Awaited(worst)))
+        if self._sent and self._sent[-1][0] == miss.index:
+            self._sent.pop()
+        self._sent.append((miss.index, miss.span, Awaited(share)))
 
     def reach(self, index: int, lag: int) -> float:
         """How far from the last computed prediction one is forecast at most, in time.

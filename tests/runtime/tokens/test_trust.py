@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import specdiff
 from specdiff.runtime.step.step import MISSED
-from specdiff.runtime.tokens.trust import TRUSTED, Trust
+from specdiff.runtime.tokens.trust import TRUSTED, Miss, Trust
 from specdiff.settings import QUALITIES
 
 STEPS = 28
@@ -74,18 +74,85 @@ def test_a_plan_that_is_given_is_followed_as_it_is():
 
 def test_what_was_missed_is_read_late_and_shortens_the_way():
     trust, computed = Trust(), torch.ones(2, 4, 3)
-    wrong = computed.clone()
-    wrong[1] = -1  # the worst row counts: it missed twice its prediction
-    trust.note(5, 0.2, wrong, computed, None)
+    trust.note(Miss(5, 0.2, computed, computed), torch.tensor(2.0))
     assert trust.reach(6, lag=2) == math.inf
     assert trust.reach(7, lag=2) == pytest.approx(0.2 * TRUSTED / 2)
-    trust.note(8, 0.1, computed, computed, None)
+    trust.note(Miss(8, 0.1, computed, computed), torch.tensor(0.0))
     assert trust.reach(9, lag=1) == math.inf
 
 
-def test_guidance_makes_what_was_missed_larger():
+def test_who_knows_better_is_believed():
     trust, computed = Trust(), torch.ones(2, 4, 3)
-    wrong = computed.clone()
-    wrong[1] = 0.9  # guided: 1 + 7 * -0.1 = 0.3 for 1
-    trust.note(5, 0.2, wrong, computed, 7.0)
-    assert trust.reach(6, lag=1) == pytest.approx(0.2 * TRUSTED / 0.7, rel=1e-5)
+    for share in (0.1, 2.0):
+        trust.note(Miss(5, 0.2, computed, computed), torch.tensor(share))
+    assert trust.reach(6, lag=1) == pytest.approx(0.2 * TRUSTED / 2)
+
+
+class Pulled(nn.Module):
+    """A flow that is smooth but for what a condition adds, which winds by little."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(8, 8)
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
+        angle = 5 * math.pi * timestep.reshape(-1, 1, 1)
+        return self.mix(hidden_states) + 0.15 * condition * torch.sin(angle + condition)
+
+
+SCALE = 7.0
+
+
+def batched(model: nn.Module, latent: Tensor, now: float, condition: Tensor) -> Tensor:
+    """The halves in one batch, the unconditional one last."""
+    both = torch.cat([condition, torch.zeros_like(condition)])
+    with_it, without = model(torch.cat([latent] * 2), torch.full((2,), now), both).chunk(2)
+    return torch.lerp(without, with_it, SCALE)
+
+
+def called_twice(model: nn.Module, latent: Tensor, now: float, condition: Tensor) -> Tensor:
+    """A call for each half."""
+    time = torch.tensor([now])
+    with_it = model(latent, time, condition)
+    return torch.lerp(model(latent, time, NOTHING), with_it, SCALE)
+
+
+def called_for_each_picture(
+    model: nn.Module, latent: Tensor, now: float, condition: Tensor
+) -> Tensor:
+    """Halves next to each other in a batch of two pictures."""
+    codes = torch.cat([condition, NOTHING, 0.5 * condition, NOTHING])
+    latents = latent.repeat_interleave(2, 0)
+    with_it, without = model(latents, torch.full((4,), now), codes).unflatten(0, (2, 2)).unbind(1)
+    return torch.lerp(without, with_it, SCALE)
+
+
+NOTHING = torch.zeros(1, 16, 8)
+WAYS = {"batched": (batched, 1), "twice": (called_twice, 1), "apart": (called_for_each_picture, 2)}
+
+
+@torch.no_grad()
+def guided(way: str, given: bool, **options: Any) -> tuple[Tensor, specdiff.Stats]:
+    """As `drawn`, of guided pictures whose scale nobody told."""
+    torch.manual_seed(0)
+    model, (velocity, pictures) = Pulled(), WAYS[way]
+    latent, condition = torch.randn(pictures, 16, 8), torch.randn(1, 16, 8)
+    specdiff.attach(model, **options)
+    with specdiff.session(model, timesteps=TIMES[:-1] if given else None):
+        for now, then in pairwise(TIMES):
+            latent = latent + (then - now) * velocity(model, latent, now, condition)
+    return latent, specdiff.stats(model)
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_guidance_counts_whoever_tells_its_scale(way, given):
+    _, counts = guided(way, given)
+    calls = 2 if way == "twice" else 1
+    assert counts.dense >= calls * (DENSE + 3)
+    assert counts.dense % calls == 0  # the halves keep step
+    assert counts.fallbacks[MISSED] >= calls * 3
+    exact, _ = guided(way, given, quality="dense")
+    planned, _ = guided(way, given, plan=QUALITIES["balanced"])
+    ours, _ = guided(way, given)
+    assert (ours - exact).norm() < (planned - exact).norm() / 2
