@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specdiff.runtime.sampler.displacement import TINY, norm_of, wide
+from specdiff.runtime.sampler.displacement import TINY, as_float32, norm_of, wide
 from specdiff.runtime.sampler.remains import Seen, rows_of, shifts, weights_of
 
 MOST = 8
@@ -66,7 +66,7 @@ def shares_missed(rows: Rows) -> Tensor:
         return alone
     count = len(rows.computed)
     rolls = range(count) if count <= MOST else (0, *shifts(count))
-    weights = _weights(rows, rolls).to(rows.missed.dtype).unsqueeze(-1).unsqueeze(-1)
+    weights = _weights(rows, rolls).float().unsqueeze(-1).unsqueeze(-1)
     missed, computed = (
         torch.stack([weights[:, i] * each.roll(by, 0) for i, by in enumerate(rolls)]).sum(0)
         for each in (rows.missed, rows.computed)
@@ -77,7 +77,7 @@ def shares_missed(rows: Rows) -> Tensor:
 
 def share(missed: Tensor, computed: Tensor) -> Tensor:
     """[R, 1, 1]: the length of what was missed by that of what was computed, each [R, N, C]."""
-    return norm_of(missed) / norm_of(computed).clamp_min(TINY)
+    return norm_of(as_float32(missed)) / norm_of(as_float32(computed)).clamp_min(TINY)
 
 
 def _weights(rows: Rows, rolls: Sequence[int]) -> Tensor:

@@ -63,3 +63,12 @@ def test_where_nothing_moved_each_counts_alone():
     rows = rows._replace(before=rows.latents)
     alone = rows.missed.flatten(1).norm(dim=1) / rows.computed.flatten(1).norm(dim=1)
     torch.testing.assert_close(shares_missed(rows).flatten(), alone)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_predictions_of_half_precision_are_mixed_in_float32(kind):
+    exact = rows_moved(1.0, [(0, 1)], torch.float32)
+    rounded = exact._replace(missed=exact.missed.to(kind), computed=exact.computed.to(kind))
+    shares = shares_missed(rounded)
+    assert shares.dtype is torch.float32
+    torch.testing.assert_close(shares, shares_missed(exact), rtol=1e-2, atol=0)
