@@ -15,13 +15,12 @@ import datetime
 import itertools
 import json
 import statistics
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from solution import MODELS, SEED, euler, grid
+from solution import MODELS, Field, euler, grid
 from solution_report import STEPS
 from torch import Tensor
 
@@ -36,54 +35,43 @@ HOW = ("one batch, scale told", "one batch", "a call each")
 WHEN = ("times given", "times read")
 
 
-def field(model: Any, codes: Any, scale: float, how: str) -> Callable[[Tensor, float], Tensor]:
-    """Guided velocity; `codes` are (tokens, pooled) of the conditional half."""
-    nothing = tuple(torch.zeros_like(code) for code in codes)
-    both = tuple(torch.cat(pair) for pair in zip(nothing, codes, strict=True))
-
-    def predict(x: Tensor, sigma: float, given: Any) -> Tensor:
-        tokens, pooled = given
-        time = torch.full((len(x),), sigma * 1000)
-        found: Tensor = model(
+def call_each(model: Any, x: Tensor, sigma: float, codes: Any, scale: float) -> Tensor:
+    """Guided velocity by a call for each half; `codes` are (tokens, pooled) of each, by half."""
+    found = [
+        model(
             hidden_states=x,
-            timestep=time,
+            timestep=torch.full((len(x),), sigma * 1000),
             encoder_hidden_states=tokens,
             pooled_projections=pooled,
             return_dict=False,
         )[0]
-        return found
-
-    def velocity(x: Tensor, sigma: float) -> Tensor:
-        if how == "a call each":
-            conditional = predict(x, sigma, codes)
-            return torch.lerp(predict(x, sigma, nothing), conditional, scale)
-        return torch.lerp(*predict(torch.cat([x, x]), sigma, both).chunk(2), scale)
-
-    return velocity
+        for tokens, pooled in codes
+    ]
+    conditional, unconditional = found
+    return torch.lerp(unconditional, conditional, scale)
 
 
 def measure(name: str, models: dict[bool, Any], index: int) -> dict[str, tuple[float, float]]:
     """By quality, way of guidance and of times: evaluations of each half, and PSNR."""
     classes, class_codes, scale = CROPS[name]
-    codes = class_codes([classes[index % len(classes)]])
-    _, _, to_pixels, _ = MODELS[name]
-    start = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(SEED + index))
-    draw = partial(euler, start, evaluations=STEPS)
-    found, dense = {}, None
-    for quality, how, when in itertools.product(("dense", *QUALITY_NAMES), HOW, WHEN):
-        if quality == "dense" and dense is not None:
-            continue
+    states = class_codes([classes[index % len(classes)]])
+    codes = (states, tuple(torch.zeros_like(code) for code in states))
+    _, picture, to_pixels, _ = MODELS[name]
+    start, batch = picture(index)
+    fields: dict[str, Field] = dict.fromkeys(HOW[:2], batch)
+    fields[HOW[2]] = partial(call_each, codes=codes, scale=scale)
+    with specdiff.session(models[False], quality="dense"):
+        dense = to_pixels(euler(start, partial(batch, models[False]), STEPS))[0]
+    found = {}
+    for quality, how, when in itertools.product(QUALITY_NAMES, HOW, WHEN):
         model = models[how == HOW[0]]
         specdiff.reset(model)
         times = SIGMAS[:-1] if when == WHEN[0] else None
         with specdiff.session(model, times, quality=quality):
-            drawn = to_pixels(draw(field(model, codes, scale, how)))[0]
-        if dense is None:
-            dense = drawn
-        else:
-            count = specdiff.stats(model).dense / (2 if how == HOW[2] else 1)
-            key = " | ".join((quality, how, when))
-            found[key] = (count, round(psnr(drawn, dense), 2))
+            drawn = to_pixels(euler(start, partial(fields[how], model), STEPS))[0]
+        count = specdiff.stats(model).dense / (2 if how == HOW[2] else 1)
+        key = " | ".join((quality, how, when))
+        found[key] = (count, round(psnr(drawn, dense), 2))
     return found
 
 

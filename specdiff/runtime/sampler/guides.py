@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specdiff.runtime.sampler.displacement import TINY, as_float32, norm_of, wide
+from specdiff.runtime.sampler.displacement import TINY, as_float32, guided, norm_of, wide
 from specdiff.runtime.sampler.remains import Seen, rows_of, shifts, weights_of
 
 MOST = 8
@@ -73,6 +73,18 @@ def shares_missed(rows: Rows) -> Tensor:
     )
     stood = (rows.latents == rows.before).all(1).reshape(-1, 1, 1)
     return torch.where(stood, alone, share(missed, computed))
+
+
+def shares_by_scale(missed: Tensor, computed: Tensor, scale: float) -> Tensor:
+    """[2, B, 1, 1]: the same where the scale is told, with either half as the conditional one.
+
+    Args:
+        missed: [B, N, C], of both halves.
+        computed: [B, N, C]
+        scale: g in u + g (c - u).
+    """
+    pairs = zip(guided(missed, scale), guided(computed, scale), strict=True)
+    return torch.stack([share(*pair) for pair in pairs])
 
 
 def share(missed: Tensor, computed: Tensor) -> Tensor:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from specdiff.runtime.sampler.displacement import guided
-from specdiff.runtime.sampler.guides import Rows, share, shares_missed
+from specdiff.runtime.sampler.guides import Rows, share, shares_by_scale, shares_missed
 from specdiff.runtime.step.call import Call
 from specdiff.runtime.streams.stream import Stream
 from specdiff.runtime.streams.trail import CHECK_LAG
@@ -45,8 +43,7 @@ def note_miss(call: Call, forecast: Tensor, computed: Tensor) -> None:
     miss = Miss(call.index, span_to_judge(call), forecast - computed, computed)
     if scale is not None:
         # Which half comes first is not known here: the way that trusts less.
-        pairs = zip(guided(miss.missed, scale), guided(computed, scale), strict=True)
-        trust.note(miss, torch.stack([share(*pair) for pair in pairs]).max())
+        trust.note(miss, shares_by_scale(miss.missed, computed, scale).max())
         return
     trust.latest = miss
     latents = list(call.programs.signature.moving_parts(call.inputs))

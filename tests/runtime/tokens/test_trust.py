@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import specdiff
+from specdiff.runtime.sampler.guides import share, shares_by_scale
 from specdiff.runtime.step.step import MISSED
 from specdiff.runtime.tokens.trust import TRUSTED, Miss, Trust
 from specdiff.settings import QUALITIES
@@ -74,17 +75,29 @@ def test_a_plan_that_is_given_is_followed_as_it_is():
 
 def test_what_was_missed_is_read_late_and_shortens_the_way():
     trust, computed = Trust(), torch.ones(2, 4, 3)
-    trust.note(Miss(5, 0.2, computed, computed), torch.tensor(2.0))
+    wrong = computed.clone()
+    wrong[1] = -1  # the worst row counts: it missed twice its prediction
+    missed = share(wrong - computed, computed)
+    trust.note(Miss(5, 0.2, wrong - computed, computed), missed.max())
     assert trust.reach(6, lag=2) == math.inf
     assert trust.reach(7, lag=2) == pytest.approx(0.2 * TRUSTED / 2)
     trust.note(Miss(8, 0.1, computed, computed), torch.tensor(0.0))
     assert trust.reach(9, lag=1) == math.inf
 
 
+def test_guidance_makes_what_was_missed_larger():
+    trust, computed = Trust(), torch.ones(2, 4, 3)
+    wrong = computed.clone()
+    wrong[1] = 0.9  # guided: 1 + 7 * -0.1 = 0.3 for 1
+    miss = Miss(5, 0.2, wrong - computed, computed)
+    trust.note(miss, shares_by_scale(miss.missed, computed, 7.0).max())
+    assert trust.reach(6, lag=1) == pytest.approx(0.2 * TRUSTED / 0.7, rel=1e-5)
+
+
 def test_who_knows_better_is_believed():
     trust, computed = Trust(), torch.ones(2, 4, 3)
-    for share in (0.1, 2.0):
-        trust.note(Miss(5, 0.2, computed, computed), torch.tensor(share))
+    for missed in (0.1, 2.0):
+        trust.note(Miss(5, 0.2, computed, computed), torch.tensor(missed))
     assert trust.reach(6, lag=1) == pytest.approx(0.2 * TRUSTED / 2)
 
 
