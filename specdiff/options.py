@@ -16,7 +16,7 @@ from torch import Tensor
 
 from specdiff.errors import OptionError
 from specdiff.plan import Plan
-from specdiff.settings import ABLATIONS, METHODS, OFF, PLAN_OPTIONS, QUALITIES, Settings
+from specdiff.settings import ABLATIONS, METHODS, OFF, PLAN_OPTIONS, QUALITIES, TRUSTED, Settings
 
 FORECASTS = ("reuse", "linear", "mean")
 TARGETS = ("dense", "solution")
@@ -248,7 +248,9 @@ class Options:
         changed = {n: v for n, v in (self.ablation or {}).items() if n != "importance_queries"}
         fixed = {"method": method, "plan": plan, "accelerated": self.quality != OFF}
         if given:
-            fixed["few"] = 0
+            fixed["few"] = fixed["trusted"] = 0
+        elif values["trusted"] and self.quality in TRUSTED:
+            values["trusted"] = TRUSTED[self.quality]
         return Settings(**{**values, **changed, **fixed})
 
     def _of_quality(self) -> Plan | None:

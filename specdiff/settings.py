@@ -18,6 +18,11 @@ QUALITIES: Mapping[str, Plan] = {
     "balanced": Plan.of(28, (0, 2, 4, 7, 10, 14, 18, 22, 26, 27)),
     "fast": Plan.of(28, (0, 3, 7, 11, 16, 21, 25, 27)),
 }
+TRUSTED: Mapping[str, float] = {
+    "closest": 0.1, "near-lossless": 0.2, "balanced": 0.5, "fast": 0.5,
+}  # fmt: skip
+"""Share of what moves a latent that a forecast may miss, by quality; where one missed more, the
+next goes less far (examples/research/trusting.md says what that costs and saves)."""
 FEW = 8
 """Evaluations of a generation up to which all are dense, unless a plan is given: forecasts over
 such steps are worse than as many steps fewer."""
@@ -38,6 +43,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
         "correction": True,
         "selective_importance": True,
         "few": FEW,
+        "trusted": TRUSTED["balanced"],
     },
     "paper": {
         "plan": Plan.warmup(3, cache_ratio=0.9),
@@ -47,6 +53,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
         "correction": False,
         "selective_importance": True,
         "few": 0,
+        "trusted": 0.0,
     },
 }
 IMPORTANCE_QUERIES = 32
@@ -55,6 +62,7 @@ PLAN_OPTIONS = ("method", "cache_ratio", "forecast", "text_steps")
 """Options that a plan may hold."""
 ABLATIONS = (
     "reuse_share", "starvation", "correction", "selective_importance", "importance_queries",
+    "trusted",
 )  # fmt: skip
 """Constants of the methods that experiments change, by the private option `ablation`."""
 
@@ -68,6 +76,9 @@ class Settings:
     plan: Plan
     few: int
     """A generation of no more evaluations, where their number is known, is dense; 0: none is."""
+    trusted: float
+    """Share of what moves a latent that a forecast may miss (`runtime.tokens.trust`); 0: the plan
+    is followed as it is."""
     cache_ratio: float
     text_steps: str
     method: str

@@ -55,8 +55,8 @@ Field = Callable[[Any, Tensor, float], Tensor]
 
 
 def emoji(index: int) -> tuple[Tensor, Field]:
-    """Start and velocity of a picture that nothing was tuned on."""
-    names = demo.stored_prompts()[TUNED_ON:]
+    """Start and velocity of a picture that nothing was tuned on, or one to tune on, below 0."""
+    names = demo.stored_prompts()[:TUNED_ON] if index < 0 else demo.stored_prompts()[TUNED_ON:]
     tokens, pooled = demo.prompt_embeddings([names[index % len(names)]])
     side = torch.arange(32)
     places = torch.stack([torch.zeros(32, 32), *torch.meshgrid(side, side, indexing="ij")], -1)
@@ -200,13 +200,14 @@ class Drawer:
             load(), backend="specdiff", options={"inner_backend": inner, **options}
         )
 
-    def draw(self, index: int, method: str, evaluations: int) -> Tensor:
-        """The picture [3, H, W], in 0..1."""
+    def draw(self, index: int, method: str, evaluations: int | Plan) -> Tensor:
+        """The picture [3, H, W], in 0..1: by a solver and its evaluations, or by specdiff."""
         x, field = self.picture(index)
         if method in SOLVERS:
             found = SOLVERS[method](x, lambda x, s: field(self.model, x, s), evaluations)
             return self.to_pixels(found)[0]
-        target, plan = method.rpartition(" ")[2], OURS[evaluations]
+        target = method.rpartition(" ")[2]
+        plan = OURS[evaluations] if isinstance(evaluations, int) else evaluations
         with specdiff.session(self.compiled, grid(STEPS)[:-1], target=target, plan=plan):
             found = euler(x, lambda x, s: field(self.compiled, x, s), STEPS)
         return self.to_pixels(found)[0]

@@ -162,7 +162,7 @@ class Runtime:
         candidates = processes(settings.prediction, settings.alphas_cumprod)
         whose = Inquiry(
             self.programs.signature, inputs, owner, table, progress, schedule, candidates,
-            begin=partial(self._begin, table),
+            begin=partial(self._begin, table), learns_scale=settings.guidance_scale is None,
         ).owner()  # fmt: skip
         if table.begun == fallbacks.IDLE_AFTER and schedule.forecasts:
             state.say(logger, fallbacks.IDLE)
@@ -177,7 +177,7 @@ class Runtime:
             table=table,
             stream=whose.stream,
             state=state,
-            settings=settings,
+            settings=_with_scale(settings, whose.stream),
             schedule=schedule,
             inputs=inputs,
             time=whose.time,
@@ -313,3 +313,11 @@ class Runtime:
         state.counters.dense += 1
         state.counters.tokens_computed += tokens
         state.counters.tokens_total += tokens
+
+
+def _with_scale(settings: Settings, stream: Stream) -> Settings:
+    """The settings, with the scale that the stream's steps showed where nobody told it."""
+    shown = stream.fit.scale.value
+    if shown is None or settings.guidance_scale is not None:
+        return settings
+    return dataclasses.replace(settings, guidance_scale=shown)

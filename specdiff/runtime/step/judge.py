@@ -17,7 +17,7 @@ def trusted(call: Call) -> bool:
     """Whether a forecast may go as far as to this evaluation; of a quality's plan alone."""
     span = span_to_judge(call)
     lag = 1 if call.reading is not None else CHECK_LAG  # else nothing may wait for the device
-    return not span or span <= call.stream.trust.reach(call.index, lag)
+    return not span or span <= call.stream.trust.reach(call.index, lag, call.settings.trusted)
 
 
 def span_to_judge(call: Call) -> float:
@@ -27,7 +27,7 @@ def span_to_judge(call: Call) -> float:
     forecast of them.
     """
     computed = call.stream.history.computed
-    if not call.settings.few or call.schedule.selects or call.fresh is not None or not computed:
+    if not call.settings.trusted or call.schedule.selects or call.fresh is not None or not computed:
         return 0.0
     before, now = computed[0].times, call.clock
     return 0.0 if isinstance(before, Tensor) or isinstance(now, Tensor) else abs(now - before)

@@ -65,6 +65,7 @@ from specdiff.runtime.streams.recognition import followed
 from specdiff.runtime.streams.registry import StreamOwner
 from specdiff.runtime.streams.stream import Stream
 from specdiff.runtime.streams.table import MAX_STREAMS, StreamTable
+from specdiff.runtime.streams.trail import CHECK_LAG
 from specdiff.runtime.tokens.schedule import Schedule
 
 Begin = Callable[[Stream | None, Sequence[object]], Stream]
@@ -113,6 +114,7 @@ class Inquiry:
         schedule: of the call.
         candidates: what the sampler may be doing.
         begin: makes a stream.
+        learns_scale: whether a batch may hold guidance of a scale that nobody told.
     """
 
     def __init__(
@@ -125,13 +127,15 @@ class Inquiry:
         schedule: Schedule,
         candidates: Sequence[Process],
         begin: Begin,
+        *,
+        learns_scale: bool,
     ) -> None:
         self._signature = signature
         self._inputs = inputs
         self._conditions = [inputs[index] for index in signature.indices("condition")]
         self._owner, self._table, self._progress = owner, table, progress
         self._schedule, self._candidates = schedule, candidates
-        self._begin = begin
+        self._begin, self._learns_scale = begin, learns_scale
         self._changed: Mapping[Stream, frozenset[int] | None] = {}
         """Streams that the call may belong to; which of their conditions changed, None: none is
         another object."""
@@ -239,6 +243,8 @@ class Inquiry:
     def _go_on(self, stream: Stream, reading: Reading | None = None) -> None:
         """The call is this stream's."""
         self._table.go_on(stream, self._conditions, self._changed[stream])
+        if reading is None and self._learns_scale:
+            stream.learn_scale(self._parts, CHECK_LAG)
         stream.fit.receive(len(stream.times))
         if not stream.latents or not self._schedule.forecasts:
             return
@@ -308,6 +314,8 @@ class Inquiry:
         times = self._unread_times
         moved = joint = pace = None
         if stream is not None and stream.latents:
+            if self._learns_scale:
+                stream.learn_scale(self._parts, lag=0)  # the time is waited for all the same
             pace = times.pace(stream.trail.row_times)
             ways = tuple(tuple(paced(p, pace) for p in way) for way in stream.predictions)
             moved = Displacement.of(self._parts, stream.latents, ways)

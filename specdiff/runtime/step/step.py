@@ -175,7 +175,7 @@ def _dense(call: Call) -> Tensor:
     tokens = tokens.clone()  # the program's next run may overwrite them
     if call.strays or stream.conditions.news:
         stream.break_off()
-    if len(stream.history.computed) > 1 and span_to_judge(call):
+    if span_to_judge(call):
         note_miss(call, _forecast(call), tokens)
     stream.history.record_dense(call.clock, tokens)
     return tokens

@@ -31,6 +31,7 @@ from specdiff.runtime.sampler.noise import Process
 from specdiff.runtime.sampler.observation import Reading
 from specdiff.runtime.sampler.remains import ROUNDED, Awaited, Seen
 from specdiff.runtime.sampler.sampler_fit import Prediction
+from specdiff.runtime.sampler.scale import LearnedScale, read_as_guided
 from specdiff.runtime.sampler.scheduler import Run
 from specdiff.runtime.streams.caches import Lease
 from specdiff.runtime.streams.keys import Conditions
@@ -122,6 +123,8 @@ class SamplerState:
     """Whether each step seen so far followed from its own prediction alone."""
     proven: bool = False
     """Whether a step that followed a new prediction has shown such a sampler's order."""
+    scale: LearnedScale = field(default_factory=LearnedScale)
+    """Of guidance in the batch, where nobody told it."""
     _sent: tuple[int, Awaited] | None = None
     """After how many evaluations the sampler's numbers were sent to the host."""
 
@@ -255,6 +258,18 @@ class Stream:
         if strange and (change > LARGE_CHANGE or self.doubtful):
             return "foreign"
         return "continues"
+
+    def learn_scale(self, latents: Sequence[Tensor], lag: int) -> None:
+        """Look whether the step to these latents shows the scale of guidance in the batch.
+
+        From where it is known everything is as if it had been told: the sampler is inferred anew.
+        """
+        scale, batch = self.fit.scale, self.history.batch
+        if batch % 2 or not self.trail.seen:
+            return
+        if scale.look(latents, self.trail.seen[0], batch, lag) and scale.value is not None:
+            self.trail.seen = tuple(read_as_guided(each, scale.value) for each in self.trail.seen)
+            self.fit = SamplerState(shortfall=self.fit.shortfall, clean=self.fit.clean, scale=scale)
 
     def become_ambiguous(self, time: float) -> None:
         """Keep nothing but the times, this one the last: its calls run dense from here on."""

@@ -15,10 +15,6 @@ from torch import Tensor
 
 from specdiff.runtime.sampler.remains import Awaited
 
-TRUSTED = 0.5
-"""Share of what moves a row that a forecast may miss. Forecasts of smooth trajectories miss a
-quarter at most (examples/eval/photos/README.md says what it saves where they do not)."""
-
 
 @dataclass(frozen=True)
 class Miss:
@@ -54,15 +50,16 @@ class Trust:
             self._sent.pop()
         self._sent.append((miss.index, miss.span, Awaited(share)))
 
-    def reach(self, index: int, lag: int) -> float:
+    def reach(self, index: int, lag: int, trusted: float) -> float:
         """How far from the last computed prediction one is forecast at most, in time.
 
         Args:
             index: of the present evaluation.
             lag: evaluations from one to the reading of what it missed.
+            trusted: share of what moves a row that a forecast may miss.
         """
         while self._sent and index - self._sent[0][0] >= lag:
             _, span, awaited = self._sent.popleft()
             missed = awaited.read()
-            self._reach = span * TRUSTED / missed if missed else math.inf
+            self._reach = span * trusted / missed if missed else math.inf
         return self._reach

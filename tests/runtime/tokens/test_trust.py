@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 
 import specdiff
+from specdiff.options import Options
 from specdiff.runtime.sampler.guides import share, shares_by_scale
 from specdiff.runtime.step.step import MISSED
-from specdiff.runtime.tokens.trust import TRUSTED, Miss, Trust
-from specdiff.settings import QUALITIES
+from specdiff.runtime.tokens.trust import Miss, Trust
+from specdiff.settings import QUALITIES, TRUSTED
 
 STEPS = 28
 TIMES = [3 * s / (1 + 2 * s) for s in torch.linspace(1, 0, STEPS + 1).tolist()]
 DENSE = len(QUALITIES["balanced"].dense)
+HALF = 0.5
 
 
 class Winding(nn.Module):
@@ -34,17 +36,28 @@ class Winding(nn.Module):
         return torch.sin(angle + condition) + 0.1 * self.mix(hidden_states)
 
 
-@torch.no_grad()
-def drawn(turns: float, given: bool, **options: Any) -> tuple[Tensor, specdiff.Stats]:
-    """Euler's last latent; in a session with times, or by the calls alone."""
+def winding(turns: float, **options: Any) -> tuple[nn.Module, Tensor, Tensor]:
+    """An accelerated model, where its latent starts, and its condition."""
     torch.manual_seed(0)
     model = Winding(turns)
     latent, condition = torch.randn(1, 16, 8), torch.randn(1, 16, 8)
     specdiff.attach(model, **options)
+    return model, latent, condition
+
+
+@torch.no_grad()
+def draw(model: nn.Module, latent: Tensor, condition: Tensor, given: bool) -> Tensor:
+    """Euler's last latent; in a session with times, or by the calls alone."""
     with specdiff.session(model, timesteps=TIMES[:-1] if given else None):
         for now, then in pairwise(TIMES):
             latent = latent + (then - now) * model(latent, torch.tensor([now]), condition)
-    return latent, specdiff.stats(model)
+    return latent
+
+
+def drawn(turns: float, given: bool, **options: Any) -> tuple[Tensor, specdiff.Stats]:
+    """The same of a new model, and what was counted."""
+    model, latent, condition = winding(turns, **options)
+    return draw(model, latent, condition, given), specdiff.stats(model)
 
 
 def error(turns: float, given: bool, **options: Any) -> float:
@@ -73,16 +86,40 @@ def test_a_plan_that_is_given_is_followed_as_it_is():
     assert counts.dense == DENSE and MISSED not in counts.fallbacks
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_who_asks_for_more_trusts_less(given):
+    _, usual = drawn(0.6, given)
+    _, strict = drawn(0.6, given, ablation={"trusted": TRUSTED["closest"]})
+    assert strict.fallbacks[MISSED] > 0 and MISSED not in usual.fallbacks
+
+
+def test_each_quality_trusts_as_it_says_and_a_given_plan_is_followed():
+    found = {name: Options(quality=name).resolve().trusted for name in QUALITIES}
+    assert found == TRUSTED and Options().resolve().trusted == TRUSTED["balanced"]
+    assert not Options(plan=QUALITIES["fast"]).resolve().trusted
+    assert not Options(method="paper", quality="fast").resolve().trusted
+
+
+@pytest.mark.parametrize(("given", "earliest"), [(False, 3), (True, 5)])
+def test_the_first_gap_is_judged_too(given, earliest):
+    """Of its one prediction, which stood: evaluation 2 shows what that missed."""
+    model, latent, condition = winding(8.0)
+    with specdiff.record(model) as recording:
+        draw(model, latent, condition, given)
+    beside = [step.index for step in recording.steps if step.reason == MISSED]
+    assert beside[0] == earliest
+
+
 def test_what_was_missed_is_read_late_and_shortens_the_way():
     trust, computed = Trust(), torch.ones(2, 4, 3)
     wrong = computed.clone()
     wrong[1] = -1  # the worst row counts: it missed twice its prediction
     missed = share(wrong - computed, computed)
     trust.note(Miss(5, 0.2, wrong - computed, computed), missed.max())
-    assert trust.reach(6, lag=2) == math.inf
-    assert trust.reach(7, lag=2) == pytest.approx(0.2 * TRUSTED / 2)
+    assert trust.reach(6, lag=2, trusted=HALF) == math.inf
+    assert trust.reach(7, lag=2, trusted=HALF) == pytest.approx(0.2 * HALF / 2)
     trust.note(Miss(8, 0.1, computed, computed), torch.tensor(0.0))
-    assert trust.reach(9, lag=1) == math.inf
+    assert trust.reach(9, lag=1, trusted=HALF) == math.inf
 
 
 def test_guidance_makes_what_was_missed_larger():
@@ -91,14 +128,14 @@ def test_guidance_makes_what_was_missed_larger():
     wrong[1] = 0.9  # guided: 1 + 7 * -0.1 = 0.3 for 1
     miss = Miss(5, 0.2, wrong - computed, computed)
     trust.note(miss, shares_by_scale(miss.missed, computed, 7.0).max())
-    assert trust.reach(6, lag=1) == pytest.approx(0.2 * TRUSTED / 0.7, rel=1e-5)
+    assert trust.reach(6, lag=1, trusted=HALF) == pytest.approx(0.2 * HALF / 0.7, rel=1e-5)
 
 
 def test_who_knows_better_is_believed():
     trust, computed = Trust(), torch.ones(2, 4, 3)
     for missed in (0.1, 2.0):
         trust.note(Miss(5, 0.2, computed, computed), torch.tensor(missed))
-    assert trust.reach(6, lag=1) == pytest.approx(0.2 * TRUSTED / 2)
+    assert trust.reach(6, lag=1, trusted=HALF) == pytest.approx(0.2 * HALF / 2)
 
 
 class Pulled(nn.Module):
