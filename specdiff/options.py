@@ -120,8 +120,8 @@ class Options:
     "solution" to where the sampler would get with very many steps."""
 
     guidance_scale: float | None = _option(None, "a number, or None", _number)
-    """Set where a call's batch holds both halves of classifier-free guidance, in either order:
-    importance is summed over the halves and both compute the same tokens."""
+    """Where a call's batch holds both halves of classifier-free guidance, in either order: importance
+    is summed over the halves and both compute the same tokens. None: learned from the first steps."""
 
     prediction: str = _choice("auto", PREDICTIONS)
     """What the model predicts, for the jumps of self-speculation: the velocity of a "flow",

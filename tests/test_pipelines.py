@@ -237,8 +237,8 @@ def test_default_options_are_close(make_image):
     assert 1e-4 < apart(make_image(selective), exact) < 0.15
     found = specdiff.stats(selective)
     # by default whole steps are forecast, where 28 steps would leave out one at the same noise: of
-    # ten steps two
-    assert counts(selective) == (8, 0, 2, 0)
+    # ten steps one
+    assert counts(selective) == (9, 0, 1, 0)
     assert found.evaluations == STEPS
     assert found.fallbacks == {}
 

@@ -209,10 +209,9 @@ def report_of(
             cannot be done; None if nobody looked.
     """
     known = options or Options()
-    ways = 1 if known.guidance_scale is None else 2
     if isinstance(analysis, str):
         if isinstance(whole_steps, Signature):
-            return Report(False, analysis, "", kept_bytes(whole_steps, ways))
+            return Report(False, analysis, "", kept_bytes(whole_steps))
         return Report(False, analysis, whole_steps)
     if analysis.signature.time is None:
         return Report(False, NO_TIME, NO_TIME)
@@ -221,7 +220,7 @@ def report_of(
         selective=True,
         reason="",
         no_step_plan="",
-        kept_bytes=kept_bytes(analysis.signature, ways),
+        kept_bytes=kept_bytes(analysis.signature),
         latents=tuple(
             analysis.signature.inputs[pair.latent].name for pair in analysis.signature.denoised
         ),

@@ -48,15 +48,11 @@ LARGE_CHANGE = 0.5
 """Relative change of the latent in one evaluation that only a very long step explains."""
 
 
-def kept_bytes(signature: Signature, ways: int) -> int:
-    """What forecasting whole steps keeps of one generation at most, caches apart.
-
-    Args:
-        signature: of the graph.
-        ways: to read guidance from the batch: 2 with a guidance scale, else 1.
-    """
+def kept_bytes(signature: Signature) -> int:
+    """What forecasting whole steps keeps of one generation at most, caches apart."""
     tokens = signature.tokens
     single = math.prod(tokens.shape) * max(tokens.dtype.itemsize, torch.float32.itemsize)
+    ways = 1 if signature.batch % 2 else 2  # to read guidance from the batch
     watched = EVALUATIONS * (1 + ways)  # a latent and its predictions
     return (watched + CORRECTIONS) * single + 2 * HISTORY * tokens.nbytes
 
