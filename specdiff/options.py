@@ -120,8 +120,9 @@ class Options:
     "solution" to where the sampler would get with very many steps."""
 
     guidance_scale: float | None = _option(None, "a number, or None", _number)
-    """Where a call's batch holds both halves of classifier-free guidance, in either order: importance
-    is summed over the halves and both compute the same tokens. None: learned from the first steps."""
+    """Where a call's batch holds both halves of classifier-free guidance, in either order:
+    importance is summed over the halves and both compute the same tokens. None: learned from the
+    first steps."""
 
     prediction: str = _choice("auto", PREDICTIONS)
     """What the model predicts, for the jumps of self-speculation: the velocity of a "flow",
@@ -249,8 +250,8 @@ class Options:
         fixed = {"method": method, "plan": plan, "accelerated": self.quality != OFF}
         if given:
             fixed["few"] = fixed["trusted"] = 0
-        elif values["trusted"] and self.quality in TRUSTED:
-            values["trusted"] = TRUSTED[self.quality]
+        elif values["trusted"]:
+            values["trusted"] = TRUSTED.get(self.quality or "", values["trusted"])
         return Settings(**{**values, **changed, **fixed})
 
     def _of_quality(self) -> Plan | None:
