@@ -30,17 +30,19 @@ from specdiff.measure.comparison import psnr, worst_tenth
 from specdiff.settings import QUALITIES, TRUSTED
 
 HERE = Path(__file__).parent
-SHARES = (0.0, 0.1, 0.2, 0.25, 0.3, 0.5)
+SHARES = (0.0, 0.1, 0.15, 0.2, 0.3, 0.5)
 """What forecasts may miss; 0: the plan alone."""
+FIRST = 8
+"""Of the pictures: those before it chose the values."""
 Known = dict[str, dict[str, dict[str, tuple[int, float]]]]
 """model, then "quality, share", then picture: evaluations and PSNR"""
 
 
 def rows() -> list[tuple[str, float]]:
-    """Qualities and shares; first what each quality has."""
+    """Qualities and shares; first what each quality has, then the plans alone."""
     usual = [*TRUSTED.items()]
-    others = [row for row in itertools.product(QUALITIES, SHARES) if row not in usual]
-    return [*usual, *others]
+    every = [(quality, share) for share in SHARES for quality in QUALITIES]
+    return [*usual, *(row for row in every if row not in usual)]
 
 
 class Drawer:
@@ -63,7 +65,7 @@ class Drawer:
 def measure(known: Known, pictures: int, models: list[str], count: int) -> Iterator[None]:
     """Fill in the first so many rows; yields after each picture."""
     drawers = {name: Drawer(name) for name in models}
-    for name, index in itertools.product(models, range(pictures)):
+    for name, index in itertools.product(models, range(FIRST, FIRST + pictures)):
         found, drawer = known.setdefault(name, {}), drawers[name]
         missing = [row for row in rows()[:count] if str(index) not in found.get(key_of(*row), {})]
         if missing:
