@@ -137,10 +137,11 @@ def _span(trail: Sequence[Seen], others: Sequence[Seen], batch: int) -> list[Ten
 def shifts(batch: int) -> list[int]:
     """By how many rows to look for others that may guide a row, by a scale that nobody told.
 
-    Halves of a batch guide each other, or thirds (InstructPix2Pix).
+    Halves of a batch guide each other, or thirds (InstructPix2Pix), or neighbours in pairs.
     """
-    parts = (count for count in (2, 3) if batch % count == 0)
-    return [batch // count * i for count in parts for i in range(1, count)]
+    parts = [count for count in (2, 3) if batch % count == 0]
+    found = {batch // count * i for count in parts for i in range(1, count)}
+    return sorted(found if batch % 2 else found | {1, batch - 1})
 
 
 def _level(rows: Tensor, count: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from diffusers import (
 
 import specdiff as sd
 from specdiff.runtime.sampler.remains import DEPTH, UNEXPLAINED, Seen, remains
+from specdiff.runtime.step.step import MISSED
 from tests.runtime.toy import ToyPrograms, dense_velocity, noise, prompt, toy
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
@@ -124,17 +125,21 @@ def test_what_never_moves_neither_hides_noise_nor_is_taken_for_it(name):
         assert max(left) < 1e-3
 
 
-def test_guidance_within_a_batch_explains_without_its_scale():
+@pytest.mark.parametrize("order", [[0, 1], [0, 2, 1, 3], [0, 1, 2, 3]])  # of u, c, u, c
+def test_guidance_within_a_batch_explains_without_its_scale(order):
+    """Halves one after the other, of one picture and of two, and neighbours."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(20)
     torch.manual_seed(1)
-    latent, trail, left = torch.randn(1, *SHAPE), (), []
+    pictures = len(order) // 2
+    latent, trail, left = torch.randn(pictures, *SHAPE), (), []
     for time in scheduler.timesteps:
-        both = torch.cat([latent, latent])
+        both = latent.repeat_interleave(2, 0)[order]
         if trail:
-            left.append(remains([both], trail, (), 2).item())
+            left.append(remains([both], trail, (), len(order)).item())
         without, with_prompt = bent(latent, time), bent(latent.flip(-1), time)
-        seen = Seen(time.item(), (both,), ((torch.cat([without, with_prompt]),),))
+        found = torch.stack([without, with_prompt], dim=1).flatten(0, 1)[order]
+        seen = Seen(time.item(), (both,), ((found,),))
         trail = (seen, *trail)[:DEPTH]
         guided = without + 7 * (with_prompt - without)
         latent = scheduler.step(guided, time, latent, return_dict=False)[0]
@@ -183,7 +188,7 @@ def test_noise_in_mid_run_ends_forecasts_while_it_lasts(steps, session):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_no_deterministic_sampler_is_taken_for_noise(name, session):
     _, stats = run(SAMPLERS[name](), 28, session=session)
-    assert stats.fallbacks == {}
+    assert stats.fallbacks.keys() <= {MISSED}  # Karras' first steps are long
     assert stats.skipped > stats.dense
 
 
