@@ -178,14 +178,13 @@ SOLVERS = {
 
 def tiers() -> list[list[tuple[str, int]]]:
     """Names and evaluations of all that is measured; first what matters most."""
-    ours, dense = "specdiff, solution", "specdiff, dense"
+    ours = "specdiff, solution"
     some = ("Adams-Bashforth 2", "DPM-Solver++ 2M", "UniPC")
     goals = [("Euler", STEPS), (ours, 10), (ours, 15)]
     rivals = [(solver, count) for count in (10, 15) for solver in some]
     others = [[(method, count) for method in (ours, *some)] for count in (8, 6, 12, 20, STEPS)]
     rest = [(solver, count) for solver in SOLVERS for count in FEWER]
-    last = [*rest, *((dense, count) for count in (8, 10, 15))]
-    return [goals, rivals, [(ours, STEPS)], *others, last]
+    return [goals, rivals, [(ours, STEPS)], *others, rest]
 
 
 class Drawer:

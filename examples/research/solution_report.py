@@ -114,7 +114,7 @@ def report(known: Known) -> str:
 
 def draw_plot(known: Known, file: Path) -> None:
     """Closeness by evaluations: means as lines, worst tenths as dots; of all pictures alone."""
-    methods = ["specdiff, solution", "specdiff, dense", *solvers_of(known)]
+    methods = ["specdiff, solution", *solvers_of(known)]
     figure = Figure(figsize=(4.5 * len(known), 3.4), dpi=90, layout="constrained")
     every = figure.subplots(1, len(known), sharey=True, squeeze=False)[0]
     for axes, (model, found) in zip(every, known.items(), strict=True):
