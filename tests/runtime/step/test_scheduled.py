@@ -16,7 +16,11 @@ from specdiff.plan import Plan
 from specdiff.runtime.step.clean import ANEW, TIMED
 from specdiff.runtime.step.scheduled import UNUSED
 from specdiff.runtime.step.step import UNEVEN
+from specdiff.settings import QUALITIES
 from tests.runtime.toy import CHANNELS, SIDE, TEXT, WIDTH, Toy, dense_velocity, toy
+
+BALANCED = QUALITIES["balanced"]
+COUNT = len(BALANCED.dense)
 
 
 class Solver:
@@ -86,7 +90,7 @@ def test_forecasts_of_a_multistep_sampler_are_made_good(way: str) -> None:
         with specdiff.session(model, scheduler=solver):
             known = float(torch.dist(drawn(model, solver), exact))
     assert known < without / 2
-    assert specdiff.stats(model).dense == 10
+    assert specdiff.stats(model).dense == COUNT
     assert not specdiff.stats(model).fallbacks
     assert solver.step_index == 28
 
@@ -125,17 +129,22 @@ def test_few_steps_are_dense_to_the_bit_unless_a_plan_is_given(known: str) -> No
 @pytest.mark.parametrize(
     ("name", "options", "steps", "computed"),
     [
-        ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_karras_sigmas": True}, 28, 10),
-        ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_exponential_sigmas": True}, 28, 10),
-        ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_karras_sigmas": True}, 50, 10),
-        ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_beta_sigmas": True}, 28, 10),
-        ("FlowMatchHeunDiscreteScheduler", {"shift": 3.0}, 28, 21),
+        ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_karras_sigmas": True}, 28, COUNT),
+        (
+            "FlowMatchEulerDiscreteScheduler",
+            {"shift": 3.0, "use_exponential_sigmas": True},
+            28,
+            COUNT,
+        ),
+        ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_karras_sigmas": True}, 50, COUNT),
+        ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_beta_sigmas": True}, 28, COUNT),
+        ("FlowMatchHeunDiscreteScheduler", {"shift": 3.0}, 28, 2 * COUNT + 1),
     ],
 )
 def test_each_schedule_has_the_dense_steps_of_the_preset(
     name: str, options: dict[str, Any], steps: int, computed: int
 ) -> None:
-    model = new()
+    model = new(plan=BALANCED)
     scheduler = getattr(pytest.importorskip("diffusers"), name)(**options)
     specdiff.configure(model, scheduler=scheduler)
     drawn(model, scheduler, steps)
@@ -147,11 +156,11 @@ def test_each_schedule_has_the_dense_steps_of_the_preset(
 def test_uneven_times_that_nobody_gave(spaced: str, caplog: pytest.LogCaptureFixture) -> None:
     """Nearly as good as where they are known, and it is said what makes them so."""
     diffusers = pytest.importorskip("diffusers")
-    model, known = new(), {f"use_{spaced}_sigmas": True}
+    model, known = new(plan=BALANCED), {f"use_{spaced}_sigmas": True}
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, **known)
     exact, fewer = dense(model, scheduler), dense(model, scheduler, 11)
     assert error(model, scheduler, exact) < torch.dist(fewer, exact) / 4
-    assert 10 <= specdiff.stats(model).dense <= 12
+    assert COUNT <= specdiff.stats(model).dense <= COUNT + 2
     assert caplog.text.count(UNEVEN) == 1
     error(model, scheduler, exact, scheduler=scheduler)
     assert caplog.text.count(UNEVEN) == 1
@@ -242,7 +251,7 @@ def test_a_sampler_that_draws_noise_is_accelerated() -> None:
     specdiff.configure(model, scheduler=solver)
     found = seeded(lambda: drawn(model, solver))
     stats = specdiff.stats(model)
-    assert (stats.dense, stats.fallbacks) == (10, {})
+    assert (stats.dense, stats.fallbacks) == (COUNT, {})
     assert torch.dist(found, exact) < torch.dist(fewer, exact) / 2
 
 
@@ -265,7 +274,7 @@ def test_noise_that_runs_dense(share: float, times: bool, why: str) -> None:
     known = {"timesteps": solver.timesteps} if times else {}
     with specdiff.session(model, scheduler=solver, **known):
         assert torch.equal(seeded(lambda: drawn(model, solver)), exact)
-    assert specdiff.stats(model).fallbacks == {why: 18}
+    assert specdiff.stats(model).fallbacks == {why: 28 - COUNT}
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -284,5 +293,5 @@ def test_two_experts_have_half_of_a_trajectory_each(known: bool) -> None:
     stats = [specdiff.stats(model) for model in experts]
     assert all(each.skipped >= 4 for each in stats)
     computed = sum(each.dense for each in stats)
-    assert 10 <= computed <= 15
+    assert COUNT <= computed <= COUNT + 5
     assert torch.dist(found, exact) < torch.dist(drawn(plain, scheduler, computed), exact)

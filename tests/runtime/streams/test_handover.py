@@ -13,12 +13,14 @@ from torch import Tensor, nn
 import specdiff
 from specdiff.runtime.step.step import CONTINUED
 from specdiff.runtime.tokens.history import History
+from specdiff.settings import QUALITIES
 from tests.runtime.blocks.test_row_times import times_of as apart
 from tests.runtime.blocks.test_whole_steps import DENSE as PLANNED
 from tests.runtime.blocks.test_whole_steps import STEPS, Denoiser
 
 SCALE = 2.0
-"""Small enough that forecasts miss little: each plan is followed as it is."""
+PLAN = QUALITIES["balanced"]
+"""Given, so that it is followed as it is."""
 
 Guided = Callable[[float], bool]
 """Whether a step is guided, in one batch, by the share of steps before it."""
@@ -77,7 +79,7 @@ def test_the_plan_goes_on(kind, timed):
     guided, skip, switches = KINDS[kind]
     model = Velocity()
     expected = drawn(model, guided, skip=skip)
-    specdiff.attach(model)
+    specdiff.attach(model, plan=PLAN)
     session = specdiff.session(model, timesteps=times_of(STEPS)[:-1]) if timed else nullcontext()
     with session:
         found = drawn(model, guided, skip=skip)
@@ -91,7 +93,7 @@ def test_the_plan_goes_on(kind, timed):
 def test_generations_of_other_latents_do_not_go_on_in_each_other():
     """One guided, one not, taking turns: each has its own plan."""
     model = Velocity()
-    specdiff.attach(model)
+    specdiff.attach(model, plan=PLAN)
     alone = [drawn(model, lambda share: True, 1), drawn(model, lambda share: False, 2)]
     before = specdiff.stats(model).dense
     specdiff.reset(model)

@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 import specdiff as sd
+from specdiff.plan import Plan
 from tests.runtime.toy import ToyPrograms, dense_velocity, noise, prompt, sigmas, toy
 
 STEPS = 28
 DENSE = (0, 2, 4, 7, 10, 14, 18, 22, 26, 27)
+PLAN = Plan.tapered(4)
+"""Which computes these."""
 SESSIONS = pytest.mark.parametrize("session", ["none", "plain", "timed"])
 
 
@@ -47,7 +50,7 @@ def apart(found, expected):
 @SESSIONS
 @pytest.mark.parametrize("change", [made_anew, travels])
 def test_conditions_that_are_new_at_every_call(change, session):
-    text, model = prompt(), toy()
+    text, model = prompt(), toy(plan=PLAN)
     dense = toy(quality="dense")
     with entered(session, model):
         found = draw(model, lambda i: [change(text, i)])
@@ -58,7 +61,7 @@ def test_conditions_that_are_new_at_every_call(change, session):
     assert sum(stats.fallbacks.values()) == stats.dense - 10
     assert apart(found, expected) < 1e-2
     if change is made_anew:
-        standing = toy()
+        standing = toy(plan=PLAN)
         with entered(session, standing):
             torch.testing.assert_close(draw(standing, lambda i: [text]), found, rtol=0, atol=0)
 
@@ -106,7 +109,7 @@ def test_a_prompt_that_is_swapped_is_computed_at_once(session):
 
 
 def test_two_generations_in_turns_whose_conditions_are_made_anew():
-    model, dense = toy(), toy(quality="dense")
+    model, dense = toy(plan=PLAN), toy(quality="dense")
     runs = []
     for each in (model, dense):
         latents, levels = [noise(0), noise(1)], sigmas(STEPS)
