@@ -20,7 +20,7 @@ QUALITIES: Mapping[str, Plan] = {
     "fast": Plan.of(28, (0, 2, 4, 7, 11, 16, 21, 25, 27)),
 }
 TRUSTED: Mapping[str, float] = {
-    "closest": 0.1, "near-lossless": 0.15, "balanced": 0.3, "fast": 0.5,
+    "closest": 0.1, "near-lossless": 0.1, "balanced": 0.3, "fast": 0.5,
 }  # fmt: skip
 """Share of what moves a latent that a forecast may miss, by quality; where one missed more, the
 next goes less far (examples/research/trusting.md says what that costs and saves)."""

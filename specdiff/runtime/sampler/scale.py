@@ -23,10 +23,11 @@ from specdiff.runtime.sampler.remains import (
     weights_of,
 )
 
-TRIES = 4
+TRIES = 8
 """Steps that are looked at: rounding may hide the scale in the first, which are short."""
 UNSURE = 0.01
-"""Relative error of the scale from which on it is not believed."""
+"""Relative error of the scale from which on it is not believed; two steps in a row have to agree
+within twice as much, or the scale is one that changes."""
 
 
 class LearnedScale:
@@ -36,7 +37,14 @@ class LearnedScale:
         self.value: float | None = None
         """g, with the first half as the unconditional one; None: not known."""
         self._tries = TRIES
+        self._shown: float | None = None
+        """By the step before."""
         self._sent: deque[Awaited] = deque()
+
+    @property
+    def looks(self) -> bool:
+        """Whether it may become known."""
+        return self.value is None and (self._tries > 0 or bool(self._sent))
 
     def look(self, latents: Sequence[Tensor], before: Seen, batch: int, lag: int) -> bool:
         """Whether the scale has become known.
@@ -54,12 +62,12 @@ class LearnedScale:
             self._sent.append(Awaited(scale_shown(latents, before, batch)))
         if len(self._sent) <= (lag if self._tries else 0):
             return False
+        shown, self._shown = self._shown, None
         pairs, scale, unsure = self._sent.popleft().read()
-        if not pairs:
-            self._tries = 0
-            self._sent.clear()
-        elif unsure < UNSURE:
-            self.value = scale
+        if pairs and unsure < UNSURE:
+            self._shown = scale
+            if shown is not None and abs(scale - shown) < 2 * UNSURE * abs(scale):
+                self.value = scale
         return self.value is not None
 
 
@@ -96,6 +104,18 @@ def scale_shown(latents: Sequence[Tensor], before: Seen, batch: int) -> Tensor:
     unsure = torch.maximum(hidden.max() / numbers**0.5, spread)
     unsure = torch.where(explained & unsure.isfinite(), unsure, torch.inf)
     return torch.stack([same.to(scale), scale, unsure])
+
+
+def read_as_called(seen: Seen, scale: float) -> Seen:
+    """The reverse of `read_as_guided`: its predictions as the model gave them."""
+    if len(seen.predictions) != 2 or abs(2 * scale - 1) < UNSURE:
+        return seen
+    found = []
+    for one, other in zip(*seen.predictions, strict=True):
+        mean, apart = (one + other) / 2, (one - other) / (1 - 2 * scale) / 2
+        rows = len(one) // 2
+        found.append(torch.cat([(mean + apart)[:rows], (mean - apart)[:rows]]))
+    return Seen(seen.time, seen.latents, (tuple(found),))
 
 
 def read_as_guided(seen: Seen, scale: float) -> Seen:

@@ -61,6 +61,12 @@ class Call:
         """Whether the batch is the two halves of classifier-free guidance."""
         return self.settings.guidance_scale is not None
 
+    @property
+    def may_learn_scale(self) -> bool:
+        """Whether the batch may hold guidance of a scale that is yet to be learned."""
+        even, told = self.programs.signature.batch % 2 == 0, self.shared
+        return even and not told and self.stream.fit.scale.looks
+
     @cached_property
     def clock(self) -> float | Tensor:
         """Time of this evaluation; of each row, [B, 1], where they are at times of their own.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from specdiff.runtime.sampler.guides import Rows, share, shares_by_scale, shares_missed
+from specdiff.runtime.sampler.scale import read_as_called
 from specdiff.runtime.step.call import Call
 from specdiff.runtime.streams.stream import Stream
 from specdiff.runtime.streams.trail import CHECK_LAG
@@ -40,8 +41,9 @@ def note_miss(call: Call, forecast: Tensor, computed: Tensor) -> None:
     that they keep step.
     """
     trust, scale = call.stream.trust, call.settings.guidance_scale
+    learned = call.stream.fit.scale.value is not None  # from the first steps: it may change
     miss = Miss(call.index, span_to_judge(call), forecast - computed, computed)
-    if scale is not None:
+    if scale is not None and not learned:
         # Which half comes first is not known here: the way that trusts less.
         trust.note(miss, shares_by_scale(miss.missed, computed, scale).max())
         return
@@ -72,7 +74,9 @@ def _beside(call: Call) -> list[Stream]:
 
 def _rows(stream: Stream, miss: Miss | None, latents: Sequence[Tensor], ago: int) -> Rows | None:
     """Of a stream whose evaluation before this one is so many ago; None if none can be read."""
-    seen = stream.trail.seen[ago : ago + 1]
+    seen, scale = stream.trail.seen[ago : ago + 1], stream.fit.scale.value
+    if scale is not None:
+        seen = tuple(read_as_called(each, scale) for each in seen)
     if miss is None or not seen or len(seen[0].predictions) != 1:
         return None
     return Rows.of(latents, seen[0], miss.missed, miss.computed)

@@ -80,8 +80,11 @@ def _infer(call: Call, latents: tuple[Tensor, ...], predictions: Ways, time: Ten
     if len(predictions) != len(stream.predictions):
         return  # guidance was set or unset in between
     sampler = _inferred(call, latents, predictions)
+    fits = call.reading is None or sampler.trusted  # else it is not known here
+    if not fits and call.may_learn_scale:
+        return  # the scale of guidance may be what is missing
     stream.fit.learn(sampler, len(stream.times))
-    if call.reading is not None and not sampler.trusted and not call.has_weights:
+    if not fits and not call.has_weights:
         call.state.say(logger, NO_FIT)
     elif call.wants_future:
         stream.selected.looked_ahead = True

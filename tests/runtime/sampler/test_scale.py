@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import specdiff
 from specdiff.plan import Plan
 from specdiff.runtime.sampler.remains import Seen
-from specdiff.runtime.sampler.scale import UNSURE, scale_shown
+from specdiff.runtime.sampler.scale import UNSURE, LearnedScale, scale_shown
 
 STEPS = 28
 TIMES = [3 * s / (1 + 2 * s) for s in torch.linspace(1, 0, STEPS + 1).tolist()]
@@ -80,8 +80,8 @@ class Guided(nn.Module):
 
 
 @torch.no_grad()
-def drawn(given: bool, rows: list[int], **options: Any) -> Tensor:
-    """A guided picture of scale 4; `rows`: the unconditional half, and the other."""
+def drawn(given: bool, rows: list[int], last: float = 4.0, **options: Any) -> Tensor:
+    """A guided picture; `rows`: the unconditional half, and the other; `last`: scale at the end."""
     torch.manual_seed(0)
     model = Guided()
     latent, conditions = torch.randn(1, 16, 8), torch.randn(2, 16, 8)[rows]
@@ -90,20 +90,32 @@ def drawn(given: bool, rows: list[int], **options: Any) -> Tensor:
         for now, then in pairwise(TIMES):
             both = torch.cat([latent, latent])
             found = model(both, torch.full((2,), now), conditions)
-            latent = latent + (then - now) * torch.lerp(found[rows[0]], found[rows[1]], 4.0)
+            scale = last + (4 - last) * now
+            latent = latent + (then - now) * torch.lerp(found[rows[0]], found[rows[1]], scale)
     return latent
 
 
-# The first three are dense, so that nothing is forecast before the scale is known.
-PLAN = Plan.of(STEPS, (0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 26, 27))
+# The first are dense, so that nothing is forecast before the scale is known.
+PLAN = Plan.of(STEPS, (0, 1, 2, 3, 4, 6, 9, 12, 15, 18, 21, 24, 26, 27))
 
 
 @pytest.mark.parametrize("rows", [[0, 1], [1, 0]])
-@pytest.mark.parametrize("given", [False, True])
-@pytest.mark.parametrize("target", ["dense", "solution"])
+@pytest.mark.parametrize(
+    ("given", "target"), [(False, "dense"), (True, "dense"), (False, "solution")]
+)
 def test_a_learned_scale_is_as_good_as_a_told_one(target, given, rows):
     told, learned = (
         drawn(given, rows, plan=PLAN, target=target, guidance_scale=scale) for scale in (4.0, None)
     )
     dense = drawn(given, rows, quality="dense")
     assert (learned - told).norm() < 0.05 * (told - dense).norm()
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_scale_that_changes_is_not_taken_for_one_that_stays(given, monkeypatch):
+    """Trust goes on judging by how the last step was mixed, and the picture is no worse for it."""
+    dense = drawn(given, [0, 1], last=20.0, quality="dense")
+    learned = drawn(given, [0, 1], last=20.0)
+    monkeypatch.setattr(LearnedScale, "look", lambda *of: False)
+    left_alone = drawn(given, [0, 1], last=20.0)
+    assert (learned - dense).norm() < 1.1 * (left_alone - dense).norm()
