@@ -57,18 +57,25 @@ class LearnedScale:
         """
         if self.value is not None or len(before.predictions) != 1:
             return False
-        if self._tries:
+        if lag and len(self._sent) >= (lag if self._tries else 1):
+            self._read(*self._sent.popleft().read())
+        if self._tries and self.value is None:
             self._tries -= 1
             self._sent.append(Awaited(scale_shown(latents, before, batch)))
-        if len(self._sent) <= (lag if self._tries else 0):
-            return False
+            if not lag:
+                self._read(*self._sent.popleft().read())
+        return self.value is not None
+
+    def _read(self, pairs: float, scale: float, unsure: float) -> None:
+        """Know what a step has shown."""
         shown, self._shown = self._shown, None
-        pairs, scale, unsure = self._sent.popleft().read()
-        if pairs and unsure < UNSURE:
+        if not pairs:
+            self._tries = 0
+            self._sent.clear()
+        elif unsure < UNSURE:
             self._shown = scale
             if shown is not None and abs(scale - shown) < 2 * UNSURE * abs(scale):
                 self.value = scale
-        return self.value is not None
 
 
 def scale_shown(latents: Sequence[Tensor], before: Seen, batch: int) -> Tensor:

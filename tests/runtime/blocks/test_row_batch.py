@@ -392,9 +392,10 @@ def test_what_rows_keep_is_told_as_the_budget_counts_it():
         stepped(model, some, sessions)
         kept = sum(held_bytes(s) for each in sessions.values() for s in each.streams())
         assert specdiff.stats(model).kept_bytes == kept > 0
-        specdiff.configure(model, max_cache_bytes=kept)
+        limit = 3 * kept // 2  # a second evaluation of both keeps more than twice as much
+        specdiff.configure(model, max_cache_bytes=limit)
         stepped(model, some, sessions)
-    assert 0 < specdiff.stats(model).kept_bytes <= kept
+    assert 0 < specdiff.stats(model).kept_bytes <= limit
     specdiff.reset(model)
     assert specdiff.stats(model).kept_bytes == 0
 
