@@ -11,7 +11,6 @@ Goes on where it stopped: guidance.json holds what is known, of each picture apa
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import json
 import statistics
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 from solution import MODELS, Field, euler, grid
-from solution_report import STEPS
+from solution_report import STEPS, made_by
 from torch import Tensor
 
 import specdiff
@@ -79,8 +78,7 @@ def report(known: dict[str, dict[str, dict[str, tuple[float, float]]]]) -> str:
     """The page of the tables."""
     parts = [
         "# Ways to guide",
-        f"`python examples/research/guidance.py`, {datetime.date.today():%d %B %Y}, torch"
-        f" {torch.__version__.partition('+')[0]}, one CPU core, float32, {STEPS} steps.",
+        made_by("guidance.py"),
         "PSNR to the dense picture, dB. Nothing was tuned on these pictures. With its scale told, a"
         " batch's losses are made good, too; so are those of a call each, where times are read.",
     ]

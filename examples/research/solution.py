@@ -191,6 +191,7 @@ class Drawer:
     """Draws the pictures of one model."""
 
     def __init__(self, name: str, *, eager: bool) -> None:
+        self.name = name
         load, self.picture, self.to_pixels, options = MODELS[name]
         inner = "eager" if eager else "inductor"
         self.model: Any = load() if eager else torch.compile(load())
@@ -210,21 +211,26 @@ class Drawer:
             found = euler(x, lambda x, s: field(self.compiled, x, s), STEPS)
         return self.to_pixels(found)[0]
 
+    def exact(self, index: int, references: Path) -> Tensor:
+        """The solution's picture, which is kept in a folder."""
+        kept = references / f"{self.name}-{index}.pt"
+        if not kept.exists():
+            references.mkdir(parents=True, exist_ok=True)
+            torch.save(self.draw(index, "Adams-Bashforth 2", REFERENCE), kept)
+        found: Tensor = torch.load(kept)
+        return found
+
 
 def measure(
     known: Known, drawers: dict[str, Drawer], pictures: int, references: Path
 ) -> Iterator[None]:
     """Fill in what is missing; yields after each picture."""
-    references.mkdir(parents=True, exist_ok=True)
     for tier, index, model in itertools.product(tiers(), range(pictures), drawers):
         found, drawer = known.setdefault(model, {}), drawers[model]
         missing = [row for row in tier if str(index) not in found.get(key_of(*row), {})]
         if not missing:
             continue
-        kept = references / f"{model}-{index}.pt"
-        if not kept.exists():
-            torch.save(drawer.draw(index, "Adams-Bashforth 2", REFERENCE), kept)
-        exact = torch.load(kept)
+        exact = drawer.exact(index, references)
         for row in missing:
             value = psnr(drawer.draw(index, *row), exact)
             found.setdefault(key_of(*row), {})[str(index)] = round(value, 3)

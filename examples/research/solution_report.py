@@ -20,9 +20,18 @@ Known = dict[str, dict[str, dict[str, float]]]
 """model, then "method, evaluations", then picture: PSNR"""
 
 
-def key_of(method: str, evaluations: int) -> str:
+def key_of(method: str, amount: float) -> str:
     """Of a row of results."""
-    return f"{method}, {evaluations}"
+    return f"{method}, {amount:g}"
+
+
+def made_by(script: str) -> str:
+    """The line that says how a page came about."""
+    version = torch.__version__.partition("+")[0]
+    return (
+        f"`python examples/research/{script}`, {datetime.date.today():%d %B %Y}, torch {version},"
+        f" one CPU core, float32, {STEPS} steps."
+    )
 
 
 def solvers_of(known: Known) -> list[str]:

@@ -11,7 +11,6 @@ Goes on where it stopped: trusting.json holds what is known, of each picture apa
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import json
 import statistics
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 from solution import MODELS, euler
-from solution_report import STEPS
+from solution_report import STEPS, key_of, made_by
 from torch import Tensor
 
 import specdiff
@@ -79,17 +78,11 @@ def measure(known: Known, pictures: int, models: list[str], count: int) -> Itera
             yield
 
 
-def key_of(quality: str, share: float) -> str:
-    """Of a row of results."""
-    return f"{quality}, {share:g}"
-
-
 def report(known: Known) -> str:
     """The page of the tables."""
     parts = [
         "# How much a forecast may miss",
-        f"`python examples/research/trusting.py`, {datetime.date.today():%d %B %Y}, torch"
-        f" {torch.__version__.partition('+')[0]}, one CPU core, float32, {STEPS} steps.",
+        made_by("trusting.py"),
         "Times are read. PSNR to the dense picture, dB, at most 99; nothing was chosen on these"
         " pictures. 0 trusts the plan alone; in bold what a quality does.",
     ]

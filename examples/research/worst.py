@@ -13,7 +13,6 @@ Goes on where it stopped: worst.json holds what is known, of each picture apart.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
 import statistics
@@ -24,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from solution import MODELS, Field, euler, grid
-from solution_report import STEPS
+from solution_report import STEPS, made_by
 from torch import Tensor
 
 import specdiff
@@ -173,8 +172,7 @@ def report(known: dict[str, dict[str, dict[str, Any]]]) -> str:
     """The page of the tables."""
     parts = [
         "# The worst picture",
-        f"`python examples/research/worst.py`, {datetime.date.today():%d %B %Y}, torch"
-        f" {torch.__version__.partition('+')[0]}, one CPU core, float32, {STEPS} steps.",
+        made_by("worst.py"),
         "PSNR to the dense picture, dB. Nothing was tuned on these pictures. `worst.py` says what"
         " the rows are; what follows from them is in [docs/results.md](../../docs/results.md).",
     ]

@@ -389,13 +389,13 @@ def test_what_rows_keep_is_told_as_the_budget_counts_it():
     some = requests()[:2]
     sessions = {id(each): each.session(model) for each in some}
     with torch.no_grad():
-        stepped(model, some, sessions)
+        for _ in range(2):  # what the first evaluations show is kept beside what they gave
+            stepped(model, some, sessions)
         kept = sum(held_bytes(s) for each in sessions.values() for s in each.streams())
         assert specdiff.stats(model).kept_bytes == kept > 0
-        limit = 3 * kept // 2  # a second evaluation of both keeps more than twice as much
-        specdiff.configure(model, max_cache_bytes=limit)
+        specdiff.configure(model, max_cache_bytes=kept)
         stepped(model, some, sessions)
-    assert 0 < specdiff.stats(model).kept_bytes <= limit
+    assert 0 < specdiff.stats(model).kept_bytes <= kept
     specdiff.reset(model)
     assert specdiff.stats(model).kept_bytes == 0
 
