@@ -16,7 +16,17 @@ from torch import Tensor
 
 from specdiff.errors import OptionError
 from specdiff.plan import Plan
-from specdiff.settings import ABLATIONS, METHODS, OFF, PLAN_OPTIONS, QUALITIES, TRUSTED, Settings
+from specdiff.settings import (
+    ABLATIONS,
+    DEFAULT,
+    METHODS,
+    OFF,
+    PLAN_OPTIONS,
+    QUALITIES,
+    SOLUTION_PLANS,
+    TRUSTED,
+    Settings,
+)
 
 FORECASTS = ("reuse", "linear", "mean")
 TARGETS = ("dense", "solution")
@@ -240,7 +250,7 @@ class Options:
         given = self.plan if isinstance(self.plan, Plan) else None
         held = given.settings if given else {}
         method = self.method or held.get("method", next(iter(METHODS)))
-        plan = given or self._of_quality() or METHODS[method]["plan"]
+        plan = given or self._planned(method)
         values = {"cache_ratio": 1.0, "text_steps": "all", **METHODS[method], **plan.settings}
         for field in dataclasses.fields(Settings):
             value = getattr(self, field.name, None)
@@ -254,10 +264,13 @@ class Options:
             values["trusted"] = TRUSTED.get(self.quality or "", values["trusted"])
         return Settings(**{**values, **changed, **fixed})
 
-    def _of_quality(self) -> Plan | None:
-        if self.quality is None:
-            return None
-        return Plan.every(1) if self.quality == OFF else QUALITIES[self.quality]
+    def _planned(self, method: str) -> Plan:
+        """By the quality, where no plan is given; a method may have a plan for want of both."""
+        if self.quality == OFF:
+            return Plan.every(1)
+        own: Plan | None = METHODS[method].get("plan") if self.quality is None else None
+        plans = SOLUTION_PLANS if self.target == "solution" else QUALITIES
+        return own or plans[self.quality or DEFAULT]
 
 
 _FIELDS = {field.name: field for field in dataclasses.fields(Options)}

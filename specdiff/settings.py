@@ -19,6 +19,14 @@ QUALITIES: Mapping[str, Plan] = {
     "balanced": Plan.of(28, (0, 1, 2, 4, 7, 10, 14, 18, 22, 26, 27)),
     "fast": Plan.of(28, (0, 2, 4, 7, 11, 16, 21, 25, 27)),
 }
+SOLUTION_PLANS: Mapping[str, Plan] = {
+    "closest": Plan.of(28, (0, 1, 2, 4, 6, 8, 10, 12, *range(14, 20), *range(22, 28))),
+    "near-lossless": Plan.of(28, (0, 2, 3, 4, 6, 8, 10, 12, 15, 16, 18, 20, 24, 26, 27)),
+    "balanced": Plan.of(28, (0, 2, 4, 7, 10, 12, 15, 18, 20, 25, 26, 27)),
+    "fast": Plan.of(28, (0, 2, 4, 8, 9, 12, 18, 22, 26, 27)),
+}
+"""The plans of qualities for `target="solution"`, found by examples/research/placing.py: integrated
+steps miss other things than forecasts do."""
 TRUSTED: Mapping[str, float] = {
     "closest": 0.1, "near-lossless": 0.1, "balanced": 0.3, "fast": 0.5,
 }  # fmt: skip
@@ -27,6 +35,8 @@ next goes less far (examples/research/trusting.md says what that costs and saves
 FEW = 8
 """Evaluations of a generation up to which all are dense, unless a plan is given: forecasts over
 such steps are worse than as many steps fewer."""
+DEFAULT = "balanced"
+"""The quality where none is given."""
 OFF = "dense"
 """The quality that switches acceleration off."""
 SWITCH = "SPECDIFF"
@@ -37,14 +47,13 @@ SWITCH = "SPECDIFF"
 # was measured best.
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "history": {
-        "plan": QUALITIES["balanced"],
         "forecast": "linear",
         "reuse_share": 0.0,
         "starvation": 0.0,
         "correction": True,
         "selective_importance": True,
         "few": FEW,
-        "trusted": TRUSTED["balanced"],
+        "trusted": TRUSTED[DEFAULT],
     },
     "paper": {
         "plan": Plan.warmup(3, cache_ratio=0.9),

@@ -14,7 +14,8 @@ from specdiff.measure.comparison import psnr
 from specdiff.models.demo import held_out_prompts
 from specdiff.models.subject import MODELS, TUNING_SEED, emoji, find_subject
 from specdiff.plan import Plan
-from specdiff.tuning.search import Search, Spent, spaced
+from specdiff.tuning.places import Proposals, spaced
+from specdiff.tuning.search import Search, Spent
 from specdiff.tuning.tuner import Tuned, tune
 from tests.runtime.toy import Euler, toy
 
@@ -23,7 +24,7 @@ def gaps(places, end):
     return [b - a for a, b in zip(places, (*places[1:], end), strict=True)]
 
 
-def searched(score, target, evaluations=28, budget=10**6):
+def searched(score, target, evaluations=28, budget=10**6, guess=None):
     tried = []
 
     def counted(places):
@@ -32,7 +33,7 @@ def searched(score, target, evaluations=28, budget=10**6):
         tried.append(places)
         return score(places)
 
-    search = Search(evaluations, counted, target)
+    search = Search(evaluations, counted, target, guess)
     search.run()
     assert len(tried) == len(set(tried))
     return search, tried
@@ -85,6 +86,30 @@ def test_the_search_does_not_depend_on_the_unit_of_the_measure(unit):
 def test_nothing_reaches_the_target():
     search, _ = searched(lambda places: 0.0, target=1, evaluations=6)
     assert search.best == tuple(range(6)) and search.best_score == math.inf
+
+
+def test_a_good_guess_saves_scores():
+    """What is guessed best is scored first: no worse places, and their number after few scores."""
+
+    def score(places):
+        return -float(sum(gap**2 for gap in gaps(places, 28)))
+
+    blind, _ = searched(score, target=-130)
+    search, tried = searched(score, target=-130, guess=lambda places: score(places) / 3 + 7)
+    assert search.best_score >= blind.best_score and len(search.best) == len(blind.best) == 7
+    assert [len(places) for places in tried[:4]] == [14, 7, 4, 6]
+
+
+def test_proposals_by_a_guess():
+    wished = (0, 5, 6, 11)
+
+    def guess(places):
+        return -float(sum(min(abs(wish - place) for place in places) for wish in wished))
+
+    found = Proposals(12, guess)
+    assert found.of(4) == wished and found.values[4] == 0 and set(found.values) == set(range(2, 13))
+    assert found.of(2) == (0, 11) and found.of(12) == tuple(range(12))
+    assert Proposals(12, None).of(5) == spaced(12, 5) and not Proposals(12, None).values
 
 
 @pytest.mark.parametrize("budget", [1, 30, 100])

@@ -34,19 +34,17 @@ from specdiff.measure.comparison import psnr
 from specdiff.models import demo, textures
 from specdiff.models.subject import CROPS, TUNED_ON
 from specdiff.plan import Plan
+from specdiff.settings import SOLUTION_PLANS
 
 HERE = Path(__file__).parent
 SEED, REFERENCE = 100, 150
 OURS = {
     6: Plan.of(STEPS, (0, 5, 11, 17, 23, 27)),
     8: Plan.of(STEPS, (0, 3, 7, 11, 16, 21, 25, 27)),
-    10: Plan.of(STEPS, (0, 2, 4, 8, 9, 12, 18, 22, 26, 27)),
-    12: Plan.of(STEPS, (0, 2, 4, 7, 10, 12, 15, 18, 20, 25, 26, 27)),
-    15: Plan.of(STEPS, (0, 2, 3, 4, 6, 8, 10, 12, 15, 16, 18, 20, 24, 26, 27)),
-    20: Plan.of(STEPS, (0, 1, 2, 4, 6, 8, 10, 12, *range(14, 20), *range(22, 28))),
+    **{len(plan.dense): plan for plan in SOLUTION_PLANS.values()},
     28: Plan.every(1),
 }
-"""Plans by their evaluations, from 10 to 20 as `placing.py` found them."""
+"""Plans by their evaluations: those of the qualities, and fewer and more."""
 LEAST = 1e-4
 """Sigma in place of 0, and of 1 by as much less, where a formula has none there."""
 Field = Callable[[Any, Tensor, float], Tensor]

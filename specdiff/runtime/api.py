@@ -93,15 +93,16 @@ def configure(compiled: torch.nn.Module, **options: Any) -> None:
     state.scheduler = known.get("scheduler", state.scheduler)
 
 
-def record(compiled: torch.nn.Module) -> Recording:
+def record(compiled: torch.nn.Module, *, latents: bool = False) -> Recording:
     """A context that keeps what every evaluation of the model does: `Recording.steps`.
 
-    Nothing waits for the device until something is read. Keeps a few tensors of [B, N] a step.
+    Nothing waits for the device until something is read. Keeps a few tensors of [B, N] a step, and
+    with `latents` a copy of what was denoised.
 
     Raises:
         NotCompiledError: the module has no parameters to be known by.
     """
-    return Recording(find_or_create(compiled).recordings)
+    return Recording(find_or_create(compiled).recordings, latents)
 
 
 def attach(

@@ -7,10 +7,8 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-Places = tuple[int, ...]
-"""Indices of the dense evaluations, rising from 0."""
-TAPER = 1.25
-"""How spaced places grow apart: place i of d at (i / (d - 1)) ** TAPER of the way."""
+from specdiff.tuning.places import Places, Proposals
+
 GAIN = 2.5e-4
 """Least gain in score that a move must bring, as a share of the target: 0.01 dB of 40."""
 
@@ -23,41 +21,64 @@ class Spent(Exception):
 class Search:
     """The fewest dense evaluations, and where, whose score reaches the target.
 
-    Deterministic. Begins with places spaced by a power law, as few as reach the target; then each
-    time removes the place that costs least, or spaces anew, and moves single places to their
-    neighbours as long as that gains.
+    Deterministic. Begins with places that may be good, as few as reach the target; then each time
+    removes the place that costs least, or proposes anew, and moves single places to their
+    neighbours as long as that gains. Where a guess is at hand, what it likes best is scored first.
     """
 
     evaluations: int
     score: Callable[[Places], float]
     """Of some places; may raise `Spent`."""
     target: float
+    guess: Callable[[Places], float] | None = None
+    """How good places may be, in any unit that rises with the score; costs nothing. Without one
+    places are spaced by a power law."""
     best: Places = ()
     best_score: float = math.inf
     _known: dict[Places, float] = field(default_factory=dict)
+    _proposals: Proposals = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._proposals = Proposals(self.evaluations, self.guess)
 
     def run(self) -> None:
         """Find `best`; all evaluations if nothing reaches the target."""
         self.best = tuple(range(self.evaluations))
         with contextlib.suppress(Spent):
-            self._spaced()
+            self._fewest()
             while len(self.best) > 2 and self._with_one_fewer():
                 pass
             self._climb(self.best, math.inf)
 
-    def _spaced(self) -> None:
-        """Bisect the number of spaced places."""
+    def _fewest(self) -> None:
+        """Narrow down the number of proposed places."""
         low, high = 1, self.evaluations
         while high - low > 1:
-            middle = (low + high) // 2
-            if self._score(spaced(self.evaluations, middle)) >= self.target:
+            middle = self._between(low, high)
+            if self._score(self._proposals.of(middle)) >= self.target:
                 high = middle
             else:
                 low = middle
 
+    def _between(self, low: int, high: int) -> int:
+        """A number of places, above `low` and below `high`, that may be the least that will do.
+
+        In the middle, unless guesses of two numbers that were scored tell how the score rises.
+        """
+        guesses, ends = self._proposals.values, [self._proposals.of(n) for n in (low, high)]
+        if not guesses or not all(places in self._known for places in ends):
+            return (low + high) // 2
+        score, above = (self._known[places] for places in ends)
+        share = (self.target - score) / (above - score)
+        wanted = guesses[low] + share * (guesses[high] - guesses[low])
+        return next((n for n in range(low + 1, high - 1) if guesses[n] >= wanted), high - 1)
+
     def _with_one_fewer(self) -> bool:
         fewer = len(self.best) - 1
-        starts = [spaced(self.evaluations, fewer), *_with_one_removed(self.best)]
+        removed = _with_one_removed(self.best)
+        if self.guess is not None:
+            removed = [max(removed, key=self.guess)]
+        starts = [self._proposals.of(fewer), *removed]
         return self._climb(max(starts, key=self._score), self.target) >= self.target
 
     def _climb(self, places: Places, target: float) -> float:
@@ -72,14 +93,10 @@ class Search:
                     break
         return score
 
-    def _neighbours(self, places: Places) -> Iterator[Places]:
-        """With one place moved by one, the latest places first."""
-        for index in range(len(places) - 1, 0, -1):
-            for step in (-1, 1):
-                moved = places[index] + step
-                shifted = tuple(sorted({*places[:index], moved, *places[index + 1 :]}))
-                if 0 < moved < self.evaluations and len(shifted) == len(places):
-                    yield shifted
+    def _neighbours(self, places: Places) -> list[Places]:
+        """With one place moved by one, the latest places first, or by the guess."""
+        found = list(_with_one_moved(places, self.evaluations))
+        return found if self.guess is None else sorted(found, key=self.guess, reverse=True)
 
     def _score(self, places: Places) -> float:
         if places not in self._known:
@@ -90,15 +107,13 @@ class Search:
         return score
 
 
-def spaced(evaluations: int, count: int) -> Places:
-    """So many places, further and further apart, the first and (from two on) the last included."""
-    last = evaluations - 1
-    ideal = [last * (i / max(count - 1, 1)) ** TAPER for i in range(count)]
-    placed: list[int] = []
-    for index, place in enumerate(ideal):
-        low, high = placed[-1] + 1 if placed else 0, last - (count - 1 - index)
-        placed.append(min(max(round(place), low), high))
-    return tuple(placed)
+def _with_one_moved(places: Places, evaluations: int) -> Iterator[Places]:
+    for index in range(len(places) - 1, 0, -1):
+        for step in (-1, 1):
+            moved = places[index] + step
+            shifted = tuple(sorted({*places[:index], moved, *places[index + 1 :]}))
+            if 0 < moved < evaluations and len(shifted) == len(places):
+                yield shifted
 
 
 def _with_one_removed(places: Places) -> list[Places]:

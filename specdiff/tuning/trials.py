@@ -14,7 +14,9 @@ from specdiff.measure.comparison import worst_tenth
 from specdiff.plan import Plan
 from specdiff.runtime.api import record, session
 from specdiff.runtime.records.recording import Recording, StepRecord
-from specdiff.tuning.search import Places, Spent
+from specdiff.tuning.places import Places
+from specdiff.tuning.rehearsal import Rehearsal
+from specdiff.tuning.search import Spent
 
 Draw = Callable[[int], Tensor]
 """Draws the picture of a prompt, given by its number, always from the same seed: any shape."""
@@ -82,22 +84,30 @@ class Trials:
     """The most that a picture has had."""
     spent: int = 0
     steps: list[StepRecord] = field(default_factory=list)
+    rehearsal: Rehearsal = field(default_factory=Rehearsal)
+    """Of the dense pictures to tune by."""
 
     @property
     def _aim(self) -> dict[str, Any]:
         return {"target": "solution"} if self.solve else {}
 
-    def dense(self, prompt: int) -> Tensor:
+    def dense(self, prompt: int, *, rehearsed: bool = False) -> Tensor:
         """The picture by which others are judged; also finds how many evaluations there are.
+
+        Args:
+            prompt: its number.
+            rehearsed: whether plans are to be rehearsed on it.
 
         Raises:
             SpecdiffError: None, one, or not as many as of the pictures before.
         """
         dense = session(self.model, cache_ratio=0.0, target="dense")
-        with dense, record(self.model) as recording:
+        with dense, record(self.model, latents=rehearsed) as recording:
             picture = self.draw(prompt).clone()
         self._count(recording)
         self._measure(recording, prompt)
+        if rehearsed:
+            self.rehearsal.watch(recording.generations()[0])
         self.tell(self.spent, f"dense picture {prompt + 1}")
         return picture
 
@@ -115,13 +125,14 @@ class Trials:
         Raises:
             SpecdiffError: The budget is less than the dense pictures cost.
         """
-        pictures = [self.dense(prompts[0])]
+        pictures = [self.dense(prompts[0], rehearsed=True)]
         least = len(prompts) * self.spent
         if least > self.budget:
             raise SpecdiffError(
                 f"budget={self.budget}: must be at least {least}, for {len(prompts)} dense pictures"
             )
-        return self._beside(prompts, [*pictures, *(self.dense(prompt) for prompt in prompts[1:])])
+        pictures += [self.dense(prompt, rehearsed=True) for prompt in prompts[1:]]
+        return self._beside(prompts, pictures)
 
     def beside(self, prompts: Sequence[int]) -> References:
         """What to check the result by, beside the budget.

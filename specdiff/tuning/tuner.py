@@ -7,8 +7,9 @@
     tuned = specdiff.tune(pipe.transformer, draw, prompts=3, target=40)
     tuned.plan.save(Path("plan.json"))
 
-Candidates are plans of dense and skipped evaluations, each drawn in a session of its own, so that
-nothing recompiles. `Search` knows nothing of models: it asks for the score of places.
+Candidates are plans of dense and skipped evaluations. Thousands are rehearsed on dense pictures,
+which costs no evaluation (`Rehearsal`); what promises most is drawn, each in a session of its own,
+so that nothing recompiles. `Search` knows nothing of models: it asks for the score of places.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from specdiff.measure.comparison import psnr
 from specdiff.options import check_overrides
 from specdiff.plan import Plan
 from specdiff.settings import PLAN_OPTIONS
-from specdiff.tuning.search import Places, Search
+from specdiff.tuning.places import Places
+from specdiff.tuning.search import Search
 from specdiff.tuning.trials import Closeness, Draw, Likeness, References, Scale, Tell, Trials
 
 TUNED_OPTIONS = tuple(name for name in PLAN_OPTIONS if name != "cache_ratio")
@@ -110,7 +112,9 @@ def tune(
         trials.require_skips()
         return found[places].wanted
 
-    search = Search(trials.evaluations, score, target)
+    # The solution is not where the dense path leads: there nothing tells but pictures.
+    guess = trials.rehearsal.guess() if solve is None else None
+    search = Search(trials.evaluations, score, target, guess)
     search.run()
     checked = _checked(trials, search.best, held)
     shown = held if checked else references

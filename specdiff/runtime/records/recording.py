@@ -63,6 +63,8 @@ class StepRecord:
     """One evaluation. What is said of B samples and N tokens holds for image tokens."""
 
     clock: Clock
+    keeps_latent: bool = False
+    """Whether `latent` was asked for."""
     batch: int = 0
     tokens: int = 0
     """N; 0 where a graph has no tokens that could be left out."""
@@ -83,6 +85,8 @@ class StepRecord:
     """bool [B, N]: class C2, where the method has it."""
     scores: Tensor | None = None
     """float32 [B, N]: logarithms of the scores that chose the active tokens."""
+    latent: Tensor | None = None
+    """What was denoised, a copy, where it was asked for."""
     importance: Tensor | None = None
     """float32 [B, N]: attention received, 1 on average, where it was measured: in dense and
     selective steps of a plan that selects tokens."""
@@ -142,6 +146,8 @@ class Recording:
 
     recordings: list[Recording] = field(repr=False)
     """Those of the model that are being made."""
+    latents: bool = False
+    """Whether to keep what was denoised."""
     steps: list[StepRecord] = field(default_factory=list)
 
     def __enter__(self) -> Recording:
@@ -179,7 +185,9 @@ class Recording:
 
 def begun(recordings: list[Recording], device: torch.device) -> StepRecord | None:
     """The record of an evaluation that begins, if anybody wants it."""
-    return StepRecord(Clock(device)) if recordings else None
+    if not recordings:
+        return None
+    return StepRecord(Clock(device), any(each.latents for each in recordings))
 
 
 def ended(recordings: list[Recording], record: StepRecord | None) -> None:

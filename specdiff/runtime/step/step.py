@@ -75,6 +75,8 @@ def tokens_due(call: Call) -> int:
         index=len(times) - 1,
         time=call.time,
     )
+    if call.record is not None and call.record.keeps_latent:
+        call.keep(latent=call.latent.clone())
     return count
 
 

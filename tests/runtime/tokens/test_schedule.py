@@ -14,7 +14,7 @@ from specdiff.plan import Plan
 from specdiff.rule import Rule
 from specdiff.runtime.sampler.timeline import evaluations_planned, next_time, uneven_so_far
 from specdiff.runtime.tokens.schedule import Place, Schedule
-from specdiff.settings import METHODS, QUALITIES
+from specdiff.settings import METHODS, QUALITIES, SOLUTION_PLANS
 from tests.runtime.toy import UNCORRECTED, Euler, sigmas, toy
 
 HAND = {"specdiff_plan": 1, "evaluations": ["dense", "skip", 0.5, "dense", "skip", "dense"]}
@@ -331,6 +331,18 @@ def test_qualities_are_plans():
     assert Options(quality="fast", cache_ratio=0.9).resolve().plan == QUALITIES["fast"]
     with pytest.raises(OptionError, match="quality='best': must be one of 'dense', 'closest'"):
         Options(quality="best")
+
+
+def test_the_solution_has_plans_of_its_own():
+    """None is taken where a plan is given, or the method has one."""
+    for quality, plan in SOLUTION_PLANS.items():
+        assert Options(quality=quality, target="solution").resolve().plan == plan
+    assert set(SOLUTION_PLANS) == set(QUALITIES)
+    assert Options(target="solution").resolve().plan == SOLUTION_PLANS["balanced"]
+    assert Options(target="solution", plan=Plan.every(2)).resolve().plan == Plan.every(2)
+    assert Options(target="solution", quality="dense").resolve().plan == Plan.every(1)
+    paper = Options(target="solution", method="paper").resolve().plan
+    assert paper == Options(method="paper").resolve().plan
 
 
 def test_a_quality_given_later_replaces_an_earlier_plan():

@@ -1,0 +1,73 @@
+"""Places: where the dense evaluations of a plan lie, and proposals of where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+Places = tuple[int, ...]
+"""Indices of the dense evaluations, rising from 0."""
+TAPER = 1.25
+"""How spaced places grow apart: place i of d at (i / (d - 1)) ** TAPER of the way."""
+
+
+class Proposals:
+    """For each number of places where they may lie: by a guess, else spaced by a power law.
+
+    By the guess, places go one by one, each time the one that is missed least; single places then
+    go elsewhere as long as that gains. The first and the last stay.
+    """
+
+    def __init__(self, evaluations: int, guess: Callable[[Places], float] | None) -> None:
+        self._evaluations, self._guess = evaluations, guess
+        self._found: dict[int, Places] = {}
+        self._thinned = {} if guess is None else _thinned(evaluations, guess)
+        self.values = {count: value for count, (_, value) in self._thinned.items()}
+        """Guesses, by the number of places, before single places go elsewhere; none without one."""
+
+    def of(self, count: int) -> Places:
+        """So many places."""
+        if self._guess is None or count not in self._thinned:
+            return spaced(self._evaluations, count)
+        if count not in self._found:
+            places, value = self._thinned[count]
+            self._found[count] = _exchanged(places, value, self._evaluations, self._guess)
+        return self._found[count]
+
+
+def _thinned(evaluations: int, guess: Callable[[Places], float]) -> dict[int, tuple[Places, float]]:
+    places = tuple(range(evaluations))
+    found = {evaluations: (places, guess(places))}
+    while len(places) > 2:
+        fewer = (places[:i] + places[i + 1 :] for i in range(1, len(places) - 1))
+        value, places = max((guess(each), each) for each in fewer)
+        found[len(places)] = places, value
+    return found
+
+
+def _exchanged(
+    places: Places, value: float, evaluations: int, guess: Callable[[Places], float]
+) -> Places:
+    while True:
+        rivals = [(guess(each), each) for each in _with_one_elsewhere(places, evaluations)]
+        best, other = max(rivals, default=(value, places))
+        if best <= value:
+            return places
+        value, places = best, other
+
+
+def _with_one_elsewhere(places: Places, evaluations: int) -> Iterator[Places]:
+    free = sorted({*range(evaluations)} - {*places})
+    for index in range(1, len(places) - 1):
+        rest = places[:index] + places[index + 1 :]
+        yield from (tuple(sorted((*rest, place))) for place in free)
+
+
+def spaced(evaluations: int, count: int) -> Places:
+    """So many places, further and further apart, the first and (from two on) the last included."""
+    last = evaluations - 1
+    ideal = [last * (i / max(count - 1, 1)) ** TAPER for i in range(count)]
+    placed: list[int] = []
+    for index, place in enumerate(ideal):
+        low, high = placed[-1] + 1 if placed else 0, last - (count - 1 - index)
+        placed.append(min(max(round(place), low), high))
+    return tuple(placed)

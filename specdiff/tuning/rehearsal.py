@@ -1,0 +1,112 @@
+"""Rehearsal: what a plan would cost, told by dense runs alone.
+
+Forecasts and corrections are sums of predictions, whose weights depend on the plan and the times
+alone. As long as the model is taken to answer as it did along the dense path, how far a plan leads
+from it is a sum of that path's steps, too:
+
+    e_i = sum over j of w_ij s_j        s_j: the move of the dense latent at j, by time
+
+Its size |e_i| needs no more of a picture than the products of its moves, a matrix of numbers. So
+thousands of plans cost less than one picture. Where the way bends, and so where computing pays, is
+told well; how the model answers a latent that is off the path is not: what is found must be drawn.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from specdiff.runtime.records.recording import StepRecord
+from specdiff.runtime.sampler.timeline import time_unit
+from specdiff.runtime.tokens.correction import Correction, on_top
+from specdiff.runtime.tokens.forecast import forecast
+from specdiff.runtime.tokens.history import History
+from specdiff.tuning.places import Places
+
+LEAST = 1e-12
+"""Mean square in place of 0, of a plan that leads nowhere else."""
+
+
+class Rehearsal:
+    """Of generations at the same times."""
+
+    def __init__(self) -> None:
+        self._times: tuple[float, ...] = ()
+        self._products: list[Tensor] = []
+        self._vain = False
+
+    def watch(self, steps: Sequence[StepRecord]) -> None:
+        """Learn from a dense generation, of which the latents were kept."""
+        times = tuple(step.time for step in steps if step.time is not None)
+        latents = [step.latent for step in steps if step.latent is not None]
+        whole = len(times) == len(latents) == len(steps) and len(set(times)) == len(times) > 2
+        if not whole or times != (self._times or times):
+            self._vain = True
+            return
+        self._times = times
+        self._products.append(_products(times, latents))
+
+    def guess(self) -> Callable[[Places], float] | None:
+        """How close latents stay to the dense ones where they are furthest: dB, a mean of pictures.
+
+        The last evaluation counts as computed: no latent tells where it led. None where steps are
+        not known one by one: there is nothing to tell by.
+        """
+        if self._vain or not self._products:
+            return None
+        products = torch.stack(self._products)
+
+        @cache
+        def closeness(places: Places) -> float:
+            path = _path(self._times, places)
+            squares = torch.einsum("ia,pab,ib->pi", path, products, path)
+            return -10 * float(squares.amax(1).clamp_min(LEAST).log10().mean())
+
+        return closeness
+
+
+def _products(times: Sequence[float], latents: Sequence[Tensor]) -> Tensor:
+    """Of the moves [E - 1, D] of a latent with each other: float64 [E - 1, E - 1], mean over D."""
+    path = torch.stack([latent.flatten().double().cpu() for latent in latents])
+    spans = torch.tensor(times, dtype=torch.float64).diff()
+    moves = path.diff(dim=0) / spans.unsqueeze(1)
+    return moves @ moves.T / moves.shape[1]
+
+
+def _path(times: Sequence[float], places: Places) -> Tensor:
+    """How far from the dense path each step ends, as weights of its moves: float64 [E - 1, E - 1].
+
+    What the runtime would do with predictions that are unit vectors, one a step.
+    """
+    count, computed, unit = len(times) - 1, frozenset((0, *places)), time_unit(times)
+    units, history = torch.eye(count).unsqueeze(1), History(1, 1, torch.device("cpu"))
+    correction: Correction | None = None
+    apart, path = torch.zeros(1, 1, count), []
+    for index, (now, due) in enumerate(itertools.pairwise(times)):
+        exact = units[index : index + 1]
+        if index in computed:
+            answer = exact + _lacking(history, correction, now, due, exact)
+        else:
+            answer = forecast("linear", history, now, unit)
+        newest = history.computed[0]
+        correction = correction or Correction.none(newest)
+        correction.hand_out(newest, answer, now)
+        correction.settle(1.0, due - now)
+        apart = apart + (due - now) * (answer - exact)
+        path.append(apart.flatten())
+    return torch.stack(path).double()
+
+
+def _lacking(
+    history: History, correction: Correction | None, now: float, due: float, exact: Tensor
+) -> Tensor | float:
+    """What goes on top of a prediction that was computed."""
+    before, older = (*history.computed[:2], None, None)[:2]
+    history.record_dense(now, exact)
+    if correction is None or before is None:
+        return 0.0
+    return on_top(correction.collect(before, older, history.computed[0]), 1.0, due - now)

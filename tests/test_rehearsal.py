@@ -1,0 +1,98 @@
+"""Rehearsal: what plans cost, told by dense latents alone."""
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+from torch import nn
+
+import specdiff
+from specdiff.plan import Plan
+from specdiff.tuning.rehearsal import Rehearsal
+from specdiff.tuning.tuner import tune
+from tests.runtime.toy import Euler, toy
+
+SIGMAS = [3 * s / (1 + 2 * s) for s in (1 - i / 12 for i in range(13))]
+
+
+class Bending(nn.Module):
+    """Goes the same way wherever its latent is, so that a rehearsal tells all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, generator=torch.Generator().manual_seed(3)))
+
+    def forward(self, latent: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        angle = 4 * timestep.reshape(-1, 1, 1) * self.weight.cos()
+        return (angle.sin() + self.weight).expand_as(latent)
+
+
+def latents(model: nn.Module, seed: int = 0) -> list[torch.Tensor]:
+    """Where Euler goes, by a plan or densely."""
+    x = torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(seed))
+    path = [x]
+    for here, there in itertools.pairwise(SIGMAS):
+        x = x + (there - here) * model(x, torch.full((1,), here))
+        path.append(x)
+    return path
+
+
+def rehearsed(model: nn.Module, count: int = 1) -> Rehearsal:
+    found = Rehearsal()
+    for seed in range(count):
+        dense = specdiff.session(model, SIGMAS[:-1], cache_ratio=0.0)
+        with dense, specdiff.record(model, latents=True) as recording:
+            latents(model, seed)
+        found.watch(recording.steps)
+    return found
+
+
+@torch.no_grad()
+def test_it_tells_how_far_each_plan_leads():
+    """All of the runtime goes into it: lines, how far they are followed, corrections."""
+    model = Bending()
+    specdiff.attach(model)
+    guess = rehearsed(model).guess()
+    dense, draw = latents(Bending()), random.Random(0)
+    for count in (2, 3, 5, 8, 11):
+        places = (0, *sorted(draw.sample(range(1, 11), count - 2)), 11)
+        with specdiff.session(model, SIGMAS[:-1], plan=Plan.of(12, places)):
+            path = latents(model)
+        squares = [float((a - b).square().mean()) for a, b in zip(path, dense, strict=True)]
+        assert guess(places) == pytest.approx(-10 * math.log10(max(squares[:-1])), abs=0.01)
+    assert guess(tuple(range(12))) > 110
+
+
+@torch.no_grad()
+def test_pictures_count_alike():
+    model = Bending()
+    specdiff.attach(model)
+    one, two = rehearsed(model).guess(), rehearsed(model, 2).guess()
+    assert one((0, 3, 7, 11)) == pytest.approx(two((0, 3, 7, 11)), abs=1e-3)
+
+
+def test_what_was_not_kept_tells_nothing():
+    assert Rehearsal().guess() is None
+    model = toy()
+    with specdiff.record(model) as recording:
+        Euler(model, steps=4).run()
+    assert recording.steps[0].latent is None
+    found = Rehearsal()
+    found.watch(recording.steps)
+    assert found.guess() is None
+
+
+@torch.no_grad()
+def test_tuning_draws_what_was_rehearsed():
+    """A trial of one plan is enough where the rehearsal knows which is best."""
+    model = Bending()
+    specdiff.attach(model)
+
+    def picture(seed: int) -> torch.Tensor:
+        return latents(model, seed)[-1] / 8 + 0.5
+
+    tuned = tune(model, picture, target=50, prompts=1, budget=12 + 30)
+    blind = tune(model, picture, solve=None, target=50, prompts=1, budget=12 + 300)
+    assert tuned.score >= 50 and len(tuned.plan.dense) <= len(blind.plan.dense) + 1 < 9
