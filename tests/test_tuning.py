@@ -89,7 +89,7 @@ def test_nothing_reaches_the_target():
 
 
 def test_a_good_guess_saves_scores():
-    """What is guessed best is scored first: no worse places, and their number after few scores."""
+    """No worse places, and the number of those proposed after four scores: 10 would be halfway."""
 
     def score(places):
         return -float(sum(gap**2 for gap in gaps(places, 28)))
@@ -97,18 +97,20 @@ def test_a_good_guess_saves_scores():
     blind, _ = searched(score, target=-130)
     search, tried = searched(score, target=-130, guess=lambda places: score(places) / 3 + 7)
     assert search.best_score >= blind.best_score and len(search.best) == len(blind.best) == 7
-    assert [len(places) for places in tried[:4]] == [14, 7, 4, 6]
+    assert [len(places) for places in tried[:4]] == [14, 7, 9, 8]
 
 
 def test_proposals_by_a_guess():
-    wished = (0, 5, 6, 11)
+    """The first three stay, whatever is guessed of them."""
+    wished = (0, 5, 6, 9, 11)
 
     def guess(places):
         return -float(sum(min(abs(wish - place) for place in places) for wish in wished))
 
     found = Proposals(12, guess)
-    assert found.of(4) == wished and found.values[4] == 0 and set(found.values) == set(range(2, 13))
-    assert found.of(2) == (0, 11) and found.of(12) == tuple(range(12))
+    assert found.of(7) == (0, 1, 2, 5, 6, 9, 11) and found.values[7] == 0
+    assert set(found.of(4)) > {0, 2, 11} and found.of(2) == (0, 11)
+    assert set(found.values) == set(range(2, 13)) and found.of(12) == tuple(range(12))
     assert Proposals(12, None).of(5) == spaced(12, 5) and not Proposals(12, None).values
 
 

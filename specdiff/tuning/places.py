@@ -10,11 +10,16 @@ TAPER = 1.25
 """How spaced places grow apart: place i of d at (i / (d - 1)) ** TAPER of the way."""
 
 
+FIRST = 3
+"""Places that stay: what is lost early costs some pictures most, and a guess, or a few pictures, do
+not tell which (examples/research/worst.md)."""
+
+
 class Proposals:
     """For each number of places where they may lie: by a guess, else spaced by a power law.
 
     By the guess, places go one by one, each time the one that is missed least; single places then
-    go elsewhere as long as that gains. The first and the last stay.
+    go elsewhere as long as that gains. The last stays, and the `FIRST` as long as others can go.
     """
 
     def __init__(self, evaluations: int, guess: Callable[[Places], float] | None) -> None:
@@ -34,14 +39,22 @@ class Proposals:
         return self._found[count]
 
 
-def _thinned(evaluations: int, guess: Callable[[Places], float]) -> dict[int, tuple[Places, float]]:
+def _thinned(
+    evaluations: int, guess: Callable[[Places], float]
+) -> dict[int, tuple[Places, float]]:
     places = tuple(range(evaluations))
     found = {evaluations: (places, guess(places))}
     while len(places) > 2:
-        fewer = (places[:i] + places[i + 1 :] for i in range(1, len(places) - 1))
+        free = _free(places) or places[1:-1]
+        fewer = (tuple(other for other in places if other != place) for place in free)
         value, places = max((guess(each), each) for each in fewer)
         found[len(places)] = places, value
     return found
+
+
+def _free(places: Places) -> Places:
+    """Those that may go."""
+    return tuple(place for place in places[:-1] if place >= FIRST)
 
 
 def _exchanged(
@@ -56,10 +69,10 @@ def _exchanged(
 
 
 def _with_one_elsewhere(places: Places, evaluations: int) -> Iterator[Places]:
-    free = sorted({*range(evaluations)} - {*places})
-    for index in range(1, len(places) - 1):
-        rest = places[:index] + places[index + 1 :]
-        yield from (tuple(sorted((*rest, place))) for place in free)
+    unused = sorted({*range(evaluations)} - {*places})
+    for gone in _free(places):
+        rest = {*places} - {gone}
+        yield from (tuple(sorted((*rest, place))) for place in unused)
 
 
 def spaced(evaluations: int, count: int) -> Places:
