@@ -39,9 +39,7 @@ class Proposals:
         return self._found[count]
 
 
-def _thinned(
-    evaluations: int, guess: Callable[[Places], float]
-) -> dict[int, tuple[Places, float]]:
+def _thinned(evaluations: int, guess: Callable[[Places], float]) -> dict[int, tuple[Places, float]]:
     places = tuple(range(evaluations))
     found = {evaluations: (places, guess(places))}
     while len(places) > 2:
