@@ -20,9 +20,13 @@ Known = dict[str, dict[str, dict[str, float]]]
 """model, then "method, evaluations", then picture: PSNR"""
 
 
-def key_of(method: str, amount: float) -> str:
+QUALITY, COUNT = "quality", "evaluations"
+"""In keys: closeness by a quality, and what it computed."""
+
+
+def key_of(method: str, amount: float | str) -> str:
     """Of a row of results."""
-    return f"{method}, {amount:g}"
+    return f"{method}, {amount}" if isinstance(amount, str) else f"{method}, {amount:g}"
 
 
 def made_by(script: str) -> str:
@@ -37,6 +41,7 @@ def made_by(script: str) -> str:
 def solvers_of(known: Known) -> list[str]:
     """The rivals."""
     names = {key.rpartition(", ")[0] for rows in known.values() for key in rows}
+    names -= {QUALITY, COUNT}
     return sorted(name for name in names if not name.startswith("specdiff"))
 
 
@@ -45,7 +50,8 @@ def table(known: Known, model: str) -> str:
     found: dict[str, dict[int, list[float]]] = {}
     for key, values in known[model].items():
         method, _, count = key.rpartition(", ")
-        found.setdefault(method, {})[int(count)] = [*values.values()]
+        if method not in (QUALITY, COUNT):
+            found.setdefault(method, {})[int(count)] = [*values.values()]
     counts = sorted({count for row in found.values() for count in row})
     usual = len(known[model][key_of("Euler", STEPS)])
     lines = ["| | " + " | ".join(map(str, counts)) + " |", "|" + "---|" * (len(counts) + 1)]
@@ -99,6 +105,22 @@ def _gain(ours: dict[str, float], rivals: list[dict[str, float]]) -> str:
     return ", ".join(f"{each:+.1f}" for each in differences) + f" | {len(common)}"
 
 
+def qualities(known: Known, model: str) -> str:
+    """What the qualities compute, and how close they come; empty if none was measured."""
+    dense = known[model][key_of("Euler", STEPS)]
+    lines = [
+        "| quality | evaluations | PSNR, dB | than the dense run | pictures |",
+        "|---|---|---|---|---|",
+    ]
+    for key, found in known[model].items():
+        kind, _, quality = key.partition(", ")
+        if kind == QUALITY:
+            count = statistics.fmean(known[model][key_of(COUNT, quality)].values())
+            cell = _cell([*found.values()], len(found))
+            lines.append(f"| {quality} | {count:.1f} | {cell} | {_gain(found, [dense])} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
 def report(known: Known) -> str:
     """The page of the tables."""
     parts = [
@@ -118,6 +140,8 @@ def report(known: Known) -> str:
         parts += [f"## {model}, {usual} pictures, or as many as are in brackets"]
         parts += [table(known, model)]
         parts += ['How much closer `target="solution"` is, dB:', gains(known, model)]
+        if rows := qualities(known, model):
+            parts += ["By quality, which computes more where forecasts miss much:", rows]
     return "\n\n".join(parts) + "\n"
 
 

@@ -30,28 +30,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from specdiff.program import Signature
 from specdiff.runtime.sampler.displacement import Displacement
 from specdiff.runtime.sampler.guidance_pair import Joint
-from specdiff.runtime.sampler.known_step import lengths
 from specdiff.runtime.sampler.noise import Process
 from specdiff.runtime.sampler.observation import Reading, read
-from specdiff.runtime.sampler.remains import (
-    DEPTH,
-    EXPLAINED,
-    UNEXPLAINED,
-    Awaited,
-    Seen,
-    precision_of,
-    remains,
-)
+from specdiff.runtime.sampler.remains import UNEXPLAINED
 from specdiff.runtime.sampler.row_times import UnreadTimes, paced
 from specdiff.runtime.step import fallbacks
+from specdiff.runtime.step.evidence import Evidence
 from specdiff.runtime.streams.handover import (
     companion,
     fall_in,
@@ -139,7 +130,7 @@ class Inquiry:
         self._changed: Mapping[Stream, frozenset[int] | None] = {}
         """Streams that the call may belong to; which of their conditions changed, None: none is
         another object."""
-        self._remains: dict[Stream, Tensor] = {}
+        self._evidence = Evidence(owner, signature.batch, lambda: self._parts)
 
     def owner(self) -> Owned | str:
         """The owner of the call; its stream has begun if need be. A reason if there is none."""
@@ -217,12 +208,7 @@ class Inquiry:
         others = self._owner.beside(self._table)
         if own is not None:
             others = [other for other in others if other.trail.is_ahead_of(own.trail)]
-        return predecessor(others, self._parts, time, self._left_at)
-
-    def _left_at(self, stream: Stream, latents: Sequence[Tensor]) -> Tensor:
-        """What of another stream's step to these latents nothing explains."""
-        past = stream.trail.seen[:DEPTH]
-        return remains(latents, past, self._owner.seen_beside(stream, past), stream.history.batch)
+        return predecessor(others, self._parts, time, self._evidence.of_another)
 
     def _new(self, before: Stream | None, lanes: Sequence[Stream], reading: Reading) -> Stream:
         """A stream that begins: in place of one before it, or beside it in the same round."""
@@ -249,25 +235,12 @@ class Inquiry:
         if not stream.latents or not self._schedule.forecasts:
             return
         if reading is None:
-            self._check_later(stream)
+            self._evidence.check_later(stream)
         elif stream.fit.explains(reading, stream.times[-1], self._signature.batch):
             stream.trail.strays = False
         else:
-            left = self._remains_of(stream).item()
+            left = self._evidence.unexplained(stream).item()
             stream.trail.strays = left > UNEXPLAINED and not _is_noise(stream, reading, left)
-
-    def _check_later(self, stream: Stream) -> None:
-        """Send to the host what tells whether the step to this call is explained."""
-        trail, known, precision = stream.trail, None, None
-        if trail.steady and stream not in self._remains:
-            assert stream.given is not None  # its times are known
-            now = stream.given[len(stream.times)]
-            known = stream.fit.known_step(trail.seen[0], now)
-        if known is not None:
-            sent, precision = lengths(self._parts, trail.seen[0], known), precision_of(self._parts)
-        else:
-            sent = self._remains_of(stream)
-        trail.check(Awaited(sent), precision, partial(self._remains_before, stream))
 
     def _abandon(self, verdict: Verdict, asked: Sequence[Stream]) -> None:
         """Leave no state of suspicious trajectories but that they are ambiguous, and since when."""
@@ -279,36 +252,13 @@ class Inquiry:
 
     def _followed(self) -> dict[Stream, frozenset[int]]:
         """Streams that may go on with conditions which are none of theirs, and what changed."""
-        return followed(self._table, self._conditions, self._may_be_due, self._explains)
+        return followed(self._table, self._conditions, self._may_be_due, self._evidence.explains)
 
     def _may_be_due(self, stream: Stream) -> bool:
         """Whether a stream may have an evaluation at the time of the call."""
         if self._progress is not None:
             return self._progress.may_go_on(stream)
         return not stream.trail.turns_back(self._time_read)
-
-    def _explains(self, stream: Stream) -> bool:
-        """Whether what a stream saw leads to the latents of the call."""
-        steps = zip(self._parts, stream.latents, strict=True)
-        if all(torch.equal(now, before) for now, before in steps):
-            return False  # the other half of guidance, perhaps
-        return self._remains_of(stream).item() < EXPLAINED
-
-    def _remains_of(self, stream: Stream) -> Tensor:
-        """What of the step to the present evaluation nothing explains that the stream saw."""
-        if stream not in self._remains:
-            self._remains[stream] = self._left(stream, self._parts, stream.trail.seen)
-        return self._remains[stream]
-
-    def _remains_before(self, stream: Stream, ago: int) -> Tensor:
-        """The same of the step to an evaluation before the present one."""
-        now, *past = stream.trail.seen[ago - 1 :]
-        return self._left(stream, now.latents, past)
-
-    def _left(self, stream: Stream, latents: Sequence[Tensor], past: Sequence[Seen]) -> Tensor:
-        past = past[:DEPTH]
-        others = self._owner.seen_beside(stream, past)
-        return remains(latents, past, others, self._signature.batch)
 
     def _reading(self, stream: Stream | None) -> Reading:
         times = self._unread_times
