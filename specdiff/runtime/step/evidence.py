@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
+from specdiff.program import Signature
 from specdiff.runtime.sampler.known_step import lengths
 from specdiff.runtime.sampler.remains import (
     DEPTH,
@@ -25,20 +26,23 @@ class Evidence:
     """Of one call.
 
     Args:
+        signature: of the graph.
+        inputs: of the call.
         owner: of the streams.
-        batch: of the graph.
-        latents: of the call, what the sampler moves; asked for when first needed.
     """
 
-    def __init__(
-        self, owner: StreamOwner, batch: int, latents: Callable[[], Sequence[Tensor]]
-    ) -> None:
-        self._owner, self._batch, self._latents = owner, batch, latents
+    def __init__(self, signature: Signature, inputs: Sequence[object], owner: StreamOwner) -> None:
+        self._signature, self._inputs, self._owner = signature, inputs, owner
         self._known: dict[Stream, Tensor] = {}
+
+    @cached_property
+    def latents(self) -> list[Tensor]:
+        """Of the call's latents, what the sampler moves."""
+        return list(self._signature.moving_parts(self._inputs))
 
     def explains(self, stream: Stream) -> bool:
         """Whether what a stream saw leads to the latents of the call."""
-        steps = zip(self._latents(), stream.latents, strict=True)
+        steps = zip(self.latents, stream.latents, strict=True)
         if all(torch.equal(now, before) for now, before in steps):
             return False  # the other half of guidance, perhaps
         return self.unexplained(stream).item() < EXPLAINED
@@ -46,7 +50,7 @@ class Evidence:
     def unexplained(self, stream: Stream) -> Tensor:
         """What of the step to the present evaluation nothing explains that the stream saw."""
         if stream not in self._known:
-            self._known[stream] = self._left(stream, self._latents(), stream.trail.seen)
+            self._known[stream] = self._left(stream, self.latents, stream.trail.seen)
         return self._known[stream]
 
     def of_another(self, stream: Stream, latents: Sequence[Tensor]) -> Tensor:
@@ -62,8 +66,8 @@ class Evidence:
             now = stream.given[len(stream.times)]
             known = stream.fit.known_step(trail.seen[0], now)
         if known is not None:
-            latents = self._latents()
-            sent, precision = lengths(latents, trail.seen[0], known), precision_of(latents)
+            sent = lengths(self.latents, trail.seen[0], known)
+            precision = precision_of(self.latents)
         else:
             sent = self.unexplained(stream)
         trail.check(Awaited(sent), precision, partial(self._unexplained_before, stream))
@@ -76,4 +80,4 @@ class Evidence:
     def _left(self, stream: Stream, latents: Sequence[Tensor], past: Sequence[Seen]) -> Tensor:
         past = past[:DEPTH]
         others = self._owner.seen_beside(stream, past)
-        return remains(latents, past, others, self._batch)
+        return remains(latents, past, others, self._signature.batch)

@@ -130,7 +130,7 @@ class Inquiry:
         self._changed: Mapping[Stream, frozenset[int] | None] = {}
         """Streams that the call may belong to; which of their conditions changed, None: none is
         another object."""
-        self._evidence = Evidence(owner, signature.batch, lambda: self._parts)
+        self._evidence = Evidence(signature, inputs, owner)
 
     def owner(self) -> Owned | str:
         """The owner of the call; its stream has begun if need be. A reason if there is none."""
@@ -159,7 +159,7 @@ class Inquiry:
     def _continue(self, stream: Stream, index: int, progress: Progress) -> None:
         """A stream that begins on the way goes on with one of another graph, if there is one."""
         for before in self._owner.beside(self._table) if index else ():
-            fits = fitting(self._parts, before.latents) is not None
+            fits = fitting(self._evidence.latents, before.latents) is not None
             if fits and progress.may_hand_over(before, index):
                 take_over(stream, before)
                 progress.take_over(stream)
@@ -208,7 +208,7 @@ class Inquiry:
         others = self._owner.beside(self._table)
         if own is not None:
             others = [other for other in others if other.trail.is_ahead_of(own.trail)]
-        return predecessor(others, self._parts, time, self._evidence.of_another)
+        return predecessor(others, self._evidence.latents, time, self._evidence.of_another)
 
     def _new(self, before: Stream | None, lanes: Sequence[Stream], reading: Reading) -> Stream:
         """A stream that begins: in place of one before it, or beside it in the same round."""
@@ -221,7 +221,7 @@ class Inquiry:
         else:
             new = self._begin(before, self._conditions)
         others = [*self._owner.beside(self._table), *self._table] if before is None else []
-        if other := companion(others, self._parts, reading.time):
+        if other := companion(others, self._evidence.latents, reading.time):
             fall_in(new, other, len(other.times) - 1)
         new.doubtful = before is not None and (before.ambiguous or not before.trail.direction)
         return new
@@ -230,7 +230,7 @@ class Inquiry:
         """The call is this stream's."""
         self._table.go_on(stream, self._conditions, self._changed[stream])
         if reading is None and self._learns_scale:
-            stream.learn_scale(self._parts, CHECK_LAG)
+            stream.learn_scale(self._evidence.latents, CHECK_LAG)
         stream.fit.receive(len(stream.times))
         if not stream.latents or not self._schedule.forecasts:
             return
@@ -261,21 +261,16 @@ class Inquiry:
         return not stream.trail.turns_back(self._time_read)
 
     def _reading(self, stream: Stream | None) -> Reading:
-        times = self._unread_times
+        times, latents = self._unread_times, self._evidence.latents
         moved = joint = pace = None
         if stream is not None and stream.latents:
             if self._learns_scale:
-                stream.learn_scale(self._parts, lag=0)  # the time is waited for all the same
+                stream.learn_scale(latents, lag=0)  # the time is waited for all the same
             pace = times.pace(stream.trail.row_times)
             ways = tuple(tuple(paced(p, pace) for p in way) for way in stream.predictions)
-            moved = Displacement.of(self._parts, stream.latents, ways)
-            joint = Joint.of(stream, self._table.partner(stream), self._parts, pace)
+            moved = Displacement.of(latents, stream.latents, ways)
+            joint = Joint.of(stream, self._table.partner(stream), latents, pace)
         return read(times, self._latent, moved, joint, pace)
-
-    @cached_property
-    def _parts(self) -> list[Tensor]:
-        """Of the latents, what the sampler moves."""
-        return list(self._signature.moving_parts(self._inputs))
 
     @property
     def _latent(self) -> Tensor:

@@ -193,7 +193,7 @@ def test_no_deterministic_sampler_is_taken_for_noise(name, session):
 
 
 def test_what_a_check_shows_is_read_two_evaluations_later(monkeypatch):
-    from specdiff.runtime.step import ownership
+    from specdiff.runtime.step import evidence
 
     events = []
 
@@ -209,7 +209,7 @@ def test_what_a_check_shows_is_read_two_evaluations_later(monkeypatch):
             events.append(("read", self.number))
             return self.value.tolist()
 
-    monkeypatch.setattr(ownership, "Awaited", Told)
+    monkeypatch.setattr(evidence, "Awaited", Told)
     run(SAMPLERS["Euler"](), 6, session=True)
     reads = [events.index(("read", n)) for n in range(1, 4)]
     assert all(events[at - 1] == ("copied", n + 2) for n, at in enumerate(reads, 1))
