@@ -59,7 +59,7 @@ def _rewritten(
     first = min(results)
     keys = tuple(found.results) or (0,)
     unmerged = Unmerged(first, found, operands)
-    arguments = unmerged.arguments([shape_of(result) for result in results])
+    arguments = unmerged.arguments([*results])
     how = (keys, unmerged.like, unmerged.merged, unmerged.fresh)
     made = {
         result: call(first, row_result, found.op, keys.index(key), *how, **arguments)

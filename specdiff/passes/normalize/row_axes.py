@@ -1,4 +1,4 @@
-"""Row axes: which axes a row-wise op gets merged, read off the views before it.
+"""Row axes: which axes a row-wise op gets merged, read off the views before and behind it.
 
 q [B, N, H, D], seen by the op as [B, N * H, D]        axes [B, N, H], groups (1, 2)
 x [B, N, C],    seen by the op as [B * N, C]           axes [B, N],    groups (2,)
@@ -12,22 +12,22 @@ from math import prod
 from specdiff.passes.rules.row_results import Groups
 
 
-def split_axes(before: Sequence[int], seen: Sequence[int]) -> list[int] | None:
-    """The axes of rows, of a value of the shape `before` that a view made `seen`.
+def split_axes(other: Sequence[int], seen: Sequence[int]) -> list[int] | None:
+    """The axes of rows, of a value that a view makes `seen` of the shape `other`, or back.
 
-    Axes of one that `before` has are kept: they may count samples. None if a border between axes
+    Axes of one that `other` has are kept: they may count samples. None if a border between axes
     of the one lies inside an axis of the other.
     """
-    axes = _refined(before, seen)
+    axes = _refined(other, seen)
     behind = 1
     while axes and behind != seen[-1]:
         behind *= axes.pop()
     return axes
 
 
-def _refined(before: Sequence[int], seen: Sequence[int]) -> list[int] | None:
+def _refined(other: Sequence[int], seen: Sequence[int]) -> list[int] | None:
     """Each axis of both as a product of the axes returned."""
-    axes, old, new = [], [*reversed(before)], [n for n in reversed(seen) if n != 1]
+    axes, old, new = [], [*reversed(other)], [n for n in reversed(seen) if n != 1]
     while old:
         left = old.pop()
         if left == 1:

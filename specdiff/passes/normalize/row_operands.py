@@ -49,8 +49,8 @@ class Unmerged:
     """The same as the op gets them."""
     groups: Groups = ()
 
-    def arguments(self, results: Sequence[tuple[int, ...]]) -> dict[str, object]:
-        """All arguments, for results that come in these shapes.
+    def arguments(self, results: Sequence[fx.Node]) -> dict[str, object]:
+        """All arguments, for the values that hold the results.
 
         Raises:
             Misfit: some do not go by rows.
@@ -58,9 +58,7 @@ class Unmerged:
         given = dict(self.found.arguments)
         by_rows = {n: value for n, value in given.items() if self._goes_by_rows(n, value)}
         self._take_fresh(given, by_rows)
-        self._find_axes(by_rows)
-        if any(shape[:-1] != self.seen for shape in results):
-            raise Misfit
+        self._find_axes(by_rows, results)
         by_token = [name for name in self.operands.tokens if is_tensor(given.get(name))]
         for name in by_token:
             given[name] = self._token_operand(name, given[name])
@@ -87,14 +85,20 @@ class Unmerged:
                 self.fresh[name] = (shape_of(value)[-1:], value.meta["val"].dtype)
                 del given[name], by_rows[name]
 
-    def _find_axes(self, by_rows: dict[str, fx.Node]) -> None:
-        """The most axes that the views before any operand with all rows tell of."""
-        leading = [shape_of(value)[:-1] for value in by_rows.values()]
-        self.seen = max(leading, key=prod, default=())
-        for name, value in by_rows.items():
-            axes = split_axes(shape_of(_base(value)), shape_of(value))
-            if shape_of(value)[:-1] == self.seen and len(axes or ()) > len(self.axes):
-                self.like, self.axes = name, list(axes or ())
+    def _find_axes(self, by_rows: dict[str, fx.Node], results: Sequence[fx.Node]) -> None:
+        """The most axes that views of the results tell of, else those before the operands."""
+        self.seen = max((shape_of(v)[:-1] for v in by_rows.values()), key=prod, default=())
+        full = {name: v for name, v in by_rows.items() if shape_of(v)[:-1] == self.seen}
+        if not full or any(shape_of(result)[:-1] != self.seen for result in results):
+            raise Misfit
+        self.like, value = next(iter(full.items()))
+        users = [user for result in results for user in result.users]
+        if all(user.target in VIEWS for user in users):
+            others = [shape_of(user) for user in users]
+        else:  # the next op takes the axes as they are; nothing tells samples from tokens in one
+            others = [] if len(self.seen) > 1 else [shape_of(_base(v)) for v in full.values()]
+        found = [split_axes(shape, shape_of(value)) or [] for shape in others]
+        self.axes = max((*found, list(self.seen)), key=len)
         groups = groups_of(self.axes, self.seen)
         if groups is None or len(self.axes) < 2:
             raise Misfit

@@ -1,181 +1,31 @@
-"""Row-wise ops as the stacks call them, by stand-ins of the same name and schema."""
+"""Row-wise ops as the stacks call them: selected steps compute selected rows alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import specdiff
 from specdiff.passes.graph.dependence import descendants
 from specdiff.passes.rules import rowwise
+from specdiff.passes.rules.row_results import row_result
 from specdiff.passes.rules.rowwise import ROWWISE
 from specdiff.plan import Plan
 from tests.helpers import step_counts
 from tests.models import changed, randomize
 from tests.oracles import Traced, trace
 from tests.passes.checks import check_oracles
+from tests.passes.rules.stand_ins import TWO, norm, stand_ins, turned
 from tests.passes.rules.test_attention_ops import Called, _attend
-from tests.passes.toys import CHANNELS, HEADS, TEXT, TOKENS, toy_inputs
+from tests.passes.toys import CHANNELS, HEADS, TEXT, TOKENS, Toy, toy_inputs
 
 N, D = TEXT + TOKENS, CHANNELS // HEADS
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def _norm(x, weight, eps=1e-6):
-    return F.rms_norm(x, x.shape[-1:], weight, eps)
-
-
-def _out(output, input, weight, eps, enable_pdl):
-    output.copy_(_norm(input, weight, eps))
-
-
-def _add(input, residual, weight, eps, enable_pdl=False):
-    residual.add_(input)
-    input.copy_(_norm(residual, weight, eps))
-
-
-def _pair(q, k, q_weight, k_weight, eps=1e-6, *, head_dim=0):
-    q.copy_(_norm(q, q_weight, eps))
-    k.copy_(_norm(k, k_weight, eps))
-
-
-def _modulated(x, weight, bias, scale, shift, norm_type, eps=1e-5):
-    aligned = [m[:, None] if m.dim() == 2 else m for m in (scale, shift)]
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps) * (1 + aligned[0]) + aligned[1]
-
-
-def _residual(residual, x, gate, weight, bias, scale, shift, norm_type, eps=1e-5):
-    total = residual + x * (gate[:, None] if gate.dim() == 2 else gate)
-    return _modulated(total, weight, bias, scale, shift, norm_type, eps), total
-
-
-def _turned(x, table):
-    """[..., D] by half-width cosines and sines [..., D], which come one after the other."""
-    cos, sin = table.chunk(2, -1)
-    one, two = x.chunk(2, -1)
-    return torch.cat([one * cos - two * sin, two * cos + one * sin], -1)
-
-
-def _by_positions(positions, query, key, head_size, cos_sin_cache, is_neox=True):
-    for x in (query, key):
-        heads = x.view(len(x), -1, head_size)
-        x.copy_(_turned(heads, cos_sin_cache[positions][:, None]).view(x.shape))
-
-
-def _norm_and_turn(q, k, q_weight, k_weight, cos_sin_cache, positions, *, is_neox, eps=1e-6):
-    for x, weight in ((q, q_weight), (k, k_weight)):
-        x.copy_(_turned(_norm(x, weight, eps), cos_sin_cache[positions][:, None]))
-
-
-def _half(x, cos, sin):
-    rows = x.shape[0] * x.shape[1]
-    cos, sin = (t.reshape(rows, 1, -1)[..., : x.shape[-1] // 2] for t in (cos, sin))
-    return _turned(x.flatten(0, 1), torch.cat([cos, sin], -1)).view(x.shape)
-
-
-def _complex(x, rope):
-    assert rope.shape[0] == x.shape[1]
-    return x * torch.view_as_real(rope).flatten(-2)[:, None]
-
-
-def _join(attn, mlp, output):
-    output.copy_(torch.cat([attn, F.gelu(mlp)], -1))
-
-
-def _freqs(q, k, freqs):
-    for x in (q, k):
-        x.mul_(freqs[..., None, : x.shape[-1]])
-
-
-TWO = " -> (Tensor, Tensor)"
-OPS: dict[str, tuple[str, Callable[..., Any]]] = {
-    "sglang::triton_one_pass_rms_norm_cuda": (
-        "(Tensor x, Tensor w, float eps=1e-06) -> Tensor",
-        lambda x, w, eps=1e-6: _norm(x, w, eps),
-    ),
-    "sglang::rmsnorm_scale_shift_per_token_cuda": (
-        "(Tensor x, Tensor weight, Tensor scale, Tensor shift, float eps) -> Tensor",
-        lambda x, w, scale, shift, eps: _norm(x, w, eps) * (1 + scale) + shift,
-    ),
-    "sglang::diffusion_fused_linear_gelu_tanh": (
-        "(Tensor x, Tensor weight, Tensor bias) -> Tensor",
-        lambda x, weight, bias: F.gelu(F.linear(x, weight, bias), approximate="tanh"),
-    ),
-    "sglang::fused_norm_scale_shift": (
-        "(Tensor x, Tensor? weight, Tensor? bias, Tensor scale, Tensor shift, str norm_type,"
-        " float eps=1e-05) -> Tensor",
-        _modulated,
-    ),
-    "sglang::fused_scale_residual_norm_scale_shift": (
-        "(Tensor residual, Tensor x, Tensor? gate, Tensor? weight, Tensor? bias, Tensor scale,"
-        " Tensor shift, str norm_type, float eps=1e-05)" + TWO,
-        _residual,
-    ),
-    "sglang::fused_inplace_qknorm": (
-        "(Tensor(a!) q, Tensor(b!) k, Tensor q_weight, Tensor k_weight, float eps=1e-06, *,"
-        " SymInt head_dim=0) -> ()",
-        _pair,
-    ),
-    "sgl_kernel::rmsnorm": (
-        "(Tensor(a!) output, Tensor input, Tensor weight, float eps, bool enable_pdl) -> ()",
-        _out,
-    ),
-    "sgl_kernel::fused_add_rmsnorm": (
-        "(Tensor(a!) input, Tensor(b!) residual, Tensor weight, float eps,"
-        " bool enable_pdl=False) -> ()",
-        _add,
-    ),
-    "sglang::_gelu_tanh_cat": (
-        "(Tensor attn, Tensor mlp, Tensor(a!) output) -> ()",
-        _join,
-    ),
-    "sglang::flashinfer_apply_rope_with_cos_sin_cache_inplace": (
-        "(Tensor positions, Tensor(a!) query, Tensor(b!) key, SymInt head_size,"
-        " Tensor cos_sin_cache, bool is_neox=True) -> ()",
-        _by_positions,
-    ),
-    "sglang::fused_inplace_qknorm_rope": (
-        "(Tensor(a!) q, Tensor(b!) k, Tensor q_weight, Tensor k_weight, Tensor cos_sin_cache,"
-        " Tensor positions, *, bool is_neox, float eps=1e-06) -> ()",
-        _norm_and_turn,
-    ),
-    "sglang::triton_fused_rope_rotate_half_bitexact": (
-        "(Tensor x, Tensor cos, Tensor sin) -> Tensor",
-        _half,
-    ),
-    "sglang::fused_complex_rope": ("(Tensor x, Tensor rope) -> Tensor", _complex),
-    "sglang::fused_inplace_helios_qk_rope": (
-        "(Tensor(a!) q, Tensor(b!) k, Tensor freqs) -> ()",
-        _freqs,
-    ),
-}
-
-
-@contextmanager
-def stand_ins(**more: tuple[str, Callable[..., Any]]) -> Iterator[None]:
-    """In here the ops exist, and those of `tests` that are given, computed by torch."""
-    libraries: list[torch.library.Library] = []
-    given = {f"tests::{name}": op for name, op in more.items()}
-    for name, (schema, function) in {**OPS, **given}.items():
-        namespace, short = name.split("::")
-        library = torch.library.Library(namespace, "FRAGMENT")
-        library.define(short + schema)
-        library.impl(short, function, "CompositeExplicitAutograd")
-        writes = schema.endswith("-> ()")
-        library.impl(short, (lambda *_, **__: None) if writes else function, "Meta")
-        libraries.append(library)
-    try:
-        yield
-    finally:
-        for library in libraries:
-            library._destroy()
 
 
 @pytest.fixture
@@ -326,18 +176,18 @@ def _own(q, k, v):
 
 
 def _norm_(x, w):
-    x.copy_(_norm(x, w))
+    x.copy_(norm(x, w))
 
 
 def _picked(x, positions, table):
-    return _turned(x, table[positions][:, None])
+    return turned(x, table[positions][:, None])
 
 
 OWN: dict[str, tuple[str, Callable[..., Any]]] = {
     "norm_": ("(Tensor(a!) x, Tensor w) -> ()", _norm_),
     "turn": (
         "(Tensor q, Tensor k, Tensor table)" + TWO,
-        lambda q, k, table: tuple(_turned(x, table[:, None]) for x in (q, k)),
+        lambda q, k, table: tuple(turned(x, table[:, None]) for x in (q, k)),
     ),
     "pick": ("(Tensor x, Tensor positions, Tensor table) -> Tensor", _picked),
 }
@@ -397,6 +247,20 @@ def test_a_call_of_another_kind_is_computed_whole(kernel):
 def test_tokens_may_come_before_samples():
     with stand_ins():
         assert not _computed_whole(_checked(Called(_tokens_before_samples)))
+
+
+def test_a_grid_is_no_split_of_tokens():
+    """What comes as [B, H, W, C] has its tokens where the op gets [B, H * W, C]."""
+
+    def middle(self: Toy, x: Tensor) -> Tensor:
+        grid = x.view(len(x), 2, -1, CHANNELS).sin().flatten(1, 2)
+        norm = torch.ops.sglang.triton_one_pass_rms_norm_cuda(grid, torch.ones(CHANNELS))
+        return self.q(norm)
+
+    with stand_ins():
+        found = _checked(Toy(middle, text=False))
+    (result,) = found.analysis.module.graph.find_nodes(op="call_function", target=row_result)
+    assert result not in found.analysis.selection.whole
 
 
 class Blocks(Called):
