@@ -53,11 +53,13 @@ from specdiff.torch_adapter.tracing import (
     require_one_autocast,
     vectorized,
 )
+from specdiff.torch_adapter.written import OpCall, op_call
 
 __all__ = [
     "InductorSettings",
     "MODULE_CALLS",
     "OpArgument",
+    "OpCall",
     "SHARED_CALL",
     "WRITES_TO_INPUTS",
     "as_plain",
@@ -81,6 +83,7 @@ __all__ = [
     "mode_settings",
     "mutates",
     "op_arguments",
+    "op_call",
     "op_name",
     "require_one_autocast",
     "require_plain_tensors",

@@ -17,6 +17,7 @@ For example, where k is cached and y a slot, the dense program:
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from math import prod
 from typing import Any
@@ -30,6 +31,7 @@ from specdiff.passes.graph.dependence import ancestors
 from specdiff.passes.graph.writer import GraphWriter
 from specdiff.passes.rules.attention import ATTENTION, OWN_CALL, Attention
 from specdiff.passes.rules.registry import shape_of
+from specdiff.passes.rules.row_results import row_result, row_results
 from specdiff.passes.select.cache_layout import encode, stored_tensors
 from specdiff.passes.select.selection import Selection
 from specdiff.program import TIMES_AT_ONCE
@@ -53,6 +55,17 @@ class WholeEmitter(GraphWriter):
         self.numbered = numbered and self.measures
         self.whole: dict[fx.Node, fx.Node] = {}
         self.importance = ImportanceSum(self, selection, sample)
+        self._called: dict[str, fx.Node] = {}
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """Write one op; one with several results is called once for all that are needed."""
+        if target is not row_result:
+            return super().call(target, *args, **kwargs)
+        op, place, *how = args
+        key = repr((op, how, kwargs))
+        if key not in self._called:
+            self._called[key] = super().call(row_results, op, *how, **kwargs)
+        return super().call(operator.getitem, self._called[key], place)
 
     def add_inputs(self) -> None:
         """Add a placeholder for each input of the traced graph."""

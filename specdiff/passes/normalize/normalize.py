@@ -5,6 +5,7 @@
     y = x.view_as(z)                    y = view(x, [shape of z])
     softmax(q @ k.T) @ v                scaled_dot_product_attention(q, k, v)
     flash_attn_forward(q, k, v)[0]      scaled_dot_product_attention(q, k, v), axes permuted
+    r = rms_norm_(q, weight); q = r[1]  q = row_result(rms_norm_, ..., q=q, weight=weight)
     buffer[:, 4:8] = x                  buffer = cat([buffer[:, :4], x, buffer[:, 8:]], 1)
     r1 = table[ids]; r2 = table[ids]    r1 = r2 = table[ids]
 
@@ -28,6 +29,7 @@ from specdiff.passes.base import Pass, PassError, check_values
 from specdiff.passes.graph.python_file import op_counts
 from specdiff.passes.normalize.fuse_attention import drops_nothing, fuse_attention
 from specdiff.passes.normalize.read_attention import read_attention
+from specdiff.passes.normalize.read_rowwise import read_rowwise
 from specdiff.passes.normalize.rewrite import call, replace
 from specdiff.passes.rules.attention import ATTENTION
 from specdiff.passes.rules.registry import argument, operand_at, operands_at, start_of
@@ -74,6 +76,7 @@ class NormalizePass(Pass[DynamoGraph, fx.GraphModule]):
         module = self._export(value.module, value.inputs)
         require_static_shapes(module.graph)
         read_attention(module.graph)
+        read_rowwise(module.graph)
         require_functions_of_values(module.graph)
         remove_assertions(module.graph)
         replace_tuples(module.graph)

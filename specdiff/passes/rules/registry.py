@@ -48,8 +48,6 @@ class Facts:
 
 TransferRule = Callable[[fx.Node], Facts]
 _RULES: dict[Any, TransferRule] = {}
-BY_NAME: dict[str, TransferRule] = {}
-"""Rules of ops that may not exist yet, by their names, "namespace::name"."""
 
 
 def transfer(*targets: Any) -> Callable[[TransferRule], TransferRule]:
@@ -66,11 +64,11 @@ def transfer(*targets: Any) -> Callable[[TransferRule], TransferRule]:
 
 
 def rule_for(node: fx.Node) -> TransferRule | None:
-    """The rule of a node's op; all ops tagged pointwise share one, and row-wise custom ops."""
+    """The rule of a node's op; all ops tagged pointwise share one."""
     rule = _RULES.get(node.target)
     if rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
         rule = _RULES[torch.Tag.pointwise]
-    return rule or BY_NAME.get(torch_adapter.op_name(node.target) or "")
+    return rule
 
 
 def registered_name(op: object) -> str:

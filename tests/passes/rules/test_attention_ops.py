@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import specdiff
 from specdiff.errors import OptionError, Unsupported
-from specdiff.passes.rules import attention_ops, registry, rowwise
+from specdiff.passes.rules import attention_ops
 from specdiff.passes.rules.attention import ATTENTION, OWN_CALL
 from specdiff.passes.rules.attention_ops import AXES
 from tests.models import changed, randomize
@@ -212,8 +211,6 @@ def _table(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test registers is forgotten after it."""
     monkeypatch.setattr(attention_ops, "AXES", dict(AXES))
     monkeypatch.setattr(attention_ops, "_IGNORED_BY", {})
-    monkeypatch.setattr(registry, "BY_NAME", dict(registry.BY_NAME))
-    monkeypatch.setattr(rowwise, "BY_NAME", registry.BY_NAME)
 
 
 @pytest.mark.usefixtures("_table")
@@ -338,129 +335,6 @@ def test_flex_attention_gets_the_step_plan_with_a_reason():
         return flex_attention(*heads, lambda score, b, h, i, j: score * 0.5).transpose(1, 2)
 
     assert "flex attention" in _reason(flex)
-
-
-@pytest.mark.usefixtures("_table")
-@pytest.mark.parametrize("register", [False, True])
-def test_row_wise_ops(register):
-    """Without a rule a norm is right, and whole."""
-
-    @torch.library.custom_op("tests::norm", mutates_args=())
-    def norm(x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), weight)
-
-    norm.register_fake(lambda x, weight: torch.empty_like(x))
-    if register:
-        specdiff.register_rowwise(norm)
-    kernel = lambda q, k, v: _attend(norm(q, q.new_ones(q.shape[-1])), k, v, 0.3, False)  # noqa: E731
-    model, inputs = randomize(Called(kernel)), toy_inputs()
-    found = trace(model, inputs, changed(inputs))
-    check_oracles(model, (inputs, changed(inputs)), found)
-    selection = found.analysis.selection
-    (norm_,) = (n for n in found.analysis.module.graph.nodes if "tests.norm" in str(n.target))
-    assert (norm_ in selection.whole) != register
-
-
-def _sglang_norm(x, w, eps=1e-6):
-    return F.rms_norm(x, x.shape[-1:], w, eps)
-
-
-def _sglang_modulated(x, weight, bias, scale, shift, norm_type, eps=1e-5):
-    aligned = [m[:, None] if m.dim() == 2 else m for m in (scale, shift)]
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps) * (1 + aligned[0]) + aligned[1]
-
-
-def _sglang_linear(x, weight, bias):
-    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
-
-
-NORM, MODULATED = "sglang::triton_one_pass_rms_norm_cuda", "sglang::fused_norm_scale_shift"
-PER_TOKEN = "sglang::rmsnorm_scale_shift_per_token_cuda"
-LINEAR = "sglang::diffusion_fused_linear_gelu_tanh"
-ROWWISE = {
-    NORM: ("(Tensor x, Tensor w, float eps=1e-06)", _sglang_norm),
-    MODULATED: (
-        "(Tensor x, Tensor? weight, Tensor? bias, Tensor scale, Tensor shift, str norm_type,"
-        " float eps=1e-05)",
-        _sglang_modulated,
-    ),
-    PER_TOKEN: (
-        "(Tensor x, Tensor weight, Tensor scale, Tensor shift, float eps)",
-        lambda x, w, scale, shift, eps: _sglang_norm(x, w, eps) * (1 + scale) + shift,
-    ),
-    LINEAR: ("(Tensor x, Tensor weight, Tensor bias)", _sglang_linear),
-}
-IN_PLACE = (
-    "(Tensor(a!) q, Tensor(b!) k, Tensor q_weight, Tensor k_weight, float eps=1e-06, *,"
-    " int head_dim=0) -> ()"
-)
-
-
-@contextmanager
-def sglang(name: str, schema: str, function: Callable[..., Any]) -> Iterator[None]:
-    with torch.library._scoped_library("sglang", "FRAGMENT") as library:
-        short = name.partition("::")[2]
-        library.define(short + schema)
-        library.impl(short, function, "CompositeExplicitAutograd")
-        library.impl(short, function, "Meta")
-        yield
-
-
-def _fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The row-wise ops that SGLang's FLUX, SD3, Qwen-Image and Wan call, one after another."""
-    ops, x = torch.ops.sglang, q.flatten(2)
-    c = x.shape[-1]
-    ones, by_sample = torch.ones(c), torch.arange(len(x) * c).view(-1, c) / c
-    for scale in (by_sample, by_sample[:, None], x / 9, torch.ones(1), ones):
-        x = ops.fused_norm_scale_shift(x, ones, None, scale, scale + 1, "layer")
-    x = ops.rmsnorm_scale_shift_per_token_cuda(x, ones, x / 3, x / 9, 1e-6)
-    x = ops.diffusion_fused_linear_gelu_tanh(x, torch.eye(c), torch.zeros(c))
-    q = ops.triton_one_pass_rms_norm_cuda(x.view_as(q), torch.ones(q.shape[-1]))
-    return _attend(q, k, v, 0.3, False)
-
-
-def test_row_wise_ops_of_sglang():
-    with ExitStack() as ops:
-        for name, (schema, function) in ROWWISE.items():
-            ops.enter_context(sglang(name, schema + " -> Tensor", function))
-        model, inputs = randomize(Called(_fused)), toy_inputs()
-        found = trace(model, inputs, changed(inputs))
-        check_oracles(model, (inputs, changed(inputs)), found)
-    called = [n for n in found.analysis.module.graph.nodes if "sglang." in str(n.target)]
-    assert len(called) == 8
-    assert [n for n in called if n in found.analysis.selection.whole] == []
-
-
-def test_norms_in_place_are_right():
-    def norms(q, k, q_weight, k_weight, eps=1e-6, *, head_dim=0):
-        q.copy_(_sglang_norm(q, q_weight, eps))
-        k.copy_(_sglang_norm(k, k_weight, eps))
-
-    def kernel(q, k, v):
-        ones = q.new_ones(q.shape[-1])
-        q, k = q.clone(), k.clone()
-        torch.ops.sglang.fused_inplace_qknorm(q, k, ones, ones, 1e-6)
-        return _attend(q, k, v, 0.3, False)
-
-    with sglang("sglang::fused_inplace_qknorm", IN_PLACE, norms):
-        model, inputs = randomize(Called(kernel)), toy_inputs()
-        found = trace(model, inputs, changed(inputs))
-        check_oracles(model, (inputs, changed(inputs)), found)
-
-
-@pytest.mark.usefixtures("_table")
-def test_a_table_of_rotations_is_not_taken_for_rows():
-    @torch.library.custom_op("tests::rotate", mutates_args=())
-    def rotate(x: Tensor, table: Tensor) -> Tensor:
-        return x * table[None, :, None]
-
-    rotate.register_fake(lambda x, table: torch.empty_like(x))
-    specdiff.register_rowwise("tests::rotate")
-    table = torch.arange(N * 4).view(N, 4) / 9
-    kernel = lambda q, k, v: _attend(rotate(q, table), k, v, 0.3, False)  # noqa: E731
-    model, inputs = randomize(Called(kernel)), toy_inputs()
-    found = trace(model, inputs, changed(inputs))
-    check_oracles(model, (inputs, changed(inputs)), found)
 
 
 def test_under_inductor():
