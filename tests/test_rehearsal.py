@@ -60,8 +60,10 @@ def test_it_tells_how_far_each_plan_leads():
         places = (0, *sorted(draw.sample(range(1, 11), count - 2)), 11)
         with specdiff.session(model, SIGMAS[:-1], plan=Plan.of(12, places)):
             path = latents(model)
-        squares = [float((a - b).square().mean()) for a, b in zip(path, dense, strict=True)]
-        assert guess(places) == pytest.approx(-10 * math.log10(max(squares[:-1])), abs=0.01)
+        apart = [one - other for one, other in zip(path, dense, strict=True)]
+        squares = [float((b - a).square().mean()) for a, b in itertools.pairwise(apart)]
+        weighed = [math.exp(2 * sigma) * each for sigma, each in zip(SIGMAS, squares, strict=False)]
+        assert guess(places) == pytest.approx(-10 * math.log10(sum(weighed[:-1])), abs=0.01)
     assert guess(tuple(range(12))) > 110
 
 

@@ -1,14 +1,14 @@
 """Rehearsal: what a plan would cost, told by dense runs alone.
 
 Forecasts and corrections are sums of predictions, whose weights depend on the plan and the times
-alone. As long as the model is taken to answer as it did along the dense path, how far a plan leads
-from it is a sum of that path's steps, too:
+alone. As long as the model is taken to answer as it did along the dense path, what a plan misses in
+step i is a sum of that path's steps, too:
 
-    e_i = sum over j of w_ij s_j        s_j: the move of the dense latent at j, by time
+    m_i = sum over j of w_ij s_j        s_j: the move of the dense latent at j, by time
 
-Its size |e_i| needs no more of a picture than the products of its moves, a matrix of numbers. So
+Its size |m_i| needs no more of a picture than the products of its moves, a matrix of numbers. So
 thousands of plans cost less than one picture. Where the way bends, and so where computing pays, is
-told well; how the model answers a latent that is off the path is not: what is found must be drawn.
+told well. How the model answers a latent that is off the path is not: what is found must be drawn.
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ from specdiff.runtime.tokens.history import History
 from specdiff.tuning.places import Places
 
 LEAST = 1e-12
-"""Mean square in place of 0, of a plan that leads nowhere else."""
+"""Mean square in place of 0, of a plan that misses nothing."""
+GROWTH = 1.0
+"""What is missed at the beginning counts e times as much as at the end. On two photographs, 16 plans
+each, decibels and guesses then correlate by 0.93 and 0.83; how far off a latent is at most, without
+growth, by 0.86 and 0.83, and its plans came less close."""
 
 
 class Rehearsal:
@@ -51,20 +55,20 @@ class Rehearsal:
         self._products.append(_products(times, latents))
 
     def guess(self) -> Callable[[Places], float] | None:
-        """How close latents stay to the dense ones where they are furthest: dB, a mean of pictures.
+        """How little the steps of a plan miss, in dB: a mean of pictures.
 
         The last evaluation counts as computed: no latent tells where it led. None where steps are
         not known one by one: there is nothing to tell by.
         """
         if self._vain or not self._products:
             return None
-        products = torch.stack(self._products)
+        products, weights = torch.stack(self._products), _weights(self._times)
 
         @cache
         def closeness(places: Places) -> float:
-            path = _path(self._times, places)
-            squares = torch.einsum("ia,pab,ib->pi", path, products, path)
-            return -10 * float(squares.amax(1).clamp_min(LEAST).log10().mean())
+            missed = _missed(self._times, places)
+            squares = torch.einsum("ia,pab,ib->pi", missed, products, missed)
+            return -10 * float((squares @ weights).clamp_min(LEAST).log10().mean())
 
         return closeness
 
@@ -77,15 +81,23 @@ def _products(times: Sequence[float], latents: Sequence[Tensor]) -> Tensor:
     return moves @ moves.T / moves.shape[1]
 
 
-def _path(times: Sequence[float], places: Places) -> Tensor:
-    """How far from the dense path each step ends, as weights of its moves: float64 [E - 1, E - 1].
+def _weights(times: Sequence[float]) -> Tensor:
+    """Of the squares of what steps miss: float64 [E - 1]."""
+    left = torch.tensor(times[:-1], dtype=torch.float64)
+    if times[-1] > times[0]:  # from noise on, whichever way time runs
+        left = time_unit(times) - left
+    return (2 * GROWTH * left / time_unit(times)).exp()
+
+
+def _missed(times: Sequence[float], places: Places) -> Tensor:
+    """What each step misses, as weights of the dense path's moves: float64 [E - 1, E - 1].
 
     What the runtime would do with predictions that are unit vectors, one a step.
     """
     count, computed, unit = len(times) - 1, frozenset((0, *places)), time_unit(times)
     units, history = torch.eye(count).unsqueeze(1), History(1, 1, torch.device("cpu"))
     correction: Correction | None = None
-    apart, path = torch.zeros(1, 1, count), []
+    missed = []
     for index, (now, due) in enumerate(itertools.pairwise(times)):
         exact = units[index : index + 1]
         if index in computed:
@@ -96,9 +108,8 @@ def _path(times: Sequence[float], places: Places) -> Tensor:
         correction = correction or Correction.none(newest)
         correction.hand_out(newest, answer, now)
         correction.settle(1.0, due - now)
-        apart = apart + (due - now) * (answer - exact)
-        path.append(apart.flatten())
-    return torch.stack(path).double()
+        missed.append((due - now) * (answer - exact).flatten())
+    return torch.stack(missed).double()
 
 
 def _lacking(
