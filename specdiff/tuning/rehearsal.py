@@ -30,9 +30,9 @@ from specdiff.tuning.places import Places
 LEAST = 1e-12
 """Mean square in place of 0, of a plan that misses nothing."""
 GROWTH = 1.0
-"""What is missed at the beginning counts e times as much as at the end. On two photographs and 16
-plans, decibels and guesses then correlate by 0.93 and 0.83; how far off a latent is at most, without
-growth, by 0.86 and 0.83, and its plans came less close."""
+"""What is missed at the beginning counts e times as much as at the end. Of 16 plans of each of two
+photographs, decibels and guesses then correlate by 0.93 and 0.83. How far off a latent is at most,
+without growth, does by 0.86 and 0.83, and its plans came less close."""
 
 
 class Rehearsal:
