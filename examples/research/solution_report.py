@@ -16,6 +16,8 @@ from specdiff.measure.comparison import worst_tenth
 STEPS = 28
 FEWER = (6, 8, 10, 12, 15, 20, 28)
 """Evaluations that are measured."""
+RANGE = 15
+"""Decibels below the dense run that the plot shows."""
 Known = dict[str, dict[str, dict[str, float]]]
 """model, then "method, evaluations", then picture: PSNR"""
 
@@ -149,7 +151,7 @@ def draw_plot(known: Known, file: Path) -> None:
     """Closeness by evaluations: means as lines, worst tenths as dots; of all pictures alone."""
     methods = ["specdiff, solution", *solvers_of(known)]
     figure = Figure(figsize=(4.5 * len(known), 3.4), dpi=90, layout="constrained")
-    every = figure.subplots(1, len(known), sharey=True, squeeze=False)[0]
+    every = figure.subplots(1, len(known), squeeze=False)[0]
     for axes, (model, found) in zip(every, known.items(), strict=True):
         usual = len(found[key_of("Euler", STEPS)])
         for method in sorted(methods, key=_place):
@@ -162,10 +164,9 @@ def draw_plot(known: Known, file: Path) -> None:
             axes.plot(counts, worst, ".", ms=4, color=line.get_color())
         dense = statistics.fmean(found[key_of("Euler", STEPS)].values())
         axes.axhline(dense, color="0.5", ls="--", lw=1, label="dense run, Euler's 28 steps")
-        axes.set(title=model, xlabel="evaluations")
+        axes.set(title=model, xlabel="evaluations", ylim=(dense - RANGE, None))
         axes.grid(alpha=0.3)
     every[0].set_ylabel("PSNR to the solution, dB")
-    every[0].set_ylim(bottom=24)
     handles, labels = every[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", fontsize=8)
     figure.savefig(file)
