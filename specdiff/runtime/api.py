@@ -97,7 +97,7 @@ def record(compiled: torch.nn.Module, *, latents: bool = False) -> Recording:
     """A context that keeps what every evaluation of the model does: `Recording.steps`.
 
     Nothing waits for the device until something is read. Keeps a few tensors of [B, N] a step, and
-    with `latents` a copy of what was denoised.
+    with `latents` a copy of what was denoised, except in fallbacks.
 
     Raises:
         NotCompiledError: the module has no parameters to be known by.

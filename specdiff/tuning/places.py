@@ -8,18 +8,18 @@ Places = tuple[int, ...]
 """Indices of the dense evaluations, rising from 0."""
 TAPER = 1.25
 """How spaced places grow apart: place i of d at (i / (d - 1)) ** TAPER of the way."""
-
-
 FIRST = 3
 """Places that stay: what is lost early costs some pictures most, and a guess, or a few pictures, do
 not tell which (examples/research/worst.md)."""
+FEW = 2 * FIRST
+"""Fewer places than these are spaced, whatever is guessed: too many of them would stay."""
 
 
 class Proposals:
     """For each number of places where they may lie: by a guess, else spaced by a power law.
 
     By the guess, places go one by one, each time the one that is missed least; single places then
-    go elsewhere as long as that gains. The last stays, and the `FIRST` as long as others can go.
+    go elsewhere as long as that gains. The `FIRST` and the last stay.
     """
 
     def __init__(self, evaluations: int, guess: Callable[[Places], float] | None) -> None:
@@ -27,7 +27,7 @@ class Proposals:
         self._found: dict[int, Places] = {}
         self._thinned = {} if guess is None else _thinned(evaluations, guess)
         self.values = {count: value for count, (_, value) in self._thinned.items()}
-        """Guesses, by the number of places, before single places go elsewhere; none without one."""
+        """Guesses, by the number of places, before single places go elsewhere."""
 
     def of(self, count: int) -> Places:
         """So many places."""
@@ -42,9 +42,8 @@ class Proposals:
 def _thinned(evaluations: int, guess: Callable[[Places], float]) -> dict[int, tuple[Places, float]]:
     places = tuple(range(evaluations))
     found = {evaluations: (places, guess(places))}
-    while len(places) > 2:
-        free = _free(places) or places[1:-1]
-        fewer = (tuple(other for other in places if other != place) for place in free)
+    while len(places) > FEW:
+        fewer = (tuple(p for p in places if p != gone) for gone in _free(places))
         value, places = max((guess(each), each) for each in fewer)
         found[len(places)] = places, value
     return found

@@ -27,6 +27,10 @@ from specdiff.runtime.tokens.forecast import forecast
 from specdiff.runtime.tokens.history import History
 from specdiff.tuning.places import Places
 
+MOST = 64
+"""Evaluations: of more, guesses would take longer than pictures."""
+CHUNK = 2**16
+"""Values of a latent that are looked at together, so that a video fits."""
 LEAST = 1e-12
 """Mean square in place of 0, of a plan that misses nothing."""
 GROWTH = 1.0
@@ -58,9 +62,9 @@ class Rehearsal:
         """How little the steps of a plan miss, in dB: a mean of pictures.
 
         The last evaluation counts as computed: no latent tells where it led. None where steps are
-        not known one by one: there is nothing to tell by.
+        not known one by one, as of samplers that evaluate twice at a time, or are too many.
         """
-        if self._vain or not self._products:
+        if self._vain or not self._products or len(self._times) > MOST:
             return None
         products, weights = torch.stack(self._products), _weights(self._times)
 
@@ -75,10 +79,12 @@ class Rehearsal:
 
 def _products(times: Sequence[float], latents: Sequence[Tensor]) -> Tensor:
     """Of the moves [E - 1, D] of a latent with each other: float64 [E - 1, E - 1], mean over D."""
-    path = torch.stack([latent.flatten().double().cpu() for latent in latents])
-    spans = torch.tensor(times, dtype=torch.float64).diff()
-    moves = path.diff(dim=0) / spans.unsqueeze(1)
-    return moves @ moves.T / moves.shape[1]
+    spans = torch.tensor(times, dtype=torch.float64).diff().unsqueeze(1)
+    products = torch.zeros(len(spans), len(spans), dtype=torch.float64)
+    for parts in zip(*(latent.flatten().split(CHUNK) for latent in latents), strict=True):
+        moves = torch.stack([part.double().cpu() for part in parts]).diff(dim=0) / spans
+        products += moves @ moves.T
+    return products / latents[0].numel()
 
 
 def _weights(times: Sequence[float]) -> Tensor:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from specdiff.tuning.places import Places, Proposals
+from specdiff.tuning.places import Places, Proposals, spaced
 
 GAIN = 2.5e-4
 """Least gain in score that a move must bring, as a share of the target: 0.01 dB of 40."""
@@ -66,7 +66,7 @@ class Search:
         In the middle, unless guesses of two numbers that were scored tell how the score rises.
         """
         guesses, ends = self._proposals.values, [self._proposals.of(n) for n in (low, high)]
-        if not guesses or not all(places in self._known for places in ends):
+        if low not in guesses or not all(places in self._known for places in ends):
             return (low + high) // 2
         score, above = (self._known[places] for places in ends)
         share = (self.target - score) / (above - score)
@@ -78,7 +78,7 @@ class Search:
         removed = _with_one_removed(self.best)
         if self.guess is not None:
             removed = [max(removed, key=self.guess)]
-        starts = [self._proposals.of(fewer), *removed]
+        starts = [self._proposals.of(fewer), spaced(self.evaluations, fewer), *removed]
         return self._climb(max(starts, key=self._score), self.target) >= self.target
 
     def _climb(self, places: Places, target: float) -> float:

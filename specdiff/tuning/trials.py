@@ -125,13 +125,15 @@ class Trials:
         Raises:
             SpecdiffError: The budget is less than the dense pictures cost.
         """
-        pictures = [self.dense(prompts[0], rehearsed=True)]
+        # The solution is not where the dense path leads, and others forecast in other ways.
+        rehearsed = self.solve is None and not {"method", "forecast"} & {*self.options}
+        pictures = [self.dense(prompts[0], rehearsed=rehearsed)]
         least = len(prompts) * self.spent
         if least > self.budget:
             raise SpecdiffError(
                 f"budget={self.budget}: must be at least {least}, for {len(prompts)} dense pictures"
             )
-        pictures += [self.dense(prompt, rehearsed=True) for prompt in prompts[1:]]
+        pictures += [self.dense(prompt, rehearsed=rehearsed) for prompt in prompts[1:]]
         return self._beside(prompts, pictures)
 
     def beside(self, prompts: Sequence[int]) -> References:

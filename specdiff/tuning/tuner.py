@@ -112,9 +112,7 @@ def tune(
         trials.require_skips()
         return found[places].wanted
 
-    # The solution is not where the dense path leads: there nothing tells but pictures.
-    guess = trials.rehearsal.guess() if solve is None else None
-    search = Search(trials.evaluations, score, target, guess)
+    search = Search(trials.evaluations, score, target, trials.rehearsal.guess())
     search.run()
     checked = _checked(trials, search.best, held)
     shown = held if checked else references

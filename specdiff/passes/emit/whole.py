@@ -57,7 +57,7 @@ class WholeEmitter(GraphWriter):
         self.importance = ImportanceSum(self, selection, sample)
         self._called: dict[str, fx.Node] = {}
 
-    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    def call(self, target: Any, /, *args: Any, **kwargs: Any) -> fx.Node:
         """Write one op; one with several results is called once for all that are needed."""
         if target is not row_result:
             return super().call(target, *args, **kwargs)

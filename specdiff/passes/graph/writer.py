@@ -29,7 +29,7 @@ class GraphWriter:
         self._provenance: dict[str, Any] = {}
         self.device = fakes[0].device
 
-    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    def call(self, target: Any, /, *args: Any, **kwargs: Any) -> fx.Node:
         """Write one op on nodes and constants."""
         if target is aten.view_as_complex.default:
             # rows, and values read from a cache, have other strides than the traced values

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 
-from torch import fx
+from torch import Tensor, fx
 
 from specdiff import torch_adapter
 from specdiff.passes.normalize.rewrite import call, refresh, replace, reshaped
@@ -52,6 +52,13 @@ def _results(node: fx.Node, found: OpCall) -> dict[fx.Node, str | int]:
     return {user: names[user.args[1]] for user in node.users}  # type: ignore[index]
 
 
+def _tensors(node: fx.Node) -> list[Tensor]:
+    """All that a call returns."""
+    value = node.meta["val"]
+    values = value if isinstance(value, list | tuple) else [value]
+    return [each for each in values if isinstance(each, Tensor)]
+
+
 def _rewritten(
     node: fx.Node, found: OpCall, results: dict[fx.Node, str | int], operands: RowOperands
 ) -> set[fx.Node]:
@@ -60,6 +67,8 @@ def _rewritten(
     keys = tuple(found.results) or (0,)
     unmerged = Unmerged(first, found, operands)
     arguments = unmerged.arguments([*results])
+    if any(tuple(each.shape[:-1]) != unmerged.seen for each in _tensors(node)):
+        raise Misfit  # one that nobody uses is made all the same
     how = (keys, unmerged.like, unmerged.merged, unmerged.fresh)
     made = {
         result: call(first, row_result, found.op, keys.index(key), *how, **arguments)

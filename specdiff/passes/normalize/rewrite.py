@@ -44,7 +44,7 @@ def reshaped(before: fx.Node, value: fx.Node, shape: Sequence[int]) -> fx.Node:
     return call(before, aten.reshape.default, value, list(shape))
 
 
-def call(before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+def call(before: fx.Node, target: Any, /, *args: Any, **kwargs: Any) -> fx.Node:
     """A new node before `before`, evaluated, with the provenance of `before`."""
     with before.graph.inserting_before(before):
         node = before.graph.call_function(target, args, kwargs)

@@ -172,6 +172,7 @@ def _own(q, k, v):
     ops.norm_(q.view(-1, D), torch.ones(D))
     q, k = ops.turn(q, k, table)
     k = ops.pick(k, torch.arange(N), table.flip(0))
+    q = ops.named(q, torch.ones(D))
     return _attend(q, k, v, 0.3, False)
 
 
@@ -190,6 +191,11 @@ OWN: dict[str, tuple[str, Callable[..., Any]]] = {
         lambda q, k, table: tuple(turned(x, table[:, None]) for x in (q, k)),
     ),
     "pick": ("(Tensor x, Tensor positions, Tensor table) -> Tensor", _picked),
+    "named": ("(Tensor self, Tensor target) -> Tensor", norm),  # as parameters of ours are
+    "with_sum": (
+        "(Tensor x, Tensor w) -> (Tensor, Tensor)",
+        lambda x, w: (norm(x, w), x.sum()[None]),
+    ),
 }
 
 
@@ -200,6 +206,7 @@ def test_ops_of_ones_own(register):
     with stand_ins(**OWN):
         if register:
             specdiff.register_rowwise(torch.ops.tests.norm_)
+            specdiff.register_rowwise("tests::named")
             specdiff.register_rowwise("tests::turn", tokens=("table",))
             specdiff.register_rowwise("tests::pick", tokens=("positions",), shared=("table",))
         assert bool(_computed_whole(_checked(Called(_own)))) != register
@@ -226,13 +233,18 @@ def _written_twice(q, k, v):
     return _attend(q, k, v, 0.3, False)
 
 
+def _sum_beside(q, k, v):
+    """Nobody uses the result that is no row, but the op makes it."""
+    return _attend(torch.ops.tests.with_sum(q, torch.ones(D))[0], k, v, 0.3, False)
+
+
 def _tokens_before_samples(q, k, v):
     flat = q.transpose(0, 1).reshape(-1, CHANNELS)
     flat = torch.ops.sglang.triton_one_pass_rms_norm_cuda(flat, torch.ones(CHANNELS))
     return _attend(flat.view(N, len(q), HEADS, D).transpose(0, 1), k, v, 0.3, False)
 
 
-MISFITS = [_unnamed_table, _unnamed_positions, _fewer_keys, _written_twice]
+MISFITS = [_unnamed_table, _unnamed_positions, _fewer_keys, _written_twice, _sum_beside]
 
 
 @pytest.mark.usefixtures("_table")
@@ -240,6 +252,7 @@ MISFITS = [_unnamed_table, _unnamed_positions, _fewer_keys, _written_twice]
 def test_a_call_of_another_kind_is_computed_whole(kernel):
     specdiff.register_rowwise("tests::turn")
     specdiff.register_rowwise("tests::pick")
+    specdiff.register_rowwise("tests::with_sum")
     with stand_ins(**OWN):
         assert _computed_whole(_checked(Called(kernel)))
 
