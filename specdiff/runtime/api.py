@@ -102,7 +102,7 @@ def record(compiled: torch.nn.Module, *, latents: bool = False) -> Recording:
     Raises:
         NotCompiledError: the module has no parameters to be known by.
     """
-    return Recording(find_or_create(compiled).recordings, latents)
+    return Recording(find_or_create(compiled).recordings, latents=latents)
 
 
 def attach(

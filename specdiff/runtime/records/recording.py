@@ -146,9 +146,9 @@ class Recording:
 
     recordings: list[Recording] = field(repr=False)
     """Those of the model that are being made."""
+    steps: list[StepRecord] = field(default_factory=list)
     latents: bool = False
     """Whether to keep what was denoised."""
-    steps: list[StepRecord] = field(default_factory=list)
 
     def __enter__(self) -> Recording:
         self.recordings.append(self)
