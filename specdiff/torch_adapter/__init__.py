@@ -29,6 +29,7 @@ from specdiff.torch_adapter.inductor import (
 from specdiff.torch_adapter.ops import (
     SHARED_CALL,
     OpArgument,
+    arguments_of,
     fake_mode_of,
     mutates,
     op_arguments,
@@ -62,6 +63,7 @@ __all__ = [
     "OpCall",
     "SHARED_CALL",
     "WRITES_TO_INPUTS",
+    "arguments_of",
     "as_plain",
     "cold_caches",
     "compile_program",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -48,6 +48,13 @@ def op_arguments(target: Any) -> list[OpArgument]:
         OpArgument(a.name, str(a.type) == "Tensor", a.default_value)
         for a in target._schema.arguments
     ]
+
+
+def arguments_of(node: fx.Node) -> dict[str, Any]:
+    """All arguments of a call of an op by name, in the order of its schema."""
+    schema = op_arguments(node.target)
+    given = dict(zip((a.name for a in schema), node.args, strict=False)) | node.kwargs
+    return {a.name: given.get(a.name, a.default) for a in schema}
 
 
 def storage_of(value: Tensor) -> int:

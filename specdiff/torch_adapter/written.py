@@ -16,6 +16,8 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from specdiff.torch_adapter.ops import arguments_of
+
 FUNCTIONAL = torch.ops.higher_order.auto_functionalized_v2
 """Tried on 2.13; the first version (`auto_functionalized`) is not read, and stays as it is."""
 
@@ -38,12 +40,9 @@ def op_call(node: fx.Node) -> OpCall | None:
         return _functional_call(node)
     if not isinstance(node.target, OpOverload):
         return None
-    schema = node.target._schema
-    names = [argument.name for argument in schema.arguments]
-    given = dict(zip(names, node.args, strict=False)) | node.kwargs
-    arguments = {a.name: given.get(a.name, a.default_value) for a in schema.arguments}
-    count = len(schema.returns)
-    return OpCall(node.target, arguments, {i: i for i in range(count)} if count > 1 else {})
+    count = len(node.target._schema.returns)
+    results: dict[str | int, int] = {i: i for i in range(count)} if count > 1 else {}
+    return OpCall(node.target, arguments_of(node), results)
 
 
 def _functional_call(node: fx.Node) -> OpCall | None:

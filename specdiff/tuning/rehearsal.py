@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from specdiff.runtime.records.recording import StepRecord
-from specdiff.runtime.sampler.timeline import time_unit
+from specdiff.runtime.sampler.timeline import end_of, time_unit
 from specdiff.runtime.tokens.correction import Correction, on_top
 from specdiff.runtime.tokens.forecast import forecast
 from specdiff.runtime.tokens.history import History
@@ -89,9 +89,7 @@ def _products(times: Sequence[float], latents: Sequence[Tensor]) -> Tensor:
 
 def _weights(times: Sequence[float]) -> Tensor:
     """Of the squares of what steps miss: float64 [E - 1]."""
-    left = torch.tensor(times[:-1], dtype=torch.float64)
-    if times[-1] > times[0]:  # from noise on, whichever way time runs
-        left = time_unit(times) - left
+    left = (torch.tensor(times[:-1], dtype=torch.float64) - end_of(times)).abs()
     return (2 * GROWTH * left / time_unit(times)).exp()
 
 

@@ -114,8 +114,7 @@ class AttentionCall:
         schema = torch_adapter.op_arguments(node.target)
         if sum(argument.is_tensor for argument in schema) < 3:
             return None
-        given = dict(zip((a.name for a in schema), node.args, strict=False)) | node.kwargs
-        arguments = {a.name: given.get(a.name, a.default) for a in schema}
+        arguments = torch_adapter.arguments_of(node)
         return cls(node, name, AXES[name], arguments, len(node.args), frozenset(node.kwargs))
 
     @property

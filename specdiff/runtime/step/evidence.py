@@ -55,8 +55,7 @@ class Evidence:
 
     def of_another(self, stream: Stream, latents: Sequence[Tensor]) -> Tensor:
         """What of another graph's stream's step to these latents nothing explains."""
-        past = stream.trail.seen[:DEPTH]
-        return remains(latents, past, self._owner.seen_beside(stream, past), stream.history.batch)
+        return self._left(stream, latents, stream.trail.seen)
 
     def check_later(self, stream: Stream) -> None:
         """Send to the host what tells whether the step to this call is explained."""
@@ -80,4 +79,4 @@ class Evidence:
     def _left(self, stream: Stream, latents: Sequence[Tensor], past: Sequence[Seen]) -> Tensor:
         past = past[:DEPTH]
         others = self._owner.seen_beside(stream, past)
-        return remains(latents, past, others, self._signature.batch)
+        return remains(latents, past, others, stream.history.batch)

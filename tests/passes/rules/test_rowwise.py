@@ -12,9 +12,7 @@ from torch import Tensor, fx, nn
 
 import specdiff
 from specdiff.passes.graph.dependence import descendants
-from specdiff.passes.rules import rowwise
 from specdiff.passes.rules.row_results import row_result
-from specdiff.passes.rules.rowwise import ROWWISE
 from specdiff.plan import Plan
 from tests.helpers import step_counts
 from tests.models import changed, randomize
@@ -26,13 +24,6 @@ from tests.passes.toys import CHANNELS, HEADS, TEXT, TOKENS, Toy, toy_inputs
 
 N, D = TEXT + TOKENS, CHANNELS // HEADS
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-@pytest.fixture
-def _table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test registers is forgotten after it."""
-    monkeypatch.setattr(rowwise, "ROWWISE", dict(ROWWISE))
-    monkeypatch.setattr("specdiff.passes.normalize.read_rowwise.ROWWISE", rowwise.ROWWISE)
 
 
 def _checked(model: nn.Module, batch: int = 2) -> Traced:
@@ -199,7 +190,7 @@ OWN: dict[str, tuple[str, Callable[..., Any]]] = {
 }
 
 
-@pytest.mark.usefixtures("_table")
+@pytest.mark.usefixtures("_rowwise_table")
 @pytest.mark.parametrize("register", [False, True])
 def test_ops_of_ones_own(register):
     """Without `register_rowwise` they are right, and whole."""
@@ -247,7 +238,7 @@ def _tokens_before_samples(q, k, v):
 MISFITS = [_unnamed_table, _unnamed_positions, _fewer_keys, _written_twice, _sum_beside]
 
 
-@pytest.mark.usefixtures("_table")
+@pytest.mark.usefixtures("_rowwise_table")
 @pytest.mark.parametrize("kernel", MISFITS, ids=lambda kernel: kernel.__name__.strip("_"))
 def test_a_call_of_another_kind_is_computed_whole(kernel):
     specdiff.register_rowwise("tests::turn")
