@@ -6,11 +6,12 @@ import random
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 import specdiff
 from specdiff.plan import Plan
-from specdiff.tuning.rehearsal import Rehearsal
+from specdiff.tuning.rehearsal import Rehearsal, placed
 from specdiff.tuning.tuner import tune
 from tests.runtime.toy import Euler, toy
 
@@ -65,6 +66,28 @@ def test_it_tells_how_far_each_plan_leads():
         weighed = [math.exp(2 * sigma) * each for sigma, each in zip(SIGMAS, squares, strict=False)]
         assert guess(places) == pytest.approx(-10 * math.log10(sum(weighed[:-1])), abs=0.01)
     assert guess(tuple(range(12))) > 110
+
+
+@torch.no_grad()
+def test_it_places_plans_as_the_runtime_does():
+    """Stable Diffusion 3's last step is hardly one, so that plans are stretched by its times."""
+    model, draw = Bending(), random.Random(0)
+    specdiff.attach(model)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(28)
+    times = scheduler.timesteps.tolist()
+    computed = placed(times)
+    differ = False
+    for count in (3, 8, 15, 20):
+        places = (0, *sorted(draw.sample(range(1, 28), count - 1)))
+        latent = torch.randn(1, 4, 16)
+        with specdiff.session(model, plan=Plan.of(28, places)), specdiff.record(model) as run:
+            for here, there in itertools.pairwise([*times, 0.0]):
+                latent = latent + (there - here) / 1000 * model(latent, torch.tensor([here]))
+        dense = tuple(step.index for step in run.steps if step.kind == "dense")
+        assert computed(places) == dense
+        differ |= places != dense
+    assert differ
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ told well. How the model answers a latent that is off the path is not: what is f
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -20,11 +21,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from specdiff.plan import Plan
 from specdiff.runtime.records.recording import StepRecord
 from specdiff.runtime.sampler.timeline import end_of, time_unit
 from specdiff.runtime.tokens.correction import Correction, on_top
 from specdiff.runtime.tokens.forecast import forecast
 from specdiff.runtime.tokens.history import History
+from specdiff.runtime.tokens.schedule import Place, Schedule
 from specdiff.tuning.places import Places
 
 MOST = 64
@@ -67,10 +70,11 @@ class Rehearsal:
         if self._vain or not self._products or len(self._times) > MOST:
             return None
         products, weights = torch.stack(self._products), _weights(self._times)
+        computed = placed(self._times)
 
         @cache
         def closeness(places: Places) -> float:
-            missed = _missed(self._times, places)
+            missed = _missed(self._times, computed(places))
             squares = torch.einsum("ia,pab,ib->pi", missed, products, missed)
             return -10 * float((squares @ weights).clamp_min(LEAST).log10().mean())
 
@@ -91,6 +95,22 @@ def _weights(times: Sequence[float]) -> Tensor:
     """Of the squares of what steps miss: float64 [E - 1]."""
     left = (torch.tensor(times[:-1], dtype=torch.float64) - end_of(times)).abs()
     return (2 * GROWTH * left / time_unit(times)).exp()
+
+
+def placed(times: Sequence[float]) -> Callable[[Places], Places]:
+    """Which evaluations a plan of places computes: it follows time, which may count them anew."""
+    count = len(times)
+    at = [Place.of(times[: index + 1], None, count) for index in range(count)]
+
+    def computed(places: Places) -> Places:
+        schedule = Schedule(1, 1, 1.0, Plan.of(count, places))
+        had: list[int] = []
+        for index, place in enumerate(at):
+            if schedule.decide(dataclasses.replace(place, had=had))[0]:
+                had.append(index)
+        return tuple(had)
+
+    return computed
 
 
 def _missed(times: Sequence[float], places: Places) -> Tensor:
