@@ -102,7 +102,9 @@ def _mixed(
     )
     pairs = zip(latents, stream.latents, strict=True)
     step = _flat([new.float() - old.float() for new, old in pairs])
-    mine, extra = _flat(own), _flat(others) - _flat(own)
+    # what stands still, such as a first frame that is given, is moved by no prediction
+    mine = _flat(own).masked_fill(step == 0, 0)
+    extra = _flat(others).masked_fill(step == 0, 0) - mine
     along, across = torch.dot(step, mine), torch.dot(step, extra)
     square, cross, rest = torch.dot(mine, mine), torch.dot(mine, extra), torch.dot(extra, extra)
     # Cramer's rule; both numerators of it have the same denominator, which cancels.

@@ -32,29 +32,36 @@ class KnownStep(NamedTuple):
     moved: float
 
 
-def lengths(latents: Sequence[Tensor], before: Seen, known: KnownStep) -> Tensor:
+def lengths(
+    latents: Sequence[Tensor], before: Seen, known: KnownStep, *, moving: bool = False
+) -> Tensor:
     """Of each row of all R: what a step leaves, the step, and the latents before it.
 
     Args:
         latents: of the present evaluation.
         before: the previous one.
         known: the step from there.
+        moving: only what moves counts: no prediction moves what is given, such as a first frame.
 
     Returns:
         float32 [3, R], on the device.
     """
     predictions = before.predictions[known.way]
     triples = zip(latents, before.latents, predictions, strict=True)
-    found = [_lengths(*triple, known) for triple in triples]
+    found = [_lengths(*triple, known, moving) for triple in triples]
     return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
 
-def _lengths(now: Tensor, before: Tensor, prediction: Tensor, known: KnownStep) -> Tensor:
+def _lengths(
+    now: Tensor, before: Tensor, prediction: Tensor, known: KnownStep, moving: bool
+) -> Tensor:
     before = as_float32(before)
     step = as_float32(now) - before
     left = torch.add(step, prediction, alpha=-known.moved)
     if known.kept != 1:
         left.add_(before, alpha=1 - known.kept)
+    if moving:
+        left.masked_fill_(step == 0, 0)
     vectors = torch.stack([left, step, before])
     norms: Tensor = torch.linalg.vector_norm(vectors, dim=tuple(range(2, vectors.dim())))
     return norms

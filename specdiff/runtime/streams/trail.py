@@ -44,7 +44,9 @@ class Trail:
         """Whether all steps so far went where they were known to go."""
         self.bends = False
         """Whether one of those had some of earlier predictions in it, as multistep solvers do."""
-        self._checks: deque[tuple[Awaited, float | None]] = deque()
+        self.holds = False
+        """Whether part of a latent may stand still, so that only what moves is looked at."""
+        self._checks: deque[tuple[Awaited, float | None, bool]] = deque()
         self._spreads: deque[Awaited] = deque()
         """How far apart the times of rows are."""
         self._rows_apart = False
@@ -88,10 +90,10 @@ class Trail:
             precision: relative rounding of the latents of a known step, else None.
             remains_of: what nothing explains of the step to an evaluation so many ago.
         """
-        self._checks.append((sent, precision))
+        self._checks.append((sent, precision, self.holds))
         if len(self._checks) <= CHECK_LAG:
             return
-        sent, precision = self._checks.popleft()
+        sent, precision, held = self._checks.popleft()
         if precision is None:
             self.strays = sent.read() > UNEXPLAINED
             return
@@ -99,8 +101,8 @@ class Trail:
         if follows(lengths, precision, FOLLOWED):
             self.strays = False
             self.bends |= not follows(lengths, precision, FIRST_ORDER)
-        else:  # this once it is waited for; from here on more is looked at
-            self.steady = False
+        else:  # this once it is waited for; from here on what moves is looked at, then all there is
+            self.steady, self.holds = not held, True
             self.strays = Awaited(remains_of(CHECK_LAG)).read() > UNEXPLAINED
 
     def rows_apart(self, time: object, batch: int) -> bool:
