@@ -134,10 +134,10 @@ MODE = "max-autotune-no-cudagraphs"
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"backend": "specdiff", "mode": MODE},
         {"backend": "specdiff", "options": {"mode": MODE}},
         {"backend": {"cache_ratio": 0.5}, "mode": MODE},
-        {"backend": {"mode": MODE}},
+        pytest.param({"backend": "specdiff", "mode": MODE}, marks=pytest.mark.slow),
+        pytest.param({"backend": {"mode": MODE}}, marks=pytest.mark.slow),
     ],
 )
 def test_mode_reaches_inductor(small, handed_over, arguments):
@@ -216,7 +216,9 @@ def test_wrong_option_of_a_configured_backend_is_raised_at_once():
         configured(bogus=1)
 
 
-@pytest.mark.parametrize("how", ["compiled with it", "session", "environment"])
+@pytest.mark.parametrize(
+    "how", ["compiled with it", pytest.param("session", marks=pytest.mark.slow), "environment"]
+)
 def test_switched_off_the_outputs_are_the_models_own(small, monkeypatch, how):
     """To the bit, as the graph runs as it came; and nothing recompiles."""
     model, inputs = small

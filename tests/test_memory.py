@@ -7,7 +7,7 @@ import gc
 import re
 import weakref
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -81,10 +81,18 @@ def allocated(monkeypatch: pytest.MonkeyPatch) -> Allocated:
     return Allocated(monkeypatch)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+QUICK_SIZES = [("flux", "int8"), ("one stream", None), ("sd3, guided", "fp8_e4m3")]
+
+
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [
+        case if case in QUICK_SIZES else pytest.param(*case, marks=pytest.mark.slow)
+        for case in product(MODELS, NAMES)
+    ],
+)
 def test_what_explain_says_is_what_is_allocated(build, name, allocated):
-    model, inputs = build()
+    model, inputs = MODELS[build]()
     report = specdiff.explain(model, **inputs, options=named(name))
     assert allocated.most == 0
     predicted = report.sizes.evaluate(report.cache_formula)
@@ -256,10 +264,17 @@ def test_codes_are_written_and_read_in_place(name, monkeypatch):
     assert called == {"addmm", "bmm", "_scaled_dot_product_flash_attention_for_cpu"}
 
 
-@pytest.mark.parametrize("name", QUICK_CODES)
-def test_inductor_agrees(name):
+@pytest.mark.parametrize(
+    ("name", "build"),
+    [
+        ("int8", "one stream"),
+        pytest.param("int8", "flux", marks=pytest.mark.slow),
+        pytest.param("fp8_e4m3", "flux", marks=pytest.mark.slow),
+    ],
+)
+def test_inductor_agrees(name, build):
     """A picture by compiled programs; codes at a border may differ."""
-    model, inputs = flux()
+    model, inputs = MODELS[build]()
     exact = generation(compiled(copy.deepcopy(model), kv_cache_dtype=name), inputs, 4)
     torch.compiler.reset()
     found = generation(compiled(model, kv_cache_dtype=name, inner_backend="inductor"), inputs, 4)

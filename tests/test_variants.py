@@ -473,7 +473,11 @@ class After(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "effect", [torch._dynamo.graph_break, lambda: print("called")], ids=["break", "print"]
+    "effect",
+    [
+        pytest.param(torch._dynamo.graph_break, id="break"),
+        pytest.param(lambda: print("called"), id="print", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("place", ["block", "mlp"])
 def test_graph_break(place, effect, capsys):

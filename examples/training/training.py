@@ -102,10 +102,11 @@ def build_optimizers(model: torch.nn.Module, outer: tuple[str, ...]) -> list[tor
     for name, parameter in model.named_parameters():
         inner = parameter.ndim == 2 and not name.startswith(outer)
         (hidden if inner else rest).append(parameter)
-    return [
-        torch.optim.Muon(hidden, lr=MUON_RATE, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=ADAMW_RATE, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
+    adamw = torch.optim.AdamW(rest, lr=ADAMW_RATE, betas=(0.9, 0.95), weight_decay=0.0)
+    if not hidden:
+        return [adamw]
+    muon = torch.optim.Muon(hidden, lr=MUON_RATE, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    return [muon, adamw]
 
 
 def shifted_times(count: int, shift: float, device: torch.device) -> Tensor:

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from specdiff.errors import SpecdiffError
-from specdiff.models import demo, photos, textures
+from specdiff.models import demo, motion, photos, textures
 
 CROPS = {
     "textures": (textures.CLASSES, textures.class_codes, textures.GUIDANCE_SCALE),
     "photos": (photos.CLASSES, photos.class_codes, photos.GUIDANCE_SCALE),
 }
 """Models of crops: classes, their codes and the guidance scale, by name."""
-MODELS = ("emoji", *CROPS)
+MODELS = ("emoji", *CROPS, "motion")
 STEPS = 28
 TUNED_ON = 24
 """Stored prompts at the start of the demo's list that its defaults may have been tuned on."""
@@ -86,7 +86,8 @@ class Subject:
             num_inference_steps=steps,
             generator=torch.Generator("cpu").manual_seed(request.seed),
             output_type="latent",
-        ).images
+            return_dict=False,
+        )[0]
         return result.cpu()
 
     def picture(self, latents: Tensor) -> Tensor:
@@ -141,14 +142,7 @@ def crops(name: str, device: torch.device, weights: Path | None) -> Subject:
     Raises:
         SpecdiffError: Its weights are missing.
     """
-    if weights is None or not weights.is_file():
-        given = "not given" if weights is None else f"not at {weights}"
-        raise SpecdiffError(
-            f"weights of the {name} model: {given}. They do not ship with the package: pass"
-            f" --weights the path of {name}.safetensors, which a clone of the repository has in"
-            f" examples/training/{name}"
-        )
-
+    weights = _found(name, weights)
     classes, class_codes, scale = CROPS[name]
 
     def arguments(prompt: str) -> dict[str, Any]:
@@ -170,6 +164,48 @@ def crops(name: str, device: torch.device, weights: Path | None) -> Subject:
         _remembered(arguments),
         textures.to_pixels,
         {"guidance_scale": scale},
+    )
+
+
+def moving(device: torch.device, weights: Path | None) -> Subject:
+    """Emoji that move, guided by calls of its own; clips are judged as strips of their frames.
+
+    Raises:
+        SpecdiffError: Its weights are missing.
+    """
+    weights = _found("motion", weights)
+    firsts = motion.load_first_frames(weights.with_name(motion.FIRST_FRAMES))
+
+    def arguments(prompt: str) -> dict[str, Any]:
+        code = motion.class_codes([prompt.rpartition(" ")[0]]).to(device)
+        return {
+            "image": firsts[prompt].to(device),
+            "prompt_embeds": code,
+            "negative_prompt_embeds": torch.zeros_like(code),
+            "guidance_scale": motion.GUIDANCE_SCALE,
+            "height": motion.SIDE,
+            "width": motion.SIDE,
+            "num_frames": motion.PIPELINE_FRAMES,
+        }
+
+    return Subject(
+        "motion",
+        lambda: _silent(motion.wrap_pipeline(motion.load_transformer(weights, device))),
+        tuple(firsts),
+        _remembered(arguments),
+        motion.to_pixels,
+    )
+
+
+def _found(name: str, weights: Path | None) -> Path:
+    """The weights of a model that does not ship."""
+    if weights is not None and weights.is_file():
+        return weights
+    given = "not given" if weights is None else f"not at {weights}"
+    raise SpecdiffError(
+        f"weights of the {name} model: {given}. They do not ship with the package: pass"
+        f" --weights the path of {name}.safetensors, which a clone of the repository has in"
+        f" examples/training/{name}"
     )
 
 
@@ -197,4 +233,6 @@ def find_subject(model: str, weights: Path | None, device: torch.device) -> Subj
         return emoji(device)
     if model in CROPS:
         return crops(model, device, weights)
+    if model == "motion":
+        return moving(device, weights)
     raise SpecdiffError(f"no model {model!r}: choose from {', '.join(MODELS)}")

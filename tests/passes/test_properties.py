@@ -116,7 +116,7 @@ def hold(examples: int, number: int) -> Counter[str]:
 
 
 def test_random_programs_by_the_oracles():
-    hold(25, number=0)
+    hold(15, number=0)
 
 
 @pytest.mark.slow

@@ -69,7 +69,8 @@ def sample(
 def draw_sheet(pictures: dict[str, Tensor], file: Path, columns: int = 8) -> None:
     """Write all pictures with their prompts; prompts never trained on are in red."""
     rows = -(-len(pictures) // columns)
-    figure = Figure(figsize=(1.5 * columns, 1.7 * rows), layout="tight")
+    height, width = next(iter(pictures.values())).shape[1:]
+    figure = Figure(figsize=(1.5 * columns * width / height, 1.7 * rows), layout="tight")
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")

@@ -106,8 +106,15 @@ def test_what_shrinks_is_what_holds_image_tokens(analysis):
     assert mlps == {True: LAYERS, False: LAYERS}
 
 
-@pytest.mark.parametrize("form", ["dense_work", "selective_work"])
-@pytest.mark.parametrize("part", ["flops", "moved"])
+@pytest.mark.parametrize(
+    ("part", "form"),
+    [
+        ("flops", "selective_work"),
+        ("moved", "dense_work"),
+        pytest.param("flops", "dense_work", marks=pytest.mark.slow),
+        pytest.param("moved", "selective_work", marks=pytest.mark.slow),
+    ],
+)
 def test_formulas_hold_at_other_sizes(analysis, form, part):
     """What one trace says in B, N and T is what a trace at those sizes counts."""
     model, inputs = flux(LAYERS, SINGLE, rows=3, columns=5, text=7, batch=3)

@@ -179,6 +179,8 @@ RUNS: dict[str, tuple[Make, tuple[str, int, bool, int]]] = {
 """How to run, and what the runtime should find: the kind, the schedule, whether noise is added, and
 the half of the batch that is not conditional."""
 
+QUICK = ("dit-ddim", "dit-dpm", "pixart-euler", "hunyuan-ddpm")
+
 
 @pytest.fixture
 def inferred(monkeypatch: pytest.MonkeyPatch) -> list[Prediction]:
@@ -194,7 +196,10 @@ def inferred(monkeypatch: pytest.MonkeyPatch) -> list[Prediction]:
     return found
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in RUNS],
+)
 def test_pipeline(name, inferred):
     (make, image, scheduler, scale), (kind, schedule, ancestral, way) = RUNS[name]
     model = make()
