@@ -11,7 +11,7 @@ from torch import nn
 
 import specdiff
 from specdiff.plan import Plan
-from specdiff.tuning.rehearsal import Rehearsal, placed
+from specdiff.tuning.rehearsal import Rehearsal, computed_by
 from specdiff.tuning.tuner import tune
 from tests.runtime.toy import Euler, toy
 
@@ -68,15 +68,21 @@ def test_it_tells_how_far_each_plan_leads():
     assert guess(tuple(range(12))) > 110
 
 
+def scheduler_of(kind: str) -> FlowMatchEulerDiscreteScheduler:
+    """Stable Diffusion 3's, whose last step is hardly one; or times that are no flow's."""
+    found = FlowMatchEulerDiscreteScheduler(shift=3.0, use_beta_sigmas=kind == "beta")
+    found.set_timesteps(28)
+    return found
+
+
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("kind", ["usual", "beta"])
 @torch.no_grad()
-def test_it_places_plans_as_the_runtime_does():
-    """Stable Diffusion 3's last step is hardly one, so that plans are stretched by its times."""
+def test_it_places_plans_as_the_runtime_does(kind, told):
     model, draw = Bending(), random.Random(0)
-    specdiff.attach(model)
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    scheduler.set_timesteps(28)
+    scheduler = scheduler_of(kind)
     times = scheduler.timesteps.tolist()
-    computed = placed(times)
+    specdiff.attach(model, scheduler=scheduler if told else None)
     differ = False
     for count in (3, 8, 15, 20):
         places = (0, *sorted(draw.sample(range(1, 28), count - 1)))
@@ -84,8 +90,10 @@ def test_it_places_plans_as_the_runtime_does():
         with specdiff.session(model, plan=Plan.of(28, places)), specdiff.record(model) as run:
             for here, there in itertools.pairwise([*times, 0.0]):
                 latent = latent + (there - here) / 1000 * model(latent, torch.tensor([here]))
+        known = [step.time for step in run.steps if step.time is not None]
         dense = tuple(step.index for step in run.steps if step.kind == "dense")
-        assert computed(places) == dense
+        assert run.steps[0].told is told
+        assert computed_by(known, told=told)(places) == dense
         differ |= places != dense
     assert differ
 

@@ -93,18 +93,25 @@ def gains(known: Known, model: str) -> str:
 
 
 def _gain(ours: dict[str, float], rivals: list[dict[str, float]]) -> str:
-    """In the mean and the worst tenth, each against the best of the rivals in it; and pictures."""
-    rivals = [rival for rival in rivals if rival]
-    if not rivals:
+    """In the mean and the worst tenth, each against the rival that is best in it; and pictures.
+
+    Each rival counts on the pictures that it was measured on.
+    """
+    shared = [[index for index in ours if index in rival] for rival in rivals]
+    pairs = [(rival, common) for rival, common in zip(rivals, shared, strict=True) if common]
+    if not pairs:
         return " | "
-    common = [index for index in ours if all(index in rival for rival in rivals)]
     measures: tuple[Callable[[list[float]], float], ...] = (statistics.fmean, worst_tenth)
     differences = [
-        of([ours[index] for index in common])
-        - max(of([rival[index] for index in common]) for rival in rivals)
+        min(
+            of([ours[i] for i in common]) - of([rival[i] for i in common])
+            for rival, common in pairs
+        )
         for of in measures
     ]
-    return ", ".join(f"{each:+.1f}" for each in differences) + f" | {len(common)}"
+    counts = sorted({len(common) for _, common in pairs})
+    said = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
+    return ", ".join(f"{each:+.1f}" for each in differences) + f" | {said}"
 
 
 def qualities(known: Known, model: str) -> str:

@@ -58,7 +58,7 @@ OF_EACH = 2
 
 
 def build_model() -> WanTransformer3DModel:
-    """Return the untrained model; every block starts as the identity."""
+    """Return the untrained model; all that is gated by time starts at zero."""
     model = WanTransformer3DModel(**MODEL)
     for name, module in model.named_modules():
         if name == "proj_out" or name.endswith("time_proj"):

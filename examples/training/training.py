@@ -97,7 +97,10 @@ def draw_loss(losses: list[tuple[int, int, float]], file: Path) -> None:
 
 
 def build_optimizers(model: torch.nn.Module, outer: tuple[str, ...]) -> list[torch.optim.Optimizer]:
-    """Muon for the inner matrices, AdamW for `outer` (name prefixes) and all that is no matrix."""
+    """Muon for the inner matrices, AdamW for `outer` (name prefixes) and all that is no matrix.
+
+    The prefix "" leaves all to AdamW.
+    """
     hidden, rest = [], []
     for name, parameter in model.named_parameters():
         inner = parameter.ndim == 2 and not name.startswith(outer)

@@ -10,9 +10,9 @@ import typer
 from specdiff.cli.common import console, make_folders, parse_options, require_compiler
 from specdiff.errors import SpecdiffError
 
-Model = Annotated[str, typer.Option(help="The trained model: emoji, textures or photos.")]
+Model = Annotated[str, typer.Option(help="The trained model: emoji, textures, photos or motion.")]
 Weights = Annotated[
-    Path | None, typer.Option(help="Of textures or photos, which have none in the package.")
+    Path | None, typer.Option(help="Of any but emoji, which alone has its own in the package.")
 ]
 
 

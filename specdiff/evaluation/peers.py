@@ -25,18 +25,20 @@ from specdiff.models.subject import STEPS, Request, Subject
 CALIBRATION_SEED = 9_000
 """Far from the seeds of the measured pictures."""
 Enable = Callable[[Any], None]
+STACKS = ("transformer_blocks", "single_transformer_blocks", "blocks")
+"""Names under which transformers hold their blocks."""
 
 
 def compile_blocks(transformer: Any) -> None:
     """Compile the forward of each transformer block, in one graph each."""
-    for stack in ("transformer_blocks", "single_transformer_blocks"):
+    for stack in STACKS:
         for block in getattr(transformer, stack, ()):
             block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
 
 
 def compile_parts(transformer: Any) -> None:
     """Compile the forward of what lies inside the blocks: attentions, MLPs, norms, projections."""
-    for stack in ("transformer_blocks", "single_transformer_blocks"):
+    for stack in STACKS:
         for block in getattr(transformer, stack, ()):
             for part in block.children():
                 part.forward = torch.compile(part.forward, fullgraph=True, dynamic=False)
@@ -150,6 +152,8 @@ def sea_cache() -> Iterator[Candidate]:
 def _latent_frames(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """The latents as SeaCache wants them: one `(C, frames, rows, columns)` a sample."""
     latents: Tensor = kwargs["hidden_states"]
+    if latents.dim() == 5:
+        return list(latents)
     side = math.isqrt(latents.shape[1])
     return [one.T.reshape(-1, 1, side, side) for one in latents]
 

@@ -48,7 +48,7 @@ class Rehearsal:
     def __init__(self) -> None:
         self._times: tuple[float, ...] = ()
         self._products: list[Tensor] = []
-        self._vain = False
+        self._told = self._vain = False
 
     def watch(self, steps: Sequence[StepRecord]) -> None:
         """Learn from a dense generation, of which the latents were kept."""
@@ -58,7 +58,7 @@ class Rehearsal:
         if not whole or times != (self._times or times):
             self._vain = True
             return
-        self._times = times
+        self._times, self._told = times, steps[0].told
         self._products.append(_products(times, latents))
 
     def guess(self) -> Callable[[Places], float] | None:
@@ -70,15 +70,15 @@ class Rehearsal:
         if self._vain or not self._products or len(self._times) > MOST:
             return None
         products, weights = torch.stack(self._products), _weights(self._times)
-        computed = placed(self._times)
+        computed = computed_by(self._times, told=self._told)
 
         @cache
         def closeness(places: Places) -> float:
-            missed = _missed(self._times, computed(places))
+            missed = _missed(self._times, places)
             squares = torch.einsum("ia,pab,ib->pi", missed, products, missed)
             return -10 * float((squares @ weights).clamp_min(LEAST).log10().mean())
 
-        return closeness
+        return lambda places: closeness(computed(places))
 
 
 def _products(times: Sequence[float], latents: Sequence[Tensor]) -> Tensor:
@@ -97,11 +97,17 @@ def _weights(times: Sequence[float]) -> Tensor:
     return (2 * GROWTH * left / time_unit(times)).exp()
 
 
-def placed(times: Sequence[float]) -> Callable[[Places], Places]:
-    """Which evaluations a plan of places computes: it follows time, which may count them anew."""
-    count = len(times)
-    at = [Place.of(times[: index + 1], None, count) for index in range(count)]
+def computed_by(times: Sequence[float], *, told: bool) -> Callable[[Places], Places]:
+    """Which evaluations a plan of places computes: it follows time, which may count them anew.
 
+    Args:
+        times: of a run.
+        told: whether the runtime knows all of them before.
+    """
+    count, given = len(times), times if told else None
+    at = [Place.of(times[: index + 1], given, count) for index in range(count)]
+
+    @cache
     def computed(places: Places) -> Places:
         schedule = Schedule(1, 1, 1.0, Plan.of(count, places))
         had: list[int] = []

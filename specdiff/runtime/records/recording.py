@@ -77,6 +77,8 @@ class StepRecord:
     """Counts the evaluations of a generation."""
     time: float | None = None
     """As the model or the session has it."""
+    told: bool = False
+    """Whether a session or a scheduler gave the times of the run."""
     speculative: int = 0
     """Evaluations that looked ahead; their time is in `seconds`."""
     active: Tensor | None = None

@@ -61,7 +61,9 @@ def _lengths(
     if known.kept != 1:
         left.add_(before, alpha=1 - known.kept)
     if moving:
-        left.masked_fill_(step == 0, 0)
+        still = step == 0
+        left.masked_fill_(still, 0)
+        before = before.masked_fill(still, 0)
     vectors = torch.stack([left, step, before])
     norms: Tensor = torch.linalg.vector_norm(vectors, dim=tuple(range(2, vectors.dim())))
     return norms

@@ -38,6 +38,8 @@ class Prediction:
     """[W]: d latent = rate * d time * prediction, if the best is a flow."""
     residual: Tensor
     """Scalar: of the best."""
+    exact: bool
+    """Whether the times were."""
     host: tuple[float, ...] | None = None
     """The same `numbers` on the host, once it knows them."""
 
@@ -69,7 +71,7 @@ class Prediction:
         best = surprise.masked_fill(refused, math.inf).argmin()
         residual = residuals.masked_fill(refused, math.inf).flatten().gather(0, best.reshape(1))[0]
         rates = rates if exact else rates.sign() / unit
-        found = cls(candidates, best, rates, residual)
+        found = cls(candidates, best, rates, residual, exact)
         return found.fetched(found.numbers.tolist()) if seen.on_host else found
 
     @property
@@ -118,17 +120,27 @@ class Prediction:
         rates = self.rates
         if seen is not None and end != start:
             rates = torch.where(seen.unexplained < GOOD_FIT, seen.factors / (end - start), rates)
-        rows = [each.step(start, end)[:2] for each in self.candidates]
-        weights = self._of_best(rows, rates)
-        return weights[0], weights[1].sum() * self.trusted
+        rows = [each.step(start, end) for each in self.candidates]
+        limits = torch.tensor([self._limit(variance) for *_, variance in rows], device="cpu")
+        limit = limits.to(rates).gather(0, self.best.reshape(1) // len(rates))[0]
+        weights = self._of_best([row[:2] for row in rows], rates)
+        return weights[0], weights[1].sum() * (self.residual < limit)
+
+    def _limit(self, variance: float) -> float:
+        """Residual up to which it is told what forecasts have cost.
+
+        By exact times nobody looks again at each step: a call that sees only its own half of
+        guidance, which explains a part of it, must not be taken for the sampler.
+        """
+        return GOOD_FIT if self.exact and not variance else POOR_FIT
 
     def _known_step(
         self, process: Process, way: int, start: float, end: float, seen: Displacement | None
     ) -> tuple[float, float]:
-        kept, moved, _ = process.step(start, end)
+        kept, moved, variance = process.step(start, end)
         assert self.host is not None  # or there would be no process
         _, residual, *rates = self.host
-        if residual >= POOR_FIT:
+        if residual >= self._limit(variance):
             return kept, 0.0
         if process.free and seen is not None and end != start and seen.well_explained(way):
             return kept, seen.factor(way)

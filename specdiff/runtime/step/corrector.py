@@ -26,6 +26,10 @@ REUSES = (
     "what forecasts cost is not made good: the sampler uses earlier predictions again, as multistep"
     f" solvers do, or is none that is known (with it, {GIVE_SCHEDULER}, their weights are)"
 )
+ONE_HALF = (
+    "what forecasts cost is not made good: a call explains only a part of the sampler's steps, as"
+    f" where guidance is in calls of its own (with it, {GIVE_SCHEDULER}, their weights are)"
+)
 PROOF = 4.0
 """Change of a prediction, as a multiple of what a first-order step may miss, that shows in the step
 of a sampler that uses the one before it again: half of it in Adams-Bashforth's."""
@@ -45,6 +49,8 @@ def settle(call: Call) -> None:
             call.state.say(logger, REUSES)
     else:
         kept, moved = stream.fit.sampler.step(stream.times[-1], call.time, call.seen)
+        if call.reading is None and moved == 0.0 and isinstance(moved, float):
+            call.state.say(logger, ONE_HALF)
         stream.fit.correction.settle(kept, call.at_pace(moved))
         note_proof(call)
 

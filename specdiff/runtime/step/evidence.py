@@ -65,7 +65,7 @@ class Evidence:
             now = stream.given[len(stream.times)]
             known = stream.fit.known_step(trail.seen[0], now)
         if known is not None:
-            sent = lengths(self.latents, trail.seen[0], known, moving=trail.holds)
+            sent = lengths(self.latents, trail.seen[0], known, moving=trail.moving)
             precision = precision_of(self.latents)
         else:
             sent = self.unexplained(stream)

@@ -74,6 +74,7 @@ def tokens_due(call: Call) -> int:
         generation=call.stream.number,
         index=len(times) - 1,
         time=call.time,
+        told=call.given is not None,
     )
     if call.record is not None and call.record.keeps_latent:
         call.keep(latent=call.latent.clone())

@@ -41,12 +41,14 @@ class Trail:
         self.strays = False
         """Whether the latest step that was looked at is unexplained."""
         self.steady = True
-        """Whether all steps so far went where they were known to go."""
+        """Whether steps go where they are known to go: what moves, once something stood still."""
         self.bends = False
         """Whether one of those had some of earlier predictions in it, as multistep solvers do."""
-        self.holds = False
-        """Whether part of a latent may stand still, so that only what moves is looked at."""
+        self.moving = False
+        """Whether known steps are looked at by what moves alone: one was not followed, perhaps as
+        part of the latent is held."""
         self._checks: deque[tuple[Awaited, float | None, bool]] = deque()
+        """What was sent to the host, the precision, and whether by what moves; of each step."""
         self._spreads: deque[Awaited] = deque()
         """How far apart the times of rows are."""
         self._rows_apart = False
@@ -90,10 +92,10 @@ class Trail:
             precision: relative rounding of the latents of a known step, else None.
             remains_of: what nothing explains of the step to an evaluation so many ago.
         """
-        self._checks.append((sent, precision, self.holds))
+        self._checks.append((sent, precision, self.moving))
         if len(self._checks) <= CHECK_LAG:
             return
-        sent, precision, held = self._checks.popleft()
+        sent, precision, moving = self._checks.popleft()
         if precision is None:
             self.strays = sent.read() > UNEXPLAINED
             return
@@ -101,8 +103,8 @@ class Trail:
         if follows(lengths, precision, FOLLOWED):
             self.strays = False
             self.bends |= not follows(lengths, precision, FIRST_ORDER)
-        else:  # this once it is waited for; from here on what moves is looked at, then all there is
-            self.steady, self.holds = not held, True
+        else:  # waited for; steps from here on are looked at by what moves, or by all there is
+            self.steady, self.moving = not moving, True
             self.strays = Awaited(remains_of(CHECK_LAG)).read() > UNEXPLAINED
 
     def rows_apart(self, time: object, batch: int) -> bool:

@@ -15,6 +15,7 @@ from specdiff.options import Options
 from specdiff.plan import Plan
 from specdiff.program import Evaluation
 from specdiff.runtime.sampler.timeline import next_time
+from specdiff.runtime.step.corrector import ONE_HALF
 from specdiff.runtime.step.dispatch import Runtime
 from specdiff.runtime.tokens.correction import Correction, on_top
 from specdiff.runtime.tokens.history import ComputedOutput
@@ -242,22 +243,24 @@ def test_dense_evaluations_of_a_plan(options, dense):
     assert [i for i in range(28) if plan.decide(Place.known(i, 28))[0]] == dense
 
 
-def guided_apart(options, scale, scheduler=None, steps=28, texts=(1, 2), held=0):
+def guided_apart(options, scale, scheduler=None, texts=(1, 2), held=0, given=False):
     """The final latent of a run with a call for each half of guidance, and the model.
 
-    The first rows of it may be held, as image to video holds its first frame.
+    The first rows of it may be held, as image to video holds its first frame; a session may be
+    given the times.
     """
     model, latent = toy(programs=ToyPrograms(unit=1000.0), **options), noise()
     scheduler = scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0)
-    scheduler.set_timesteps(steps)
-    given, without = (prompt(seed) for seed in texts)
+    scheduler.set_timesteps(28)
+    conditional, without = (prompt(seed) for seed in texts)
     first = latent[:, :, :held]
-    for time in scheduler.timesteps:
-        at = time.float().expand(1)
-        halves = [model(latent, at, text) for text in (given, without)]
-        velocity = torch.lerp(halves[1], halves[0], scale)
-        latent = scheduler.step(velocity, time, latent, return_dict=False)[0]
-        latent = torch.cat([first, latent[:, :, held:]], dim=2)
+    with sd.session(model, timesteps=scheduler.timesteps.tolist() if given else None):
+        for time in scheduler.timesteps:
+            at = time.float().expand(1)
+            halves = [model(latent, at, text) for text in (conditional, without)]
+            velocity = torch.lerp(halves[1], halves[0], scale)
+            latent = scheduler.step(velocity, time, latent, return_dict=False)[0]
+            latent = torch.cat([first, latent[:, :, held:]], dim=2)
     return latent, model
 
 
@@ -270,6 +273,21 @@ def test_halves_of_guidance_in_calls_of_their_own_are_corrected(scale, held):
     ]
     assert short[0] < 0.4 * short[1]
     assert short[0] < 0.01
+
+
+@pytest.mark.parametrize("held", [0, 1])
+@pytest.mark.parametrize("scale", [3.0, 7.0])
+@pytest.mark.parametrize("solver", [FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler])
+def test_halves_are_left_alone_where_times_are_given(solver, scale, held, caplog):
+    """Each sees a part of the sampler's step; no other half is looked for, nor the step's order."""
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    settings = flow if solver is UniPCMultistepScheduler else {"shift": 3.0}
+    found = [
+        guided_apart(CORRECTED[on], scale, solver(**settings), held=held, given=True)[0]
+        for on in (True, False)
+    ]
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    assert ONE_HALF in caplog.text
 
 
 @pytest.mark.parametrize("scale", [1.5, 7.0])
