@@ -16,6 +16,7 @@ from torch import Tensor
 from specdiff.runtime.sampler.displacement import (
     GOOD_FIT,
     POOR_FIT,
+    TINY,
     Displacement,
     Scalar,
     columns,
@@ -25,6 +26,20 @@ from specdiff.runtime.sampler.noise import Process
 
 RATE_TOLERANCE = 3.0
 """Factor by which a flow's fitted step may differ from the step in time, which bf16 rounds."""
+
+
+ROUNDED = 0.3
+"""What rounding leaves of a step, root mean square, in units of the precision at the latents."""
+
+
+def _limit(seen: Displacement, precision: float) -> Tensor:
+    """As of `Prediction`, where times are exact, so that nobody looks again at each step.
+
+    A call that sees only its own half of guidance, which explains a part of a step, must not be
+    taken for the sampler.
+    """
+    rounding = ROUNDED * precision / seen.change.clamp_min(TINY)
+    return (GOOD_FIT**2 + rounding.square()).sqrt().clamp_max(POOR_FIT)
 
 
 @dataclass(frozen=True)
@@ -38,8 +53,8 @@ class Prediction:
     """[W]: d latent = rate * d time * prediction, if the best is a flow."""
     residual: Tensor
     """Scalar: of the best."""
-    exact: bool
-    """Whether the times were."""
+    limit: Tensor
+    """Scalar: residual of one without noise up to which it tells what forecasts have cost."""
     host: tuple[float, ...] | None = None
     """The same `numbers` on the host, once it knows them."""
 
@@ -53,6 +68,7 @@ class Prediction:
         unit: int,
         *,
         exact: bool,
+        precision: float = 0.0,
     ) -> Prediction:
         """The likeliest candidate.
 
@@ -63,6 +79,7 @@ class Prediction:
             end: the time of the latents, a different one.
             unit: the time at which a flow's sigma is 1.
             exact: whether the times are; those that a model gets may be rounded (bf16).
+            precision: relative rounding of the latents.
         """
         residuals, surprise = seen.fits(candidates, start, end)
         rates = seen.factors / (end - start)
@@ -71,13 +88,15 @@ class Prediction:
         best = surprise.masked_fill(refused, math.inf).argmin()
         residual = residuals.masked_fill(refused, math.inf).flatten().gather(0, best.reshape(1))[0]
         rates = rates if exact else rates.sign() / unit
-        found = cls(candidates, best, rates, residual, exact)
+        limit = _limit(seen, precision) if exact else torch.full_like(residual, POOR_FIT)
+        found = cls(candidates, best, rates, residual, limit)
         return found.fetched(found.numbers.tolist()) if seen.on_host else found
 
     @property
     def numbers(self) -> Tensor:
-        """Best, residual and rates, [2 + W]: what to fetch from the device for `fetched`."""
-        return torch.cat([torch.stack([self.best.to(self.rates), self.residual]), self.rates])
+        """Best, residual, limit and rates, [3 + W]: what to fetch from the device for `fetched`."""
+        scalars = torch.stack([self.best.to(self.rates), self.residual, self.limit])
+        return torch.cat([scalars, self.rates])
 
     def fetched(self, numbers: Sequence[float]) -> Prediction:
         """The same, known on the host."""
@@ -121,26 +140,20 @@ class Prediction:
         if seen is not None and end != start:
             rates = torch.where(seen.unexplained < GOOD_FIT, seen.factors / (end - start), rates)
         rows = [each.step(start, end) for each in self.candidates]
-        limits = torch.tensor([self._limit(variance) for *_, variance in rows], device="cpu")
-        limit = limits.to(rates).gather(0, self.best.reshape(1) // len(rates))[0]
+        noisy = torch.tensor([variance > 0 for *_, variance in rows], device="cpu")
+        noisy = noisy.to(rates.device, non_blocking=True)
+        adds_noise = noisy.gather(0, self.best.reshape(1) // len(rates))[0]
         weights = self._of_best([row[:2] for row in rows], rates)
-        return weights[0], weights[1].sum() * (self.residual < limit)
-
-    def _limit(self, variance: float) -> float:
-        """Residual up to which it is told what forecasts have cost.
-
-        By exact times nobody looks again at each step: a call that sees only its own half of
-        guidance, which explains a part of it, must not be taken for the sampler.
-        """
-        return GOOD_FIT if self.exact and not variance else POOR_FIT
+        told = torch.where(adds_noise, self.trusted, self.residual < self.limit)
+        return weights[0], weights[1].sum() * told
 
     def _known_step(
         self, process: Process, way: int, start: float, end: float, seen: Displacement | None
     ) -> tuple[float, float]:
         kept, moved, variance = process.step(start, end)
         assert self.host is not None  # or there would be no process
-        _, residual, *rates = self.host
-        if residual >= self._limit(variance):
+        _, residual, limit, *rates = self.host
+        if residual >= (POOR_FIT if variance else limit):
             return kept, 0.0
         if process.free and seen is not None and end != start and seen.well_explained(way):
             return kept, seen.factor(way)
@@ -151,7 +164,7 @@ class Prediction:
         """The best candidate and way, where the host knows them."""
         if self.host is None:
             return None
-        best, _, *rates = self.host
+        best, _, _, *rates = self.host
         candidate, way = divmod(int(best), len(rates))
         return self.candidates[candidate], way
 

@@ -113,7 +113,15 @@ def _inferred(call: Call, latents: tuple[Tensor, ...], predictions: Ways) -> Pre
     if seen is None:
         seen = Displacement.of(stream.latents, latents, predictions)
     unit, exact = time_unit(call.given or stream.times), call.counted is not None
-    return Prediction.infer(seen, call.candidates, start, end, unit, exact=exact)
+    return Prediction.infer(
+        seen,
+        call.candidates,
+        start,
+        end,
+        unit,
+        exact=exact,
+        precision=torch.finfo(call.latent.dtype).eps,
+    )
 
 
 def _input_at(call: Call, landing: float, previous: Tensor) -> float | Tensor:

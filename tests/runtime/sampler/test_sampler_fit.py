@@ -302,3 +302,31 @@ def test_a_step_on_the_host_is_that_of_tensors(scale, noise_share):
         ]
         on_device, on_host = ([float(number) for number in step] for step in steps)
         assert on_host == pytest.approx(on_device, rel=1e-4)
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "span", "share", "told"),
+    [
+        (torch.float32, -0.0065, 1.0, True),
+        (torch.bfloat16, -0.0065, 1.0, True),  # 50 steps, shift 3: a sixth of it is rounding
+        (torch.float32, -0.0065, 0.9, False),  # of the step, the rest is another call's
+        (torch.bfloat16, -0.04, 0.9, False),
+    ],
+)
+def test_a_step_of_exact_times_is_believed_where_a_call_explains_it(
+    dtype, span, share, told, on_host
+):
+    before, predicted, other = (gaussian(seed).to(dtype) for seed in range(3))
+    velocity = share * predicted.float() + (1 - share**2) ** 0.5 * other.float()
+    after = (before.float() + span * velocity).to(dtype)
+    seen = Displacement.of([after], [before], [(predicted,)])
+    if on_host:
+        seen = seen.fetched(seen.products.flatten().tolist())
+    found = Prediction.infer(
+        seen, processes("auto", None), 1.0, 1.0 + span, 1, exact=True,
+        precision=torch.finfo(dtype).eps,
+    )  # fmt: skip
+    _, moved = found.step(0.9, 0.7)
+    assert found.trusted
+    assert float(moved) == (pytest.approx(-0.2, rel=0.05) if told else 0.0)
