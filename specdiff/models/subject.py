@@ -171,10 +171,13 @@ def moving(device: torch.device, weights: Path | None) -> Subject:
     """Emoji that move, guided by calls of its own; clips are judged as strips of their frames.
 
     Raises:
-        SpecdiffError: Its weights are missing.
+        SpecdiffError: Its weights, or the first frames beside them, are missing.
     """
     weights = _found("motion", weights)
-    firsts = motion.load_first_frames(weights.with_name(motion.FIRST_FRAMES))
+    frames = weights.with_name(motion.FIRST_FRAMES)
+    if not frames.is_file():
+        raise SpecdiffError(f"first frames of the motion model: not at {frames}, beside its weights")
+    firsts = motion.load_first_frames(frames)
 
     def arguments(prompt: str) -> dict[str, Any]:
         code = motion.class_codes([prompt.rpartition(" ")[0]]).to(device)

@@ -26,8 +26,6 @@ from specdiff.runtime.sampler.noise import Process
 
 RATE_TOLERANCE = 3.0
 """Factor by which a flow's fitted step may differ from the step in time, which bf16 rounds."""
-
-
 ROUNDED = 0.3
 """What rounding leaves of a step, root mean square, in units of the precision at the latents."""
 
