@@ -176,7 +176,7 @@ def moving(device: torch.device, weights: Path | None) -> Subject:
     weights = _found("motion", weights)
     frames = weights.with_name(motion.FIRST_FRAMES)
     if not frames.is_file():
-        raise SpecdiffError(f"first frames of the motion model: not at {frames}, beside its weights")
+        raise SpecdiffError(f"first frames of the motion model: none beside its weights, {frames}")
     firsts = motion.load_first_frames(frames)
 
     def arguments(prompt: str) -> dict[str, Any]:
