@@ -6,11 +6,13 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 import specdiff
 from specdiff.cli.main import main
 from specdiff.errors import OptionError, SpecdiffError
 from specdiff.measure.comparison import psnr
+from specdiff.models import motion
 from specdiff.models.demo import held_out_prompts
 from specdiff.models.subject import MODELS, TUNING_SEED, emoji, find_subject
 from specdiff.plan import Plan
@@ -285,6 +287,7 @@ def test_a_budget_below_the_dense_pictures_is_refused():
 def test_pictures_to_tune_on_are_not_measured_on(model, tmp_path):
     weights = tmp_path / "never loaded"
     weights.touch()
+    Image.new("RGB", (16 * motion.SIDE, motion.SIDE)).save(tmp_path / motion.FIRST_FRAMES)
     subject = find_subject(model, weights, torch.device("cpu"))
     tuned_on, measured = subject.tuning_requests(24), subject.requests(256, 100)
     shared = {r.prompt for r in tuned_on} & {r.prompt for r in measured}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,13 +22,18 @@ class ToyPipeline:
         self.transformer: Any = nn.Linear(24, 24)
 
     def __call__(
-        self, shade: float, num_inference_steps: int, generator: torch.Generator, output_type: str
-    ) -> SimpleNamespace:
-        assert output_type == "latent"
+        self,
+        shade: float,
+        num_inference_steps: int,
+        generator: torch.Generator,
+        output_type: str,
+        return_dict: bool,
+    ) -> tuple[Tensor]:
+        assert output_type == "latent" and not return_dict
         x = torch.randn(1, 3, 24, 24, generator=generator)
         for _ in range(num_inference_steps):
             x = x + (shade - self.transformer(x)) / num_inference_steps
-        return SimpleNamespace(images=x)
+        return (x,)
 
 
 def toy_subject() -> Subject:

@@ -49,7 +49,7 @@ def settle(call: Call) -> None:
             call.state.say(logger, REUSES)
     else:
         kept, moved = stream.fit.sampler.step(stream.times[-1], call.time, call.seen)
-        if call.reading is None and moved == 0.0 and isinstance(moved, float):
+        if call.reading is None and isinstance(moved, float) and not moved:
             call.state.say(logger, ONE_HALF)
         stream.fit.correction.settle(kept, call.at_pace(moved))
         note_proof(call)
