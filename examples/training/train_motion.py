@@ -3,7 +3,7 @@
 The first frame is given at time 0; the others are drawn. Stop it at any time and go on with
 --resume.
 
-    python examples/training/train_motion.py --minutes 60 --work /tmp/motion-run
+    python examples/training/train_motion.py --minutes 75 --work /tmp/motion-run
 """
 
 import argparse
@@ -22,9 +22,6 @@ from specdiff.models.motion import (
     CLASSES,
     FIRST_FRAMES,
     FRAMES,
-    GUIDANCE_SCALE,
-    PIPELINE_FRAMES,
-    SIDE,
     TIME_SHIFT,
     class_codes,
     fold,
@@ -32,6 +29,7 @@ from specdiff.models.motion import (
     to_pixels,
     wrap_pipeline,
 )
+from specdiff.models.motion import arguments as clip_arguments
 from specdiff.models.textures import CODE_WIDTH
 
 MODEL = {
@@ -124,15 +122,8 @@ class MotionTraining(Training):
         pipeline.set_progress_bar_config(disable=True)
         pictures = {}
         for prompt in prompts:
-            code = class_codes([prompt.rpartition(" ")[0]]).to(self.device)
             latents = pipeline(
-                image=every[prompt],
-                prompt_embeds=code,
-                negative_prompt_embeds=torch.zeros_like(code),
-                guidance_scale=GUIDANCE_SCALE,
-                height=SIDE,
-                width=SIDE,
-                num_frames=PIPELINE_FRAMES,
+                **clip_arguments(prompt, every[prompt].to(self.device)),
                 num_inference_steps=28,
                 generator=torch.Generator().manual_seed(0),
                 output_type="latent",
@@ -143,7 +134,7 @@ class MotionTraining(Training):
 
 def main() -> None:
     """Parse the command line and train."""
-    options = parser(__doc__.splitlines()[0], (60.0,), "motion-run")
+    options = parser(__doc__.splitlines()[0], (75.0,), "motion-run")
     options.add_argument("--cache", type=Path, default=Path("emoji-cache"))
     arguments = options.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)

@@ -99,9 +99,7 @@ def load_transformer(weights: Path, device: str | torch.device = "cpu") -> WanTr
 def wrap_pipeline(transformer: Any) -> WanImageToVideoPipeline:
     """A plain diffusers pipeline around the transformer, without text encoder.
 
-    Call it with a first frame `[1, 3, SIDE, SIDE]` in 0..1 as `image`, the result of `class_codes`,
-    zeros as the negative one, `guidance_scale`, `height=width=SIDE`, `num_frames=PIPELINE_FRAMES`
-    and `output_type="latent"`; pass what it returns to `to_pixels`.
+    Call it with `arguments` and `output_type="latent"`; pass what it returns to `to_pixels`.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline
 
@@ -126,6 +124,25 @@ def load_first_frames(file: Path) -> dict[str, Tensor]:
         f"{name} {number + 1}": tiles[index * each + number]
         for number in range(each)
         for index, name in enumerate(CLASSES)
+    }
+
+
+def arguments(prompt: str, first: Tensor) -> dict[str, Any]:
+    """The pipeline's arguments for a clip, where `first` is, but steps, generator and output type.
+
+    Args:
+        prompt: a class and a number, such as "turn left 2".
+        first: frame `[1, 3, SIDE, SIDE]` in 0..1.
+    """
+    code = class_codes([prompt.rpartition(" ")[0]]).to(first.device)
+    return {
+        "image": first,
+        "prompt_embeds": code,
+        "negative_prompt_embeds": torch.zeros_like(code),
+        "guidance_scale": GUIDANCE_SCALE,
+        "height": SIDE,
+        "width": SIDE,
+        "num_frames": PIPELINE_FRAMES,
     }
 
 

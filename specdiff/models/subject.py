@@ -179,23 +179,11 @@ def moving(device: torch.device, weights: Path | None) -> Subject:
         raise SpecdiffError(f"first frames of the motion model: none beside its weights, {frames}")
     firsts = motion.load_first_frames(frames)
 
-    def arguments(prompt: str) -> dict[str, Any]:
-        code = motion.class_codes([prompt.rpartition(" ")[0]]).to(device)
-        return {
-            "image": firsts[prompt].to(device),
-            "prompt_embeds": code,
-            "negative_prompt_embeds": torch.zeros_like(code),
-            "guidance_scale": motion.GUIDANCE_SCALE,
-            "height": motion.SIDE,
-            "width": motion.SIDE,
-            "num_frames": motion.PIPELINE_FRAMES,
-        }
-
     return Subject(
         "motion",
         lambda: _silent(motion.wrap_pipeline(motion.load_transformer(weights, device))),
         tuple(firsts),
-        _remembered(arguments),
+        _remembered(lambda prompt: motion.arguments(prompt, firsts[prompt].to(device))),
         motion.to_pixels,
     )
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from specdiff.runtime.sampler.displacement import (
     GOOD_FIT,
     POOR_FIT,
-    TINY,
     Displacement,
     Scalar,
     columns,
@@ -26,8 +25,8 @@ from specdiff.runtime.sampler.noise import Process
 
 RATE_TOLERANCE = 3.0
 """Factor by which a flow's fitted step may differ from the step in time, which bf16 rounds."""
-ROUNDED = 0.3
-"""What rounding leaves of a step, root mean square, in units of the precision at the latents."""
+ROUNDED = 0.15
+"""What rounding adds to a step, root mean square, as a share of what it may add."""
 
 
 def _limit(seen: Displacement, precision: float) -> Tensor:
@@ -36,7 +35,7 @@ def _limit(seen: Displacement, precision: float) -> Tensor:
     A call that sees only its own half of guidance, which explains a part of a step, must not be
     taken for the sampler.
     """
-    rounding = ROUNDED * precision / seen.change.clamp_min(TINY)
+    rounding = ROUNDED * seen.rounding(precision)
     return (GOOD_FIT**2 + rounding.square()).sqrt().clamp_max(POOR_FIT)
 
 

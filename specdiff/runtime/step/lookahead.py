@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from specdiff.runtime.sampler.displacement import Displacement, Ways, guided
-from specdiff.runtime.sampler.remains import Seen
+from specdiff.runtime.sampler.remains import Seen, precision_of
 from specdiff.runtime.sampler.sampler_fit import Prediction
 from specdiff.runtime.sampler.timeline import time_unit
 from specdiff.runtime.step.call import Call
@@ -120,7 +120,7 @@ def _inferred(call: Call, latents: tuple[Tensor, ...], predictions: Ways) -> Pre
         end,
         unit,
         exact=exact,
-        precision=torch.finfo(call.latent.dtype).eps,
+        precision=precision_of(latents),
     )
 
 
