@@ -143,10 +143,10 @@ def adams_bashforth(x: Tensor, velocity: Velocity, evaluations: int) -> Tensor:
 
 
 def heun(x: Tensor, velocity: Velocity, evaluations: int) -> Tensor:
-    """Two evaluations a step; of an odd number one is left."""
-    for here, there in itertools.pairwise(grid(evaluations // 2)):
+    """Two evaluations a step, one in the last (Karras et al. 2022); of an even number one less."""
+    for here, there in itertools.pairwise(grid((evaluations + 1) // 2)):
         now = velocity(x, here)
-        then = velocity(x + (there - here) * now, max(there, LEAST))
+        then = velocity(x + (there - here) * now, there) if there else now
         x = x + (there - here) / 2 * (now + then)
     return x
 

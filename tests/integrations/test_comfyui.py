@@ -84,6 +84,17 @@ class Denoiser(nn.Module):
         return x - sigma[:, None, None, None] * (x - moved)
 
 
+class Pulled(Denoiser):
+    """Moves the latent smoothly, but for what the text adds, which winds by little."""
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
+        self.calls += 1
+        level, text = (each[:, None, None, None] for each in (sigma, text))
+        pull = 0.15 * text * torch.sin(5 * math.pi * level + self.layer(x))
+        return x - level * (torch.tanh(self.layer(x)) + pull)
+
+
 def answers(model: Denoiser, batched: bool) -> Callable[..., list[Tensor]]:
     """`calc_cond_batch`: conditions in one batch or one by one, areas pasted in."""
 
@@ -273,12 +284,35 @@ def test_uneven_noise_levels_are_computed_where_the_noise_is(
     """As many as planned, and earlier; of a flow, and of a noise schedule."""
     sigmas, seen = karras(first, last), list[float]()
     hook = patcher.model.register_forward_pre_hook(lambda _, args: seen.append(float(args[1][0])))
-    draw(patched(patcher, quality="balanced"), sigmas=sigmas)
+    plan = Options(quality="balanced").resolve().plan
+    draw(patched(patcher, plan=plan), sigmas=sigmas)
     hook.remove()
-    planned = Options(quality="balanced").resolve().plan.dense
-    assert f"28 evaluations: {len(planned)} computed" in caplog.text
+    assert f"28 evaluations: {len(plan.dense)} computed" in caplog.text
     assert seen[0] == pytest.approx(first) and seen[-1] == pytest.approx(last)
-    assert sum(seen) > sum(float(sigmas[i]) for i in planned)
+    assert sum(seen) > sum(float(sigmas[i]) for i in plan.dense)
+
+
+@pytest.mark.parametrize("function", [sample_euler, sample_dpmpp_2m])
+def test_what_guidance_magnifies_is_computed(
+    caplog: pytest.LogCaptureFixture, function: Any
+) -> None:
+    """By a quality; as it guides more, forecasts miss more. A plan that is given is followed."""
+    patcher, steps = Patcher(Pulled()), torch.linspace(1, 0, 29)
+    for batched in (True, False):
+        how: dict[str, Any] = {"sigmas": steps, "cfg": 12.0, "batched": batched}
+        exact = draw(patcher, function, **how)
+        ours = draw(patched(patcher, quality="balanced"), function, **how)
+        plan = Options(quality="balanced").resolve().plan
+        planned = draw(patched(patcher, plan=plan), function, **how)
+        assert (ours - exact).norm() < (planned - exact).norm() / 3
+    first, _, second, _ = (line for line in caplog.text.splitlines() if "28 steps" in line)
+    assert "forecasts miss much" in first
+    assert first.partition("28 steps")[2] == second.partition("28 steps")[2]
+
+
+def test_without_guidance_the_plan_is_followed(caplog: pytest.LogCaptureFixture) -> None:
+    draw(patched(Patcher(Denoiser()), quality="balanced"), sigmas=torch.linspace(1, 0, 29))
+    assert "11 computed" in caplog.text and "miss" not in caplog.text
 
 
 @pytest.mark.parametrize("width", [2, 6])

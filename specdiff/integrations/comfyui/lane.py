@@ -73,14 +73,24 @@ class Lane:
         handed = self._shortfall.forecast(now.kind, now.index, now.clock, known, now.weights)
         return self._answers(x, now.sigma, handed)
 
-    def record(self, x: Tensor, now: Moment, answers: Sequence[Tensor]) -> list[Tensor]:
-        """The answers that were computed, with what forecasts cost the latent on top."""
+    def record(
+        self, x: Tensor, now: Moment, answers: Sequence[Tensor], name: str
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The answers that were computed, with what forecasts cost the latent on top.
+
+        Also what a forecast would have missed of each direction, [B, n]; none if there was none.
+        """
         given = [each for each, is_there in zip(answers, self._present, strict=True) if is_there]
         parts = [((x - each).float() / now.sigma).reshape(len(x), 1, -1) for each in given]
         known, history = torch.cat(parts, dim=2), self._histories[now.kind]
+        missed = list[Tensor]()
+        if history.computed:
+            missing = forecast(name, history, now.clock, 1) - known
+            missed = [part.squeeze(1) for part in missing.chunk(len(parts), dim=2)]
         history.record_dense(now.clock, known)
         handed = self._shortfall.computed(now.kind, now.index, history.computed, now.weights)
-        return list(answers) if handed is known else self._answers(x, now.sigma, handed)
+        handed_out = list(answers) if handed is known else self._answers(x, now.sigma, handed)
+        return handed_out, missed
 
     def _answers(self, x: Tensor, sigma: float, directions: Tensor) -> list[Tensor]:
         parts = iter(directions.chunk(sum(self._present), dim=2))

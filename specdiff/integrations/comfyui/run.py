@@ -19,18 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdiff.integrations.comfyui.judge import Judge
 from specdiff.integrations.comfyui.lane import Lane, Moment
 from specdiff.integrations.comfyui.steps import NEAR, Steps
 from specdiff.integrations.comfyui.watch import Watch
 from specdiff.runtime.sampler.timeline import unlike_a_flow
 from specdiff.runtime.sampler.weights import Weights
 from specdiff.runtime.tokens.schedule import Place, Schedule
+from specdiff.runtime.tokens.trust import LAST
 from specdiff.settings import Settings, why_off
 
 PLANNED = "planned"
 FEW = "steps are few, too far apart to forecast"
 NEW = "nothing like it was computed before"
 NEWS = "its conditions changed"
+MISSED = "forecasts miss much, as under strong guidance"
 STRAYED = "the latent moved where no prediction leads, as samplers that add noise move it"
 WINDOW = "a part of the latent was asked for, as context windows do"
 MAGNIFIED = "the sampler magnifies what forecasts miss, as cfg_pp ones do but Euler"
@@ -53,6 +56,8 @@ class _Evaluation:
     """Why answers were computed."""
     parts: list[Tensor] = field(default_factory=list)
     """The answers."""
+    missed: list[Tensor] = field(default_factory=list)
+    """What forecasts would have missed of those that were computed."""
 
 
 class Run:
@@ -83,6 +88,7 @@ class Run:
         self._steps = steps
         self._magnified = MAGNIFIED if steps is not None and steps.magnifies else ""
         self._watch = Watch(mask)
+        self._judge = Judge(settings.trusted)
         self._lanes: dict[Hashable, Lane] = {}
         self._visits: Counter[float] = Counter()
         self._counts: Counter[str] = Counter()
@@ -103,6 +109,8 @@ class Run:
             self._evaluation = None
         self._counts["computed" if evaluation.reasons else "forecast"] += 1
         self._reasons.update(evaluation.reasons[:1])
+        if evaluation.reasons:
+            self._judge.note(x, evaluation.moment, guided, evaluation.parts, evaluation.missed)
         self._watch.leave(x, sigma, guided, evaluation.parts)
         return guided
 
@@ -123,7 +131,8 @@ class Run:
         active = _active(conds, now.moment.sigma)
         if reason := self._why_computed(lane, active, now):
             now.reasons.append(reason)
-            answers = lane.record(x, now.moment, compute())
+            answers, missed = lane.record(x, now.moment, compute(), self._settings.forecast)
+            now.missed += missed
         else:
             answers = lane.forecast(x, now.moment, self._settings.forecast)
         lane.active = active
@@ -165,9 +174,16 @@ class Run:
             self._visits.total() - 1, sigma, self._clock(sigma), kind, self._weights(sigma)
         )
         strays = self._watch.strays(x)
-        planned = PLANNED if is_dense else ""
-        reason = FEW if len(steps) <= self._settings.few else planned
+        few = FEW if len(steps) <= self._settings.few else ""
+        reason = few or self._judged(moment, len(steps) - index, planned=bool(is_dense))
         return _Evaluation(x.shape, moment, strays, reason)
+
+    def _judged(self, now: Moment, left: int, *, planned: bool) -> str:
+        """Why an evaluation is computed, by the plan and by what forecasts miss."""
+        if not self._judge.is_trusted(now):
+            return PLANNED if planned else MISSED
+        forgone = left > LAST and self._judge.forgoes_plan(now)
+        return PLANNED if planned and not forgone else ""
 
     def _clock(self, sigma: float) -> float:
         """The noise from 0 to 1: a flow's own sigma; sigmas of a noise schedule have no end."""

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from specdiff.runtime.sampler.guides import Rows, share, shares_by_scale, shares_missed
 from specdiff.runtime.sampler.scale import read_as_called
+from specdiff.runtime.sampler.timeline import time_unit
 from specdiff.runtime.step.call import Call
 from specdiff.runtime.streams.stream import Stream
 from specdiff.runtime.streams.trail import CHECK_LAG
-from specdiff.runtime.tokens.trust import Miss
+from specdiff.runtime.tokens.trust import LAST, Miss
 
 
 def trusted(call: Call) -> bool:
@@ -21,8 +22,19 @@ def trusted(call: Call) -> bool:
     return not span or span <= call.stream.trust.reach(call.index, lag, call.settings.trusted)
 
 
+def forgoes(call: Call, left: float) -> bool:
+    """Whether an evaluation that the plan computes is forecast: what forecasts miss decides here.
+
+    Args:
+        call: the evaluation.
+        left: evaluations left, this one included.
+    """
+    known = span_to_judge(call) and left > LAST and trusted(call)
+    return bool(known and call.stream.trust.forgoes_plan(call.settings.trusted))
+
+
 def span_to_judge(call: Call) -> float:
-    """Time since the last computed prediction; 0 where forecasts are not judged by what they miss.
+    """Time since the last computed prediction, 1 from noise to picture; 0 where nothing is judged.
 
     A plan that is given is followed as it is; fresh noise moves predictions, but not what is
     forecast of them.
@@ -31,7 +43,9 @@ def span_to_judge(call: Call) -> float:
     if not call.settings.trusted or call.schedule.selects or call.fresh is not None or not computed:
         return 0.0
     before, now = computed[0].times, call.clock
-    return 0.0 if isinstance(before, Tensor) or isinstance(now, Tensor) else abs(now - before)
+    if isinstance(before, Tensor) or isinstance(now, Tensor):
+        return 0.0
+    return abs(now - before) / time_unit([*(call.given or call.stream.times), call.time])
 
 
 def note_miss(call: Call, forecast: Tensor, computed: Tensor) -> None:
@@ -45,21 +59,22 @@ def note_miss(call: Call, forecast: Tensor, computed: Tensor) -> None:
     miss = Miss(call.index, span_to_judge(call), forecast - computed, computed)
     if scale is not None and not learned:
         # Which half comes first is not known here: the way that trusts less.
-        trust.note(miss, shares_by_scale(miss.missed, computed, scale).max())
+        trust.note(miss.index, miss.span, shares_by_scale(miss.missed, computed, scale).max())
         return
     trust.latest = miss
     latents = list(call.programs.signature.moving_parts(call.inputs))
     own = _rows(call.stream, miss, latents, ago=0)
     if own is None:
-        trust.note(miss, share(miss.missed, computed).max())
+        trust.note(miss.index, miss.span, share(miss.missed, computed).max())
         return
     found = {each: _rows(each, each.trust.latest, each.latents, ago=1) for each in _beside(call)}
     others = {each: rows for each, rows in found.items() if rows is not None and own.fits(rows)}
     shares = shares_missed(own.after(list(others.values())))
     counts = [len(each.computed) for each in (*others.values(), own)]
     for stream, part in zip((*others, call.stream), shares.split(counts), strict=True):
-        assert stream.trust.latest is not None  # of this evaluation
-        stream.trust.note(stream.trust.latest, part.max())
+        latest = stream.trust.latest
+        assert latest is not None  # of this evaluation
+        stream.trust.note(latest.index, latest.span, part.max())
 
 
 def _beside(call: Call) -> list[Stream]:
