@@ -28,11 +28,10 @@ SOLUTION_PLANS: Mapping[str, Plan] = {
 """The plans of qualities for `target="solution"`, found by examples/research/placing.py: integrated
 steps miss other things than forecasts do."""
 TRUSTED: Mapping[str, float] = {
-    "closest": 0.045, "near-lossless": 0.045, "balanced": 0.1, "fast": 0.17,
+    "closest": 0.1, "near-lossless": 0.1, "balanced": 0.3, "fast": 0.5,
 }  # fmt: skip
-"""Share of what moves a latent that a forecast over all time may miss, by quality; over a tenth of
-it 1.8 times as much (`runtime.tokens.trust`). Where one missed more, the next goes less far
-(examples/research/trusting.md says what that costs and saves)."""
+"""Share of what moves a latent that a forecast may miss, by quality; where one missed more, the
+next goes less far (examples/research/trusting.md says what that costs and saves)."""
 FEW = 8
 """Evaluations of a generation up to which all are dense, unless a plan is given: forecasts over
 such steps are worse than as many steps fewer."""

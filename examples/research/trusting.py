@@ -3,7 +3,7 @@
 A quality computes its plan, and more where forecasts miss more than it trusts them to. PSNR to the
 dense picture, and evaluations: those that trust adds belong to the pictures that need them.
 
-    python examples/research/trusting.py --pictures 16 --others
+    python examples/research/trusting.py --pictures 16
 
 Goes on where it stopped: trusting.json holds what is known, of each picture apart.
 """
@@ -14,7 +14,7 @@ import argparse
 import itertools
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,18 +29,18 @@ from specdiff.measure.comparison import psnr, worst_tenth
 from specdiff.settings import QUALITIES, TRUSTED
 
 HERE = Path(__file__).parent
-SHARES = (0.0, 0.045, 0.085, 0.1, 0.17)
-"""What forecasts over all time may miss; 0: the plan alone."""
-FIRST = 24
+SHARES = (0.0, 0.1, 0.15, 0.2, 0.3, 0.5)
+"""What forecasts may miss; 0: the plan alone."""
+FIRST = 8
 """Of the pictures: those before it chose the values."""
 Known = dict[str, dict[str, dict[str, tuple[int, float]]]]
 """model, then "quality, share", then picture: evaluations and PSNR"""
 
 
-def rows(qualities: Sequence[str], *, others: bool) -> list[tuple[str, float]]:
-    """Qualities and shares: what each has; then all the others, too."""
-    usual = [(quality, TRUSTED[quality]) for quality in qualities]
-    every = [(quality, share) for share in SHARES for quality in qualities if others]
+def rows() -> list[tuple[str, float]]:
+    """Qualities and shares; first what each quality has, then the plans alone."""
+    usual = [*TRUSTED.items()]
+    every = [(quality, share) for share in SHARES for quality in QUALITIES]
     return [*usual, *(row for row in every if row not in usual)]
 
 
@@ -61,14 +61,12 @@ class Drawer:
         return specdiff.stats(self.model).dense, self.to_pixels(drawn)[0]
 
 
-def measure(
-    known: Known, pictures: int, models: list[str], wanted: list[tuple[str, float]]
-) -> Iterator[None]:
-    """Fill in these rows; yields after each picture."""
+def measure(known: Known, pictures: int, models: list[str], count: int) -> Iterator[None]:
+    """Fill in the first so many rows; yields after each picture."""
     drawers = {name: Drawer(name) for name in models}
     for name, index in itertools.product(models, range(FIRST, FIRST + pictures)):
         found, drawer = known.setdefault(name, {}), drawers[name]
-        missing = [row for row in wanted if str(index) not in found.get(key_of(*row), {})]
+        missing = [row for row in rows()[:count] if str(index) not in found.get(key_of(*row), {})]
         if missing:
             _, dense = drawer.draw(index, quality="dense")
         for quality, share in missing:
@@ -117,15 +115,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pictures", type=int, default=16)
     parser.add_argument("--model", choices=[*MODELS], nargs="*", default=[*MODELS])
-    parser.add_argument("--quality", choices=[*QUALITIES], nargs="*", default=[*QUALITIES])
-    parser.add_argument("--others", action="store_true", help="shares that a quality has not, too")
+    parser.add_argument("--rows", type=int, default=len(rows()), help="measure the first so many")
     parser.add_argument("--out", type=Path, default=HERE)
     wanted = parser.parse_args()
     torch.set_grad_enabled(False)
     file = wanted.out / "trusting.json"
     known: Known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    shares = rows(wanted.quality, others=wanted.others)
-    for _ in measure(known, wanted.pictures, wanted.model, shares):
+    for _ in measure(known, wanted.pictures, wanted.model, wanted.rows):
         file.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
     file.with_suffix(".md").write_text(report(known), encoding="utf-8")
 

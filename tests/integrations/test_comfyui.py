@@ -207,9 +207,10 @@ def draw(
     shape: tuple[int, ...] = (1, 4, 8, 8),
     callback: Any = None,
     mask: Tensor | None = None,
+    guide: type[Guider] = Guider,
 ) -> Tensor:
     """`CFGGuider.inner_sample`."""
-    guider = Guider(patcher, cfg, conds, batched)
+    guider = guide(patcher, cfg, conds, batched)
     options = {"transformer_options": {"sample_sigmas": sigmas}}
     sampler = SimpleNamespace(sampler_function=function, extra_options={})
 
@@ -308,6 +309,33 @@ def test_what_guidance_magnifies_is_computed(
     first, _, second, _ = (line for line in caplog.text.splitlines() if "28 steps" in line)
     assert "forecasts miss much" in first
     assert first.partition("28 steps")[2] == second.partition("28 steps")[2]
+
+
+def test_a_small_mask_hides_nothing_that_is_missed() -> None:
+    patcher, mask = Patcher(Pulled()), torch.zeros(1, 4, 8, 8)
+    mask[..., :2, :2] = 1
+    how: dict[str, Any] = {"sigmas": torch.linspace(1, 0, 29), "cfg": 12.0, "mask": mask}
+    exact = draw(patcher, **how)
+    ours = draw(patched(patcher, quality="balanced"), **how)
+    planned = draw(patched(patcher, plan=Options(quality="balanced").resolve().plan), **how)
+    errors = [((each - exact) * mask).norm() for each in (ours, planned)]
+    assert errors[0] < errors[1] / 2
+
+
+class Windows(Guider):
+    """Asks for halves of the latent, one after the other, as context windows do."""
+
+    def _predict(self, x: Tensor, sigma: Tensor, options: Any = None, seed: Any = None) -> Tensor:
+        asked = super()._predict
+        return torch.cat([asked(part, sigma, options) for part in x.chunk(2, -1)], -1)
+
+
+@pytest.mark.parametrize("options", [{"plan": PLAN}, {"quality": "balanced"}])
+def test_windows_are_computed(caplog: pytest.LogCaptureFixture, options: Any) -> None:
+    patcher = Patcher(Denoiser())
+    made = draw(patched(patcher, **options), cfg=4.0, guide=Windows)
+    assert torch.equal(made, draw(patcher, cfg=4.0, guide=Windows))
+    assert "12 as a part of the latent was asked for" in caplog.text
 
 
 def test_without_guidance_the_plan_is_followed(caplog: pytest.LogCaptureFixture) -> None:

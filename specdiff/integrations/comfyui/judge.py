@@ -7,15 +7,26 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from specdiff.integrations.comfyui.lane import Moment
 from specdiff.runtime.sampler.displacement import wide
 from specdiff.runtime.sampler.guides import RIDGE, share
 from specdiff.runtime.sampler.remains import weights_of
 from specdiff.runtime.tokens.trust import Trust
+
+
+@dataclass
+class Misses:
+    """What forecasts would have missed of the answers to one evaluation; directions [B, ...]."""
+
+    missed: list[Tensor] = field(default_factory=list)
+    """The forecast of each less what was computed."""
+    computed: list[Tensor] = field(default_factory=list)
+    span: float = 0.0
+    """Time since answers were computed before."""
 
 
 class Judge:
@@ -28,46 +39,41 @@ class Judge:
     def __init__(self, trusted: float) -> None:
         self._trusted = trusted
         self._trusts: defaultdict[Hashable, Trust] = defaultdict(Trust)
-        self._computed: dict[Hashable, float] = {}
-        """When answers of a kind were last computed."""
 
-    def is_trusted(self, now: Moment) -> bool:
-        """Whether a forecast may go as far as to here."""
-        reach = self._trusts[now.kind].reach(now.index, 1, self._trusted)
-        return not self._trusted or self._span(now) <= reach
+    @property
+    def judges(self) -> bool:
+        """Whether anything but the plan counts."""
+        return self._trusted > 0
 
-    def forgoes_plan(self, now: Moment) -> bool:
-        """Whether what forecasts miss, not the plan, tells where to compute."""
-        known = now.kind in self._computed
-        return known and self._trusts[now.kind].forgoes_plan(self._trusted)
+    def reaches(self, kind: Hashable, index: int, span: float) -> bool:
+        """Whether a forecast of a kind may go as far, at the evaluation of this number."""
+        return not self.judges or span <= self._trusts[kind].reach(index, 1, self._trusted)
 
     def note(
-        self, x: Tensor, now: Moment, guided: Tensor, parts: Sequence[Tensor], missed: list[Tensor]
+        self, kind: Hashable, index: int, guided: Tensor, parts: Sequence[Tensor], misses: Misses
     ) -> None:
-        """Learn from answers that were computed for x [B, ...].
+        """Learn from an evaluation.
 
         Args:
-            x: the latent.
-            now: when.
-            guided: what became of the answers, as x.
-            parts: the answers, as x.
-            missed: what a forecast would have missed of the direction of each, [B, n].
+            kind: of answers.
+            index: of the evaluation.
+            guided: direction that the sampler got, [B, ...].
+            parts: directions that it is mixed of.
+            misses: of those, in their order; fewer where some were forecast or had no forecast.
         """
-        if self._trusted and len(missed) == len(parts) and now.kind in self._computed:
-            part = _share_missed(x, now.sigma, guided, parts, missed)
-            self._trusts[now.kind].note(now.index, self._span(now), part)
-        self._computed[now.kind] = now.clock
-
-    def _span(self, now: Moment) -> float:
-        return abs(now.clock - self._computed.get(now.kind, now.clock))
+        if misses.missed and len(misses.missed) == len(parts):
+            part = _share_missed(guided, parts, misses)
+            self._trusts[kind].note(index, misses.span, part)
 
 
-def _share_missed(
-    x: Tensor, sigma: float, guided: Tensor, parts: Sequence[Tensor], missed: Sequence[Tensor]
-) -> Tensor:
-    """Scalar: of the direction that the sampler follows, the share missed, of the worst row."""
-    kind = wide(x.device)
-    moved, *directions = (((x - each).to(kind) / sigma).flatten(1) for each in (guided, *parts))
-    weights = weights_of(torch.stack(directions, dim=1), moved, max(RIDGE, torch.finfo(kind).eps))
-    mixed = sum(weights[:, i, None] * each for i, each in enumerate(missed))
-    return share(torch.as_tensor(mixed).unsqueeze(1), moved.unsqueeze(1)).max()
+def _share_missed(guided: Tensor, parts: Sequence[Tensor], misses: Misses) -> Tensor:
+    """Scalar: of the direction that was mixed, the share missed, of the worst row."""
+    kind = wide(guided.device)
+    span = torch.stack([part.flatten(1) for part in parts], dim=1).to(kind)
+    ridge = max(RIDGE, torch.finfo(kind).eps)
+    weights = weights_of(span, guided.flatten(1).to(kind), ridge).unsqueeze(1)
+    mixed = [
+        weights @ torch.stack([part.flatten(1) for part in each], dim=1).to(kind)
+        for each in (misses.missed, misses.computed)
+    ]
+    return share(*mixed).max()

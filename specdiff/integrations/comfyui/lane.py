@@ -73,24 +73,40 @@ class Lane:
         handed = self._shortfall.forecast(now.kind, now.index, now.clock, known, now.weights)
         return self._answers(x, now.sigma, handed)
 
-    def record(
+    def span(self, now: Moment) -> float:
+        """Time since answers of a kind were computed; 0 if there are none."""
+        computed = self._histories[now.kind].computed
+        return abs(now.clock - float(computed[0].times)) if computed else 0.0
+
+    def missed(
         self, x: Tensor, now: Moment, answers: Sequence[Tensor], name: str
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """The answers that were computed, with what forecasts cost the latent on top.
+        """What a forecast misses of the direction of each answer, and these, [B, ...].
 
-        Also what a forecast would have missed of each direction, [B, n]; none if there was none.
+        Empty where there is nothing to forecast from.
         """
-        given = [each for each, is_there in zip(answers, self._present, strict=True) if is_there]
-        parts = [((x - each).float() / now.sigma).reshape(len(x), 1, -1) for each in given]
-        known, history = torch.cat(parts, dim=2), self._histories[now.kind]
-        missed = list[Tensor]()
-        if history.computed:
-            missing = forecast(name, history, now.clock, 1) - known
-            missed = [part.squeeze(1) for part in missing.chunk(len(parts), dim=2)]
+        history = self._histories[now.kind]
+        if not history.computed:
+            return [], []
+        known = self._directions(x, now, answers)
+        missing = forecast(name, history, now.clock, 1) - known
+        missed, computed = (
+            [part.reshape(x.shape) for part in each.chunk(sum(self._present), dim=2)]
+            for each in (missing, known)
+        )
+        return missed, computed
+
+    def record(self, x: Tensor, now: Moment, answers: Sequence[Tensor]) -> list[Tensor]:
+        """The answers that were computed, with what forecasts cost the latent on top."""
+        known, history = self._directions(x, now, answers), self._histories[now.kind]
         history.record_dense(now.clock, known)
         handed = self._shortfall.computed(now.kind, now.index, history.computed, now.weights)
-        handed_out = list(answers) if handed is known else self._answers(x, now.sigma, handed)
-        return handed_out, missed
+        return list(answers) if handed is known else self._answers(x, now.sigma, handed)
+
+    def _directions(self, x: Tensor, now: Moment, answers: Sequence[Tensor]) -> Tensor:
+        given = [each for each, is_there in zip(answers, self._present, strict=True) if is_there]
+        parts = [((x - each).float() / now.sigma).reshape(len(x), 1, -1) for each in given]
+        return torch.cat(parts, dim=2)
 
     def _answers(self, x: Tensor, sigma: float, directions: Tensor) -> list[Tensor]:
         parts = iter(directions.chunk(sum(self._present), dim=2))

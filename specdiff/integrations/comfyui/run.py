@@ -19,14 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdiff.integrations.comfyui.judge import Judge
+from specdiff.integrations.comfyui.judge import Judge, Misses
 from specdiff.integrations.comfyui.lane import Lane, Moment
 from specdiff.integrations.comfyui.steps import NEAR, Steps
 from specdiff.integrations.comfyui.watch import Watch
 from specdiff.runtime.sampler.timeline import unlike_a_flow
 from specdiff.runtime.sampler.weights import Weights
 from specdiff.runtime.tokens.schedule import Place, Schedule
-from specdiff.runtime.tokens.trust import LAST
 from specdiff.settings import Settings, why_off
 
 PLANNED = "planned"
@@ -56,8 +55,7 @@ class _Evaluation:
     """Why answers were computed."""
     parts: list[Tensor] = field(default_factory=list)
     """The answers."""
-    missed: list[Tensor] = field(default_factory=list)
-    """What forecasts would have missed of those that were computed."""
+    misses: Misses = field(default_factory=Misses)
 
 
 class Run:
@@ -103,15 +101,20 @@ class Run:
         if off := why_off(self._settings) or self._magnified or uneven or _end(sigma):
             return self._untouched(off, compute)
         self._evaluation = evaluation = self._next(x, sigma)
+        moment = evaluation.moment
         try:
             guided = compute()
         finally:
             self._evaluation = None
         self._counts["computed" if evaluation.reasons else "forecast"] += 1
         self._reasons.update(evaluation.reasons[:1])
-        if evaluation.reasons:
-            self._judge.note(x, evaluation.moment, guided, evaluation.parts, evaluation.missed)
-        self._watch.leave(x, sigma, guided, evaluation.parts)
+        directions = [
+            self._watch.opened((x - each).float() / sigma) for each in (guided, *evaluation.parts)
+        ]
+        self._judge.note(
+            moment.kind, moment.index, directions[0], directions[1:], evaluation.misses
+        )
+        self._watch.leave(x, sigma, directions)
         return guided
 
     def answer(
@@ -131,8 +134,10 @@ class Run:
         active = _active(conds, now.moment.sigma)
         if reason := self._why_computed(lane, active, now):
             now.reasons.append(reason)
-            answers, missed = lane.record(x, now.moment, compute(), self._settings.forecast)
-            now.missed += missed
+            answers = compute()
+            if self._judge.judges:
+                self._note_missed(lane, x, now, answers)
+            answers = lane.record(x, now.moment, answers)
         else:
             answers = lane.forecast(x, now.moment, self._settings.forecast)
         lane.active = active
@@ -174,16 +179,9 @@ class Run:
             self._visits.total() - 1, sigma, self._clock(sigma), kind, self._weights(sigma)
         )
         strays = self._watch.strays(x)
-        few = FEW if len(steps) <= self._settings.few else ""
-        reason = few or self._judged(moment, len(steps) - index, planned=bool(is_dense))
+        planned = PLANNED if is_dense else ""
+        reason = FEW if len(steps) <= self._settings.few else planned
         return _Evaluation(x.shape, moment, strays, reason)
-
-    def _judged(self, now: Moment, left: int, *, planned: bool) -> str:
-        """Why an evaluation is computed, by the plan and by what forecasts miss."""
-        if not self._judge.is_trusted(now):
-            return PLANNED if planned else MISSED
-        forgone = left > LAST and self._judge.forgoes_plan(now)
-        return PLANNED if planned and not forgone else ""
 
     def _clock(self, sigma: float) -> float:
         """The noise from 0 to 1: a flow's own sigma; sigmas of a noise schedule have no end."""
@@ -208,7 +206,19 @@ class Run:
             lane.break_off()
             if was_ready and not now.planned:
                 return STRAYED if now.strays else NEWS
-        return now.planned or ("" if lane.is_ready(now.moment.kind) else NEW)
+        if now.planned or not lane.is_ready(now.moment.kind):
+            return now.planned or NEW
+        moment = now.moment
+        return "" if self._judge.reaches(moment.kind, moment.index, lane.span(moment)) else MISSED
+
+    def _note_missed(
+        self, lane: Lane, x: Tensor, now: _Evaluation, answers: Sequence[Tensor]
+    ) -> None:
+        """What forecasts would have missed of answers that were computed."""
+        now.misses.span = max(now.misses.span, lane.span(now.moment))
+        missed, computed = lane.missed(x, now.moment, answers, self._settings.forecast)
+        now.misses.missed += map(self._watch.opened, missed)
+        now.misses.computed += map(self._watch.opened, computed)
 
 
 def _end(sigma: float) -> str:

@@ -33,16 +33,15 @@ class Watch:
             return False
         if x.shape != self._seen[0].latents[0].shape:
             return True
-        return remains([self._opened(x)], self._seen, self._parts, len(x)).item() > UNEXPLAINED
+        return remains([self.opened(x)], self._seen, self._parts, len(x)).item() > UNEXPLAINED
 
-    def leave(self, x: Tensor, sigma: float, answer: Tensor, parts: Sequence[Tensor]) -> None:
-        """What the evaluation gave: the guided answer, and those it was made of."""
-        ways = [self._opened((x - each).float() / sigma) for each in (answer, *parts)]
-        latent = self._opened(x.clone())
-        guided, *others = (Seen(sigma, (latent,), ((way,),)) for way in ways)
+    def leave(self, x: Tensor, sigma: float, directions: Sequence[Tensor]) -> None:
+        """What the evaluation gave: directions, opened; of the guided answer, then of its parts."""
+        latent = self.opened(x.clone())
+        guided, *others = (Seen(sigma, (latent,), ((way,),)) for way in directions)
         self._seen = (guided, *self._seen)[:DEPTH]
         self._parts = (*others, *self._parts)[: 3 * DEPTH]
 
-    def _opened(self, values: Tensor) -> Tensor:
+    def opened(self, values: Tensor) -> Tensor:
         """What the sampler moves by itself; zeros elsewhere, which are taken not to move."""
         return values if self._open is None else values * self._open

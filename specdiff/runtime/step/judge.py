@@ -8,11 +8,10 @@ from torch import Tensor
 
 from specdiff.runtime.sampler.guides import Rows, share, shares_by_scale, shares_missed
 from specdiff.runtime.sampler.scale import read_as_called
-from specdiff.runtime.sampler.timeline import time_unit
 from specdiff.runtime.step.call import Call
 from specdiff.runtime.streams.stream import Stream
 from specdiff.runtime.streams.trail import CHECK_LAG
-from specdiff.runtime.tokens.trust import LAST, Miss
+from specdiff.runtime.tokens.trust import Miss
 
 
 def trusted(call: Call) -> bool:
@@ -22,19 +21,8 @@ def trusted(call: Call) -> bool:
     return not span or span <= call.stream.trust.reach(call.index, lag, call.settings.trusted)
 
 
-def forgoes(call: Call, left: float) -> bool:
-    """Whether an evaluation that the plan computes is forecast: what forecasts miss decides here.
-
-    Args:
-        call: the evaluation.
-        left: evaluations left, this one included.
-    """
-    known = span_to_judge(call) and left > LAST and trusted(call)
-    return bool(known and call.stream.trust.forgoes_plan(call.settings.trusted))
-
-
 def span_to_judge(call: Call) -> float:
-    """Time since the last computed prediction, 1 from noise to picture; 0 where nothing is judged.
+    """Time since the last computed prediction; 0 where forecasts are not judged by what they miss.
 
     A plan that is given is followed as it is; fresh noise moves predictions, but not what is
     forecast of them.
@@ -43,9 +31,7 @@ def span_to_judge(call: Call) -> float:
     if not call.settings.trusted or call.schedule.selects or call.fresh is not None or not computed:
         return 0.0
     before, now = computed[0].times, call.clock
-    if isinstance(before, Tensor) or isinstance(now, Tensor):
-        return 0.0
-    return abs(now - before) / time_unit([*(call.given or call.stream.times), call.time])
+    return 0.0 if isinstance(before, Tensor) or isinstance(now, Tensor) else abs(now - before)
 
 
 def note_miss(call: Call, forecast: Tensor, computed: Tensor) -> None:

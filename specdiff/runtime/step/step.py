@@ -15,7 +15,7 @@ from specdiff.runtime.step.call import Call
 from specdiff.runtime.step.clean import cleaned, why_dense
 from specdiff.runtime.step.corrector import corrected, filled_up, settle
 from specdiff.runtime.step.integrator import integrated
-from specdiff.runtime.step.judge import forgoes, note_miss, span_to_judge, trusted
+from specdiff.runtime.step.judge import note_miss, span_to_judge, trusted
 from specdiff.runtime.step.lookahead import look_ahead
 from specdiff.runtime.step.scheduled import GIVE_SCHEDULER
 from specdiff.runtime.tokens.forecast import forecast
@@ -47,11 +47,9 @@ UNEVEN = (
 
 MISSED = "forecasts miss much"
 MISSED_HINT = (
-    f"{MISSED}: the trajectory bends, as under strong guidance; what they miss decides, not the"
-    " quality's plan, where to compute (a plan that is given, plan=..., is followed as it is)"
+    f"{MISSED}: the trajectory bends, as under strong guidance; evaluations are computed beside"
+    " those of the quality's plan (a plan that is given, plan=..., is followed as it is)"
 )
-FORGONE = "forecasts miss little here"
-"""Why an evaluation that the plan computes is not, once a trajectory bends."""
 
 
 def tokens_due(call: Call) -> int:
@@ -63,8 +61,6 @@ def tokens_due(call: Call) -> int:
     count, reason = call.schedule.decide(place)
     if count == tokens:
         call.stream.planned = (*call.stream.planned, place.index)
-        if forgoes(call, place.left):
-            count, reason = 0, FORGONE
     if reason == UNSELECTABLE:
         call.state.counters.fallbacks[UNSELECTABLE] += 1
         call.state.say(logger, f"{UNSELECTABLE}: {call.programs.signature.unselectable}")

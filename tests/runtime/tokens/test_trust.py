@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import specdiff
 from specdiff.options import Options
 from specdiff.runtime.sampler.guides import share, shares_by_scale
-from specdiff.runtime.step.step import FORGONE, MISSED
-from specdiff.runtime.tokens.trust import BENT, LAST, LONG, Trust
+from specdiff.runtime.step.step import MISSED
+from specdiff.runtime.tokens.trust import Trust
 from specdiff.settings import QUALITIES, TRUSTED
 
 STEPS = 28
@@ -70,27 +70,15 @@ def error(turns: float, given: bool, **options: Any) -> float:
 def test_a_trajectory_that_bends_much_is_computed_more_often(given):
     _, counts = drawn(2.5, given)
     assert DENSE + 3 <= counts.dense < STEPS
-    assert counts.fallbacks[MISSED] >= counts.dense - DENSE
+    assert counts.fallbacks[MISSED] == counts.dense - DENSE
     plan = QUALITIES["balanced"]
     assert error(2.5, given) < error(2.5, given, plan=plan) / 3
 
 
 @pytest.mark.parametrize("given", [False, True])
 def test_a_smooth_one_has_the_plan(given):
-    _, counts = drawn(0.1, given)
+    _, counts = drawn(0.3, given)
     assert counts.dense == DENSE and not counts.fallbacks
-
-
-@pytest.mark.parametrize("given", [False, True])
-def test_what_forecasts_miss_takes_the_place_of_the_plan_once_it_bends(given):
-    model, latent, condition = winding(1.5)
-    with specdiff.record(model) as recording:
-        draw(model, latent, condition, given)
-    reasons = [step.reason for step in recording.steps]
-    forgone = [step for step in recording.steps if step.reason == FORGONE]
-    assert forgone and all(step.kind == "skipped" for step in forgone)
-    assert MISSED in reasons[: forgone[0].index]
-    assert [step.kind for step in recording.steps[-LAST:]] == ["dense"] * LAST
 
 
 def test_a_plan_that_is_given_is_followed_as_it_is():
@@ -121,32 +109,16 @@ def test_the_first_prediction_is_judged_as_it_stands():
     assert beside[0] == 3
 
 
-def reach_after(span: float, missed: float) -> float:
-    """Where a line that missed so much over a span misses what is trusted."""
-    return (HALF * span / missed) ** (1 / (1 + LONG))
-
-
 def test_what_was_missed_is_read_late_and_shortens_the_way():
     trust, computed = Trust(), torch.ones(2, 4, 3)
     wrong = computed.clone()
     wrong[1] = -1  # the worst row counts: it missed twice its prediction
-    trust.note(5, 0.2, share(wrong - computed, computed).max())
+    missed = share(wrong - computed, computed)
+    trust.note(5, 0.2, missed.max())
     assert trust.reach(6, lag=2, trusted=HALF) == math.inf
-    assert trust.reach(7, lag=2, trusted=HALF) == pytest.approx(reach_after(0.2, 2))
+    assert trust.reach(7, lag=2, trusted=HALF) == pytest.approx(0.2 * HALF / 2)
     trust.note(8, 0.1, torch.tensor(0.0))
     assert trust.reach(9, lag=1, trusted=HALF) == math.inf
-
-
-def test_once_it_bent_much_the_plan_is_forgone_but_by_strict_qualities():
-    trust = Trust()
-    trust.note(5, 0.2, torch.tensor(BENT / 2))
-    trust.reach(6, lag=1, trusted=HALF)
-    assert not trust.forgoes_plan(HALF)
-    for index, missed in ((7, 2 * BENT), (8, BENT / 2)):
-        trust.note(index, 0.2, torch.tensor(missed))
-        trust.reach(index + 1, lag=1, trusted=HALF)
-    forgoing = {quality for quality, share in TRUSTED.items() if trust.forgoes_plan(share)}
-    assert forgoing == {"balanced", "fast"}
 
 
 def test_guidance_makes_what_was_missed_larger():
@@ -154,14 +126,14 @@ def test_guidance_makes_what_was_missed_larger():
     wrong = computed.clone()
     wrong[1] = 0.9  # guided: 1 + 7 * -0.1 = 0.3 for 1
     trust.note(5, 0.2, shares_by_scale(wrong - computed, computed, 7.0).max())
-    assert trust.reach(6, lag=1, trusted=HALF) == pytest.approx(reach_after(0.2, 0.7), rel=1e-5)
+    assert trust.reach(6, lag=1, trusted=HALF) == pytest.approx(0.2 * HALF / 0.7, rel=1e-5)
 
 
 def test_who_knows_better_is_believed():
     trust = Trust()
     for missed in (0.1, 2.0):
         trust.note(5, 0.2, torch.tensor(missed))
-    assert trust.reach(6, lag=1, trusted=HALF) == pytest.approx(reach_after(0.2, 2))
+    assert trust.reach(6, lag=1, trusted=HALF) == pytest.approx(0.2 * HALF / 2)
 
 
 class Pulled(nn.Module):
