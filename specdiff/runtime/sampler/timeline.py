@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -122,7 +123,7 @@ def unlike_a_flow(given: Sequence[float]) -> tuple[float, ...] | None:
     """
     last, unit, end = len(given) - 1, time_unit(given), end_of(given)
     sigmas = [abs(time - end) / unit for time in given]
-    if last < MIDDLE or len(set(given)) <= last or max(sigmas) > 1:
+    if last < MIDDLE or not _falls(sigmas):
         return None
     ends = [sigmas[index] for index in (0, last // 2, last)]
     own = _shift([1 / sigma - 1 for sigma in ends], last // 2, last) if min(ends) > 0 else 1.0
@@ -143,10 +144,15 @@ def uneven_so_far(times: Sequence[float]) -> tuple[float, float] | None:
         return None
     unit, end = time_unit(times), end_of(times)
     sigmas = [abs(time - end) / unit for time in (times[0], *times[-2:])]
-    if max(sigmas) > 1:
+    if not _falls(sigmas):
         return None
     first, before, now = (_evenly(sigma, SHIFT) for sigma in sigmas)
     return 1 - before / first, 1 - now / first
+
+
+def _falls(sigmas: Sequence[float]) -> bool:
+    """Whether these are noise, from 1 down: EDM's times, log(sigma) / 4, pass through 0 midway."""
+    return sigmas[0] <= 1 and all(then < now for now, then in itertools.pairwise(sigmas))
 
 
 def _may_end(times: Sequence[float]) -> bool:

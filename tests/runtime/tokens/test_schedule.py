@@ -464,3 +464,12 @@ def test_fewer_uneven_times_than_dense_steps_are_all_dense():
     times = karras(9)
     places = [Place.of(times[: i + 1], times, schedule.usual) for i in range(9)]
     assert all(schedule.decide(place)[0] for place in places)
+
+
+def test_times_that_are_no_noise_count_by_their_number():
+    """EDM's are log(sigma) / 4, which passes through 0; the model's own noise is not told by it."""
+    levels = torch.linspace(80 ** (1 / 7), 0.002 ** (1 / 7), 28) ** 7
+    times = (levels.log() / 4).tolist()
+    plan = Schedule.of(Options(plan=Plan.of(28, DENSE)).resolve(), (16,))
+    places = [Place.of(times[: i + 1], times, 28) for i in range(28)]
+    assert dense_of([plan.decide(place)[0] for place in places]) == list(DENSE)
