@@ -173,8 +173,10 @@ class Run:
             index -= 1  # between the one before and this one
         place = Place.known(index, len(steps), self._progress)
         is_dense, _ = self._schedule.decide(place)
-        kind = (on_schedule, self._visits[sigma])
-        self._visits[sigma] += 1
+        # Samplers that go by log(snr) come back to a sigma but for rounding.
+        level = steps[index] if on_schedule else sigma
+        kind = (on_schedule, self._visits[level])
+        self._visits[level] += 1
         moment = Moment(
             self._visits.total() - 1, sigma, self._clock(sigma), kind, self._weights(sigma)
         )
