@@ -101,9 +101,10 @@ MODELS = {
     }, TEXT, (1, 16, 16, 16), masked=True),
     "Chroma": Model("Chroma", {
         "image_model": "chroma", "in_channels": 64, "out_channels": 64, "context_in_dim": TEXT,
-        "hidden_size": 64, "mlp_ratio": 2.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 1,
-        "axes_dim": [8, 12, 12], "theta": 10000, "patch_size": 2, "qkv_bias": True, "in_dim": 64,
-        "out_dim": 64, "hidden_dim": 64, "n_layers": 1,
+        "vec_in_dim": None, "hidden_size": 64, "mlp_ratio": 2.0, "num_heads": 2, "depth": 1,
+        "depth_single_blocks": 1, "axes_dim": [8, 12, 12], "txt_ids_dims": [], "theta": 10000,
+        "patch_size": 2, "qkv_bias": True, "in_dim": 64, "out_dim": 64, "hidden_dim": 64,
+        "n_layers": 1,
     }, TEXT, (1, 16, 16, 16)),
     "SD 1.5": Model("SD15", {
         "in_channels": 4, "out_channels": 4, "image_size": 32, "model_channels": 32,
