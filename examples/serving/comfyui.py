@@ -2,6 +2,7 @@
 
     git clone https://github.com/Comfy-Org/ComfyUI
     pip install torchsde einops scipy psutil aiohttp yarl pyyaml pydantic-settings
+    pip install comfy-kitchen comfy-aimdo simpleeval blake3 alembic sqlalchemy
     python examples/serving/comfyui.py ComfyUI --markdown examples/serving/comfyui.md
 
 Each line of the table: a sampler's own dense pictures against those with a plan, and against fewer
