@@ -164,6 +164,8 @@ def draw_plot(known: Known, file: Path) -> None:
         for method in sorted(methods, key=_place):
             points = [(n, [*found.get(key_of(method, n), {}).values()]) for n in FEWER]
             points = [(n, values) for n, values in points if len(values) == usual]
+            if len(points) < 2:
+                continue  # measured on some of the pictures
             means = [statistics.fmean(values) for _, values in points]
             counts, ours = [n for n, _ in points], method == "specdiff, solution"
             (line,) = axes.plot(counts, means, "o-", ms=4, lw=2.5 if ours else 1, label=method)
