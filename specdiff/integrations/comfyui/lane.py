@@ -78,39 +78,40 @@ class Lane:
         computed = self._histories[now.kind].computed
         return abs(now.clock - float(computed[0].times)) if computed else 0.0
 
-    def missed(
-        self, x: Tensor, now: Moment, answers: Sequence[Tensor], name: str
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """What a forecast misses of the direction of each answer, and these, [B, ...].
-
-        Empty where there is nothing to forecast from.
-        """
-        history = self._histories[now.kind]
-        if not history.computed:
-            return [], []
-        known = self._directions(x, now, answers)
-        missing = forecast(name, history, now.clock, 1) - known
-        missed, computed = (
-            [part.reshape(x.shape) for part in each.chunk(sum(self._present), dim=2)]
-            for each in (missing, known)
-        )
-        return missed, computed
-
-    def record(self, x: Tensor, now: Moment, answers: Sequence[Tensor]) -> list[Tensor]:
-        """The answers that were computed, with what forecasts cost the latent on top."""
-        known, history = self._directions(x, now, answers), self._histories[now.kind]
-        history.record_dense(now.clock, known)
-        handed = self._shortfall.computed(now.kind, now.index, history.computed, now.weights)
-        return list(answers) if handed is known else self._answers(x, now.sigma, handed)
-
-    def _directions(self, x: Tensor, now: Moment, answers: Sequence[Tensor]) -> Tensor:
+    def directions(self, x: Tensor, now: Moment, answers: Sequence[Tensor]) -> Tensor:
+        """Of the answers that are there, float32 [B, 1, K n]."""
         given = [each for each, is_there in zip(answers, self._present, strict=True) if is_there]
         parts = [((x - each).float() / now.sigma).reshape(len(x), 1, -1) for each in given]
         return torch.cat(parts, dim=2)
 
+    def missed(self, known: Tensor, now: Moment, name: str) -> Tensor | None:
+        """What a forecast misses of computed directions; None if there is none to be made."""
+        history = self._histories[now.kind]
+        return forecast(name, history, now.clock, 1) - known if history.computed else None
+
+    def record(
+        self, x: Tensor, now: Moment, answers: Sequence[Tensor], known: Tensor
+    ) -> list[Tensor]:
+        """The answers that were computed, with what forecasts cost the latent on top.
+
+        Args:
+            x: the latent.
+            now: when.
+            answers: of the model.
+            known: their directions.
+        """
+        history = self._histories[now.kind]
+        history.record_dense(now.clock, known)
+        handed = self._shortfall.computed(now.kind, now.index, history.computed, now.weights)
+        return list(answers) if handed is known else self._answers(x, now.sigma, handed)
+
+    def apart(self, directions: Tensor, like: Tensor) -> list[Tensor]:
+        """Directions of each answer that is there, of the shape of a latent."""
+        return [part.reshape(like.shape) for part in directions.chunk(sum(self._present), dim=2)]
+
     def _answers(self, x: Tensor, sigma: float, directions: Tensor) -> list[Tensor]:
-        parts = iter(directions.chunk(sum(self._present), dim=2))
+        parts = iter(self.apart(directions, x))
         return [
-            (x - sigma * next(parts).reshape(x.shape)).to(x.dtype) if given else torch.zeros_like(x)
+            (x - sigma * next(parts)).to(x.dtype) if given else torch.zeros_like(x)
             for given in self._present
         ]

@@ -135,9 +135,10 @@ class Run:
         if reason := self._why_computed(lane, active, now):
             now.reasons.append(reason)
             answers = compute()
+            known = lane.directions(x, now.moment, answers)
             if self._judge.judges:
-                self._note_missed(lane, x, now, answers)
-            answers = lane.record(x, now.moment, answers)
+                self._note_missed(lane, x, now, known)
+            answers = lane.record(x, now.moment, answers, known)
         else:
             answers = lane.forecast(x, now.moment, self._settings.forecast)
         lane.active = active
@@ -213,14 +214,13 @@ class Run:
         moment = now.moment
         return "" if self._judge.reaches(moment.kind, moment.index, lane.span(moment)) else MISSED
 
-    def _note_missed(
-        self, lane: Lane, x: Tensor, now: _Evaluation, answers: Sequence[Tensor]
-    ) -> None:
-        """What forecasts would have missed of answers that were computed."""
-        now.misses.span = max(now.misses.span, lane.span(now.moment))
-        missed, computed = lane.missed(x, now.moment, answers, self._settings.forecast)
-        now.misses.missed += map(self._watch.opened, missed)
-        now.misses.computed += map(self._watch.opened, computed)
+    def _note_missed(self, lane: Lane, x: Tensor, now: _Evaluation, known: Tensor) -> None:
+        """What forecasts would have missed of directions that were computed."""
+        missed = lane.missed(known, now.moment, self._settings.forecast)
+        if missed is not None:
+            now.misses.span = max(now.misses.span, lane.span(now.moment))
+            now.misses.missed += map(self._watch.opened, lane.apart(missed, x))
+            now.misses.computed += map(self._watch.opened, lane.apart(known, x))
 
 
 def _end(sigma: float) -> str:
